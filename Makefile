@@ -1,0 +1,72 @@
+# A fresh machine needs Python 3.10 or newer (with venv), make and git; the rest comes into .venv.
+#   make PYTHON=python3.12 test           another Python; for an existing .venv, delete that first
+#   make PIP_ARGS='--index-url URL' venv  more words for pip, e.g. where torch's CPU builds are
+#   make ARGS='-k sats' test              more words for the demo or for pytest
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+TEST_THREADS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# Written last: without it .venv is half-made and is made anew.
+STAMP := $(VENV)/.installed
+CONSTRAINTS := requirements/constraints.txt
+REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## .venv with everything installed (the others do it by themselves)
+
+demo: $(STAMP) ## SATS on the embedded data, from first to last stage
+	$(PY) tools/demo.py $(ARGS)
+
+test: $(STAMP) ## the test suite
+	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes
+	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## what ruff has to say
+	$(PY) -m ruff check .
+
+format: $(STAMP) ## what ruff can put right by itself
+	$(PY) -m ruff check --fix .
+
+clean: ## remove caches and build output (not .venv, not work_dirs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(STAMP): $(REQUIREMENTS)
+	@$(PYTHON) -c '' >/dev/null 2>&1 || { \
+	    echo "make: '$(PYTHON)' does not run. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; \
+	    exit 1; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: '$(PYTHON)' is $$($(PYTHON) --version), expected 3.10 or newer. Name one: make PYTHON=/path/to/python3"; \
+	    exit 1; } >&2
+	@if [ ! -e $(STAMP) ] || ! $(PY) -c '' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+	    log=$$($(PYTHON) -m venv --clear $(VENV) 2>&1) || { \
+	        rm -rf $(VENV); \
+	        if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then echo "$$log"; fi; \
+	        echo "make: '$(PYTHON) -m venv' failed. Where Python lacks venv, install it (Debian, Ubuntu: apt-get install python3-venv)."; \
+	        exit 1; } >&2; \
+	fi
+	@rm -f $(STAMP)
+	@echo "Installing into $(VENV): some minutes the first time, most of them for torch"
+	@{ $(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -r requirements.txt -r requirements/dev.txt && \
+	    $(PIP) install --no-deps --no-build-isolation -e .; } || { \
+	    echo "make: installing failed, pip says why above. It needs the network or, offline, PIP_ARGS='--no-index --find-links FOLDER'."; \
+	    exit 1; } >&2
+	@$(PY) -c 'import cv2' 2>/dev/null || { \
+	    echo "OpenCV misses display libraries on this machine: taking its headless build"; \
+	    $(PIP) uninstall -y opencv-python && \
+	    $(PIP) install $(PIP_ARGS) --force-reinstall --no-deps -c $(CONSTRAINTS) opencv-python-headless && \
+	    $(PY) -c 'import cv2'; } || { \
+	    echo "make: OpenCV cannot be imported, see above."; exit 1; } >&2
+	@touch $(STAMP)
