@@ -1,0 +1,333 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""One stage of a protocol seen through any mmseg dataset: its images, its labels, its classes."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import LoadAnnotations
+from mmengine.dataset import BaseDataset, Compose, force_full_init
+from mmseg.registry import DATASETS, TRANSFORMS
+from torch.utils.data import Dataset
+
+from mmseg_sats.datasets.class_index import (
+    EVAL_IMAGES,
+    SETTINGS,
+    ClassIndex,
+    select_eval,
+    select_train,
+)
+from mmseg_sats.datasets.transforms import MODES, RelabelSegMap, relabel_table
+from mmseg_sats.protocol import Protocol
+from mmseg_sats.suggest import check_choice
+
+
+@DATASETS.register_module()
+class IncrementalDataset(Dataset):
+    """The images and labels of one stage, picked from an ordinary mmseg dataset.
+
+    Label 0 of the masks must be background. Where the wrapped dataset's classes start with
+    ``background`` (VOC), label i is ``classes[i]``; otherwise (ADE20K with
+    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front.
+
+    Relabelling comes directly behind ``LoadAnnotations`` and so before ``RandomCrop``, whose
+    ``cat_max_ratio`` thus judges a crop by the labels that the stage has, and by no others.
+
+    In a distributed run all ranks must build it, since rank 0 reads the masks for all of them.
+
+    Args:
+        dataset: Config or instance of the wrapped dataset, a subclass of mmengine's BaseDataset
+            with ``seg_map_path``. It is read, never changed; its ``indices`` are honoured.
+        protocol: ``'15-1'``, ``'joint'`` and so on.
+        stage: Number of the stage.
+        split: Only with ``'joint'``: the protocol whose base classes are reported.
+        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; matters in training.
+        class_order: Permutation of the foreground ids; ascending by default.
+        mode: ``'train'`` or ``'eval'``.
+        eval_future: Future classes in evaluation: ``'background'`` or ``'ignore'``.
+        eval_images: Evaluate on images with a ``'seen'`` class or on ``'all'``.
+        cache_dir: Folder of the class index, see :meth:`ClassIndex.load_or_scan`.
+        ignore_index: The ignored label of the masks.
+        pipeline: Transforms in place of the wrapped dataset's own.
+        lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
+
+    Raises:
+        TypeError: If ``dataset`` is neither a config nor a BaseDataset.
+        ValueError: If an option is unknown, the wrapped dataset changes labels itself, the
+            training pipeline loads no masks, a mask holds an impossible label or nothing is left.
+        FileNotFoundError: If the list file or a mask does not exist.
+
+    Attributes:
+        dataset: The wrapped dataset.
+        protocol: The :class:`Protocol`.
+        stage: The :class:`Stage`.
+        class_names: Names by annotation id, background at 0, future classes included.
+        table: (256,) uint8, what each annotation id becomes.
+    """
+
+    def __init__(
+        self,
+        dataset: Mapping[str, Any] | BaseDataset,
+        protocol: str,
+        stage: int,
+        split: str | None = None,
+        setting: str = 'overlapped',
+        class_order: Sequence[int] | None = None,
+        mode: str = 'train',
+        eval_future: str = 'background',
+        eval_images: str = 'seen',
+        cache_dir: str | None = None,
+        ignore_index: int = 255,
+        pipeline: Sequence[dict | Callable] | None = None,
+        lazy_init: bool = False,
+    ) -> None:
+        check_choice('mode', mode, MODES)
+        check_choice('setting', setting, SETTINGS)
+        check_choice('eval_images', eval_images, EVAL_IMAGES)
+        self.mode = mode
+        self.setting = setting
+        self.eval_images = eval_images
+        self.cache_dir = cache_dir
+        self.ignore_index = ignore_index
+        self.dataset, transforms = _build_wrapped(dataset, pipeline)
+        names, palette = _classes_by_label(self.dataset)
+        self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
+        self.stage = self.protocol.stage(stage)
+        self.table = relabel_table(
+            self.protocol, stage, mode, setting, eval_future, ignore_index
+        )
+        self.pipeline = Compose(_with_relabelling(transforms, self.table, mode))
+        self.class_names = names
+        self._metainfo = self._stage_metainfo(palette)
+        self._fully_initialized = False
+        if not lazy_init:
+            self.full_init()
+
+    @property
+    def metainfo(self) -> dict:
+        """The wrapped dataset's, with ``classes`` and ``palette`` of the seen labels by channel.
+
+        Besides: ``num_base`` (base labels among them, background included), ``stage``,
+        ``label_map`` (None) and ``reduce_zero_label`` (False).
+        """
+        return copy.deepcopy(self._metainfo)
+
+    def full_init(self) -> None:
+        """Read the wrapped dataset's list and the class index, and pick the stage's images."""
+        if self._fully_initialized:
+            return
+        _full_init_wrapped(self.dataset)
+        files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
+        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
+        class_index.check_labels(self.protocol.num_classes, self.ignore_index)
+        if self.mode == 'train':
+            indices = select_train(class_index.presence, self.stage, self.setting)
+        else:
+            indices = select_eval(class_index.presence, self.stage, self.eval_images)
+        if indices.size == 0:
+            raise ValueError(self._nothing_left(len(files)))
+        indices.setflags(write=False)
+        self._indices = indices
+        self._packed_presence = class_index.packed[indices]
+        self._fully_initialized = True
+
+    @property
+    @force_full_init
+    def indices(self) -> np.ndarray:
+        """(len,) int64, read-only: the images' places in the wrapped dataset, ascending."""
+        return self._indices
+
+    @property
+    @force_full_init
+    def presence(self) -> np.ndarray:
+        """(len, 256) bool: the labels, as in the annotation files, that each image holds."""
+        return np.unpackbits(self._packed_presence, axis=1).astype(bool)
+
+    def image_names(self) -> list[str]:
+        """The images' paths below the wrapped dataset's image folder, without suffix."""
+        root = self.dataset.data_prefix.get('img_path') or ''
+        paths = [self.get_data_info(i)['img_path'] for i in range(len(self))]
+        return [str(Path(os.path.relpath(path, root or '.')).with_suffix('')) for path in paths]
+
+    @force_full_init
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @force_full_init
+    def get_data_info(self, idx: int) -> dict:
+        """Annotation of the idx-th image of the stage; ``sample_idx`` counts within the stage."""
+        info = self.dataset.get_data_info(int(self._indices[idx]))
+        info['sample_idx'] = idx if idx >= 0 else len(self) + idx
+        return info
+
+    @force_full_init
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """Channels of the labels that the idx-th image has at this stage, for balanced sampling."""
+        labels = np.flatnonzero(np.unpackbits(self._packed_presence[idx]))
+        channels = np.unique(self.table[labels])
+        return channels[channels != self.ignore_index].tolist()
+
+    def prepare_data(self, idx: int) -> Any:
+        """What the pipeline makes of the idx-th image; None where a transform gives up."""
+        return self.pipeline(self.get_data_info(idx))
+
+    @force_full_init
+    def __getitem__(self, idx: int) -> Any:
+        """The idx-th image after the pipeline; in training another one where that gives None."""
+        tries = 1 if self.mode == 'eval' else self.dataset.max_refetch + 1
+        first = idx
+        for _ in range(tries):
+            data = self.prepare_data(idx)
+            if data is not None:
+                return data
+            idx = int(np.random.randint(len(self)))
+        raise RuntimeError(
+            f'the {self.mode} pipeline gave None for image {first} '
+            f'({self.get_data_info(first)["img_path"]}) and for {tries - 1} others'
+        )
+
+    def _stage_metainfo(self, palette: list) -> dict:
+        labels = (0, *self.stage.seen)
+        metainfo = self.dataset.metainfo
+        metainfo.update(
+            classes=tuple(self.class_names[label] for label in labels),
+            palette=[list(palette[label]) for label in labels],
+            num_base=self.protocol.num_base_labels,
+            stage=self.stage.index,
+            label_map=None,
+            reduce_zero_label=False,
+        )
+        return metainfo
+
+    def _nothing_left(self, num_images: int) -> str:
+        wanted = self.stage.new if self.mode == 'train' else self.stage.seen
+        names = ', '.join(f'{self.class_names[c]} ({c})' for c in wanted)
+        rule = f'setting {self.setting!r}'
+        if self.mode == 'eval':
+            rule = f'eval_images={self.eval_images!r}'
+        return (
+            f'protocol {self.protocol.name!r} stage {self.stage.index}: none of {num_images} '
+            f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
+            f'{names} under {rule}'
+        )
+
+
+def _build_wrapped(
+    dataset: Mapping[str, Any] | BaseDataset, pipeline: Sequence[dict | Callable] | None
+) -> tuple[BaseDataset, list[Callable]]:
+    """The wrapped dataset and the transforms that we run in place of its own."""
+    if isinstance(dataset, Mapping):
+        cfg = dict(copy.deepcopy(dataset))
+        own = cfg.pop('pipeline', ())
+        pipeline = own if pipeline is None else pipeline
+        dataset = DATASETS.build({**cfg, 'lazy_init': True})
+    if not isinstance(dataset, BaseDataset):
+        raise TypeError(
+            'IncrementalDataset: dataset must be the config or an instance of a subclass of '
+            f"mmengine's BaseDataset, such as PascalVOCDataset, got {type(dataset).__name__}"
+        )
+    if pipeline is None:
+        # An instance may be wrapped once per stage: its own transforms stay as they are.
+        return dataset, copy.deepcopy(dataset.pipeline.transforms)
+    return dataset, [
+        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in pipeline
+    ]
+
+
+def _classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
+    """Names and colours by annotation id, background included."""
+    where = type(dataset).__name__
+    if getattr(dataset, 'reduce_zero_label', False):
+        raise ValueError(
+            f'{where} has reduce_zero_label=True, which turns background into ignored pixels and '
+            'shifts all ids; background is a class here: set reduce_zero_label=False'
+        )
+    if getattr(dataset, 'label_map', None) is not None:
+        raise ValueError(
+            f'{where} has a label_map because metainfo.classes differs from its own classes, '
+            'which ignores the dropped classes instead of making them background: leave its '
+            'classes whole and choose them by protocol and class_order'
+        )
+    metainfo = dataset.metainfo
+    names, palette = tuple(metainfo.get('classes') or ()), list(metainfo.get('palette') or ())
+    if not names or len(names) != len(palette):
+        raise ValueError(
+            f'{where}: metainfo must name the classes and a colour for each, '
+            f'got {len(names)} classes and {len(palette)} colours'
+        )
+    if names[0].lower() != 'background':
+        names, palette = ('background', *names), [[0, 0, 0], *palette]
+    if len(names) < 2:
+        raise ValueError(f'{where}: metainfo.classes holds background alone: {names}')
+    return names, palette
+
+
+def _with_relabelling(
+    transforms: Sequence[Callable], table: np.ndarray, mode: str
+) -> list[Callable]:
+    """The transforms with a :class:`RelabelSegMap` behind every ``LoadAnnotations``."""
+    result = list(transforms)
+    num_found = sum(_insert(branch, table) for branch in (result, *_branches(result)))
+    if mode == 'train' and num_found == 0:
+        names = [type(t).__name__ for t in transforms]
+        raise ValueError(
+            'IncrementalDataset: the training pipeline needs LoadAnnotations, behind which labels '
+            f'are replaced by those of the stage; got {names}'
+        )
+    return result
+
+
+def _branches(transforms: Sequence[Callable]) -> Iterator[list]:
+    """The lists of transforms inside transforms: RandomChoice, TestTimeAug and the like."""
+    for transform in transforms:
+        for name in ('transforms', 'subroutines'):
+            inner = getattr(transform, name, None)
+            if isinstance(inner, list):
+                yield inner
+                yield from _branches(inner)
+            elif callable(inner):
+                yield from _branches([inner])
+
+
+def _insert(transforms: list, table: np.ndarray) -> int:
+    """Put the relabelling into one list, in place; returns how many loaders it found."""
+    places = [i for i, t in enumerate(transforms) if isinstance(t, LoadAnnotations)]
+    for place in reversed(places):
+        if getattr(transforms[place], 'reduce_zero_label', None):
+            raise ValueError(
+                'IncrementalDataset: LoadAnnotations(reduce_zero_label=True) shifts all ids '
+                'before they are looked up; remove reduce_zero_label'
+            )
+        transforms.insert(place + 1, RelabelSegMap(table))
+    return len(places)
+
+
+def _full_init_wrapped(dataset: BaseDataset) -> None:
+    where, ann_file = type(dataset).__name__, dataset.ann_file
+    # mmseg takes every image of the folder where the list is missing: a slip of the pen in its
+    # name would mix training and validation images.
+    if ann_file and not os.path.isfile(ann_file):
+        raise FileNotFoundError(f'{where}: ann_file {ann_file} does not exist')
+    nothing = (
+        f'{where} gives no images (ann_file={ann_file!r}, '
+        f'data_prefix={dict(dataset.data_prefix)})'
+    )
+    try:
+        dataset.full_init()
+    except ValueError as error:  # mmengine cannot serialise an empty list
+        raise ValueError(f'{nothing}: {error}') from error
+    if len(dataset) == 0:
+        raise ValueError(nothing)
+
+
+def _mask_of(dataset: BaseDataset, row: int) -> str:
+    info = dataset.get_data_info(row)
+    if not info.get('seg_map_path'):
+        raise ValueError(
+            f"{type(dataset).__name__}: image {info.get('img_path')} has no 'seg_map_path'; "
+            "data_prefix must name the masks' folder: dict(img_path=..., seg_map_path=...)"
+        )
+    return info['seg_map_path']

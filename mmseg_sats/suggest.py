@@ -1,0 +1,28 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Messages for misspelt names: one wording for the whole package. Pure Python."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+T = TypeVar('T')
+
+
+def near_match(name: object, choices: Collection[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1)
+    return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def check_choice(option: str, value: object, choices: Collection[str]) -> None:
+    """Raises ValueError naming ``option``, its value, the choices and the nearest one."""
+    if value not in choices:
+        raise ValueError(
+            f'{option}={value!r} is unknown{near_match(value, choices)}; expected one of {list(choices)}'
+        )
+
+
+def choose(option: str, name: object, choices: Mapping[str, T]) -> T:
+    """``choices[name]``, or the error of :func:`check_choice`."""
+    check_choice(option, name, choices)
+    return choices[name]
