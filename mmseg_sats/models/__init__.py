@@ -1,0 +1,24 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
+
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.backbones import AttentionMixVisionTransformer
+from mmseg_sats.models.losses import (
+    CRPDistillationLoss,
+    UnbiasedCrossEntropyLoss,
+    UnbiasedDistillationLoss,
+)
+from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
+from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
+
+__all__ = [
+    'AttentionMap',
+    'AttentionMixVisionTransformer',
+    'CRPDistillationLoss',
+    'EntropyPseudoLabeler',
+    'IncrementalEncoderDecoder',
+    'SegmentorOutput',
+    'UnbiasedCrossEntropyLoss',
+    'UnbiasedDistillationLoss',
+]

@@ -1,0 +1,363 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Distillation of class-region pooled attention (or features) from the old model to the new one.
+
+Eq. (1) and (2) of Qiu et al., *SATS: Self-Attention Transfer for continual semantic Segmentation*
+(Pattern Recognition 2023). With N images, block j with H_j heads, and C_ij the foreground classes
+that image i has on the grid of block j:
+
+    (1) f_ijch = mean of the attention vectors A_ijh(u, v) over the positions (u, v) of class c
+    (2) L_a = mean_j 1/N sum_i 1/|C_ij| sum_c 1/H_j sum_h dist(f_new, f_old)
+
+in the form of the authors' released code (``distance='l2'``, ``normalisation='per_block'``). The
+paper's own form is ``'squared_l2'`` with ``'paper'``: 1/N sum_i 1/|C_i| sum_c 1/H_J sum_j sum_h
+dist, where C_i are the classes that image i has on any block and H_J are the heads of the last
+block.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmseg_sats.models import attention as maps
+from mmseg_sats.models.attention import AttentionMap, ClassRegions
+from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.suggest import choose
+
+Block = AttentionMap | Tensor
+Distance = Callable[[Tensor], Tensor]
+
+
+def _squared_l2(difference: Tensor) -> Tensor:
+    return difference.square().sum(-1)
+
+
+def _l2(difference: Tensor) -> Tensor:
+    # The derivative of vector_norm at 0 is 0, where sqrt(sum of squares) would give NaN.
+    return torch.linalg.vector_norm(difference, dim=-1)
+
+
+DISTANCES: dict[str, Distance] = {'l2': _l2, 'squared_l2': _squared_l2}
+
+
+def crp_loss(
+    student: Sequence[Block],
+    teacher: Sequence[Block],
+    labels: Tensor,
+    *,
+    pooling: str = 'class',
+    distance: str = 'l2',
+    normalisation: str = 'per_block',
+    ignore_index: int = 255,
+) -> Tensor:
+    """Distance between two models' class-region pooled attention or features, SATS eq. (1), (2).
+
+    No attention map is ever built as a whole, and no gradient reaches the teacher. An image with no
+    class adds 0 and still counts among the N images. Computed in float32 at least, whatever
+    autocast says.
+
+    Args:
+        student: the blocks of the new model, each an ``AttentionMap`` (B, heads, L, S) or features
+            (B, C, h, w); features count as one head, their vector at a position being the C
+            channels.
+        teacher: the blocks of the old model, of the same kinds and shapes.
+        labels: (B, H, W) integer labels, brought to each block's grid by nearest neighbour; 0 is
+            background.
+        pooling: ``'class'``: the mean over each class region; ``'global'``: over all positions,
+            background and ignore included; ``'none'``: no pooling, the mean over all positions of
+            the distance.
+        distance: ``'l2'``, whose gradient at 0 is taken as 0, or ``'squared_l2'``.
+        normalisation: ``'per_block'`` or ``'paper'``, see above; with ``'global'`` and ``'none'``
+            an image counts as one class.
+        ignore_index: the label that belongs to no class.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: if an option is unknown, the sequences differ in length or are empty, a block
+            differs in kind or shape, or the labels do not fit.
+    """
+    pool = choose('pooling', pooling, POOLINGS)
+    measure = choose('distance', distance, DISTANCES)
+    normalise = choose('normalisation', normalisation, NORMALISATIONS)
+    _check_blocks(student, teacher, labels)
+    with maps.full_precision(labels):
+        grids = _LabelGrids(labels, ignore_index)
+        return normalise(
+            [pool(new, old, grids, measure) for new, old in zip(student, teacher, strict=True)]
+        )
+
+
+class _Distances(NamedTuple):
+    """Distances of one block.
+
+    Args:
+        values: (R, heads), one row per region.
+        image: (R,) the image of each region.
+        presence: (B, K), which of K labels each image has.
+    """
+
+    values: Tensor
+    image: Tensor
+    presence: Tensor
+
+
+class _LabelGrids:
+    """The class regions of a batch of labels on any grid, found once per grid."""
+
+    def __init__(self, labels: Tensor, ignore_index: int) -> None:
+        self.size = tuple(labels.shape[1:])
+        self.labels = labels.long()
+        self.ignore_index = ignore_index
+        self._regions: dict[tuple[int, int], ClassRegions] = {}
+        self._prepared: tuple[Tensor, int] | None = None
+
+    def regions(self, hw: tuple[int, int]) -> ClassRegions:
+        if hw not in self._regions:
+            labels, num_labels = self._prepare()
+            if hw != self.size:
+                labels = F.interpolate(labels, hw, mode='nearest')
+            self._regions[hw] = maps.find_regions(
+                labels.squeeze(1).long(), self.ignore_index, num_labels
+            )
+        return self._regions[hw]
+
+    def _prepare(self) -> tuple[Tensor, int]:
+        """Labels as (B, 1, H, W) in float32, exact for integers below 2^24, and a bound of them."""
+        if self._prepared is None:
+            num_labels = maps.count_labels(self.labels, self.ignore_index)
+            self._prepared = self.labels.unsqueeze(1).float(), num_labels
+        return self._prepared
+
+
+def _class_distances(
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+) -> _Distances:
+    return _region_distances(student, teacher, grids.regions(_grid(student)), distance)
+
+
+def _global_distances(
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+) -> _Distances:
+    everything = grids.labels.new_ones(len(grids.labels), *_grid(student))
+    regions = maps.find_regions(everything, ignore_index=-1, num_labels=2)
+    return _region_distances(student, teacher, regions, distance)
+
+
+def _region_distances(
+    student: Block, teacher: Block, regions: ClassRegions, distance: Distance
+) -> _Distances:
+    with torch.no_grad():
+        old = _region_means(teacher, regions)
+    values = distance(_region_means(student, regions) - old)
+    return _Distances(values, regions.image, regions.presence)
+
+
+def _region_means(block: Block, regions: ClassRegions) -> Tensor:
+    """Eq. (1): (R, heads, S) of an attention map, (R, 1, C) of features (B, C, h, w)."""
+    if isinstance(block, AttentionMap):
+        return block.pool_regions(regions)
+    features = block.flatten(2).to(maps.working_dtype(block))
+    sums = regions.membership(regions.slots, features.dtype) @ features.mT
+    return (sums[regions.image, regions.slot] / regions.count[:, None]).unsqueeze(1)
+
+
+def _position_distances(
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+) -> _Distances:
+    """No pooling: the mean distance over all positions, computed a few rows at a time."""
+    if isinstance(student, AttentionMap):
+        values = _mean_row_distance(student, teacher.detach(), distance)
+    else:
+        dtype = maps.working_dtype(student, teacher)
+        difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
+        values = distance(difference).mean(1, keepdim=True)
+    image = torch.arange(len(values), device=values.device)
+    return _Distances(values, image, torch.ones_like(image, dtype=torch.bool).unsqueeze(1))
+
+
+def _mean_row_distance(student: AttentionMap, teacher: AttentionMap, distance: Distance) -> Tensor:
+    """(B, heads): the mean over all positions of the distance of the two maps' rows."""
+
+    def row_distance(new: Tensor, old: Tensor) -> Tensor:
+        rows = maps.attend(new, student.key, student.scale)
+        return distance(rows - maps.attend(old, teacher.key, teacher.scale)).sum(2)
+
+    batch, heads, length, keys = student.shape
+    size = max(1, maps.chunk_elements(student.query) // max(1, batch * heads * keys))
+    chunks = zip(student.query.split(size, 2), teacher.query.split(size, 2), strict=True)
+    # split, not slices: the gradients of all the pieces are joined once.
+    sums = [
+        checkpoint(row_distance, new, old, use_reentrant=False, preserve_rng_state=False)
+        for new, old in chunks
+    ]
+    return torch.stack(sums).sum(0) / length
+
+
+POOLINGS = {'class': _class_distances, 'global': _global_distances, 'none': _position_distances}
+
+
+def _per_block(blocks: Sequence[_Distances]) -> Tensor:
+    """Eq. (2): the mean over heads and classes within a block, over images, over blocks."""
+    losses = [
+        _mean_over_images(block.values.mean(1), block.image, block.presence) for block in blocks
+    ]
+    return torch.stack(losses).mean()
+
+
+def _paper(blocks: Sequence[_Distances]) -> Tensor:
+    """The paper's sums: blocks and heads added up, divided by the last block's heads."""
+    presence = torch.stack([block.presence for block in blocks]).any(0)
+    losses = [_mean_over_images(block.values.sum(1), block.image, presence) for block in blocks]
+    return torch.stack(losses).sum() / blocks[-1].values.shape[1]
+
+
+NORMALISATIONS = {'per_block': _per_block, 'paper': _paper}
+
+
+def _mean_over_images(values: Tensor, image: Tensor, presence: Tensor) -> Tensor:
+    """1/N sum_i 1/|C_i| sum_c of values (R,); an image with no class adds 0, but counts in N."""
+    classes = presence.sum(1).clamp(min=1)
+    return (values / classes[image]).sum() / len(presence)
+
+
+def _grid(block: Block) -> tuple[int, int]:
+    return block.query_hw if isinstance(block, AttentionMap) else tuple(block.shape[2:])
+
+
+def _check_blocks(student: Sequence[Block], teacher: Sequence[Block], labels: Tensor) -> None:
+    if len(student) != len(teacher) or not len(student):
+        raise ValueError(
+            'student and teacher must have the same number of blocks, at least one,'
+            f' got {len(student)} and {len(teacher)}'
+        )
+    if labels.ndim != 3 or labels.is_floating_point():
+        raise ValueError(
+            f'labels must be integers of shape (B, H, W), got {labels.dtype} {tuple(labels.shape)}'
+        )
+    for index, (new, old) in enumerate(zip(student, teacher, strict=True)):
+        if _describe(new) != _describe(old):
+            raise ValueError(
+                f'block {index}: student and teacher must agree,'
+                f' got {_describe(new)} and {_describe(old)}'
+            )
+        if new.shape[0] != len(labels):
+            raise ValueError(
+                f'block {index}: {new.shape[0]} images, but labels of shape {tuple(labels.shape)}'
+            )
+
+
+def _describe(block: Block) -> str:
+    """Kind, shape and grid of a block; two blocks can be compared when these are equal.
+
+    The width of a head may differ: it does not show in the attention.
+    """
+    if isinstance(block, AttentionMap):
+        return f'attention {tuple(block.shape)} on grid {tuple(block.query_hw)}'
+    if block.ndim != 4:
+        raise ValueError(f'features must be (B, C, h, w), got {tuple(block.shape)}')
+    return f'features {tuple(block.shape)}'
+
+
+def _attentions(output: SegmentorOutput) -> Sequence[Block]:
+    if not output.attentions:
+        raise ValueError(
+            'the segmentor returned no attention: attention transfer needs a backbone with'
+            ' forward_with_attention, such as AttentionMixVisionTransformer;'
+            " with any other use source='feature'"
+        )
+    return output.attentions
+
+
+def _features(output: SegmentorOutput) -> Sequence[Block]:
+    return output.features
+
+
+SOURCES = {
+    'attention': (_attentions,),
+    'feature': (_features,),
+    'both': (_attentions, _features),
+}
+
+
+@MODELS.register_module()
+class CRPDistillationLoss(nn.Module):
+    """Self-attention transfer by class-region pooling, L_a of SATS; see ``crp_loss``.
+
+    Args:
+        pooling: ``'class'``, ``'global'`` or ``'none'``.
+        source: what is handed on: ``'attention'``, ``'feature'`` (the block's output map) or
+            ``'both'``, the sum.
+        blocks: indices into the attentions or features of the backbone.
+        distance: ``'l2'`` or ``'squared_l2'``.
+        normalisation: ``'per_block'`` or ``'paper'``.
+        loss_weight: the factor of the loss, lambda_a.
+        ignore_index: the label that belongs to no class.
+
+    Raises:
+        ValueError: if an option is unknown or ``blocks`` is empty, negative or repeated.
+    """
+
+    def __init__(
+        self,
+        pooling: str = 'class',
+        source: str = 'attention',
+        blocks: Sequence[int] = (0, 1, 2, 3),
+        distance: str = 'l2',
+        normalisation: str = 'per_block',
+        loss_weight: float = 1.0,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        choose('pooling', pooling, POOLINGS)
+        choose('distance', distance, DISTANCES)
+        choose('normalisation', normalisation, NORMALISATIONS)
+        self._sources = choose('source', source, SOURCES)
+        self.blocks = tuple(blocks)
+        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(f'blocks must be different indices from 0 on, got {blocks}')
+        self.pooling = pooling
+        self.source = source
+        self.distance = distance
+        self.normalisation = normalisation
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the segmentor must ask its backbone for attention."""
+        return _attentions in self._sources
+
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; labels are (B, H, W).
+
+        Raises:
+            ValueError: if the attention is missing or a block is out of range, or as ``crp_loss``
+                does.
+        """
+        losses: Iterable[Tensor] = (
+            crp_loss(
+                self._pick(blocks_of(student), 'student'),
+                self._pick(blocks_of(teacher), 'teacher'),
+                labels,
+                pooling=self.pooling,
+                distance=self.distance,
+                normalisation=self.normalisation,
+                ignore_index=self.ignore_index,
+            )
+            for blocks_of in self._sources
+        )
+        return self.loss_weight * sum(losses)
+
+    def _pick(self, available: Sequence[Block], owner: str) -> list[Block]:
+        if max(self.blocks) >= len(available):
+            raise ValueError(
+                f'blocks {self.blocks}: the {owner} has only {len(available)} blocks,'
+                f' 0 to {len(available) - 1}'
+            )
+        return [available[index] for index in self.blocks]

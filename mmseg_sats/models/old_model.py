@@ -1,0 +1,97 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The old model: the frozen teacher of a stage, and the one way to run a segmentor for its parts."""
+
+import copy
+from typing import Any
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmseg.models import EncoderDecoder
+from torch import Tensor
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.models.classifier import shape_mismatches
+from mmseg_sats.models.output import SegmentorOutput
+
+
+def run_segmentor(
+    model: EncoderDecoder, inputs: Tensor, with_attention: bool
+) -> tuple[SegmentorOutput, tuple[Tensor, ...]]:
+    """Runs a segmentor once and keeps what losses may ask for.
+
+    Args:
+        model: any mmseg ``EncoderDecoder``.
+        inputs: preprocessed images (B, 3, H, W).
+        with_attention: whether the backbone's self-attention is asked for; the backbone then needs
+            ``forward_with_attention``.
+
+    Returns:
+        The output (logits (B, K, h, w) at the head's resolution, the encoder's feature maps, the
+        attention maps) and the head's inputs (after the neck, if there is one), for auxiliary heads.
+    """
+    attentions: tuple = ()
+    if with_attention:
+        features, attentions = model.backbone.forward_with_attention(inputs)
+    else:
+        features = model.backbone(inputs)
+    head_inputs = model.neck(features) if model.with_neck else features
+    logits = model.decode_head(head_inputs)
+    return SegmentorOutput(
+        logits, tuple(features), tuple(attentions), model.align_corners
+    ), head_inputs
+
+
+class OldModel:
+    """The frozen model as it stood after the previous stage.
+
+    Not an ``nn.Module``, on purpose: as an attribute of the student it stays out of its
+    ``state_dict``, optimizer, EMA and DDP wrapper, and ``train()`` does not reach it. Copies share it.
+
+    Args:
+        model: the old segmentor; put in eval mode and frozen for good.
+    """
+
+    def __init__(self, model: EncoderDecoder) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def from_checkpoint(
+        cls, model_cfg: dict[str, Any], num_classes: int, checkpoint: str
+    ) -> 'OldModel':
+        """Builds the old model from the student's own config and the previous stage's snapshot.
+
+        Args:
+            model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
+            num_classes: channels of the old model, background included.
+            checkpoint: path of the snapshot.
+
+        Raises:
+            ValueError: the snapshot lacks tensors or holds them in another shape.
+        """
+        model_cfg = copy.deepcopy(model_cfg)
+        model_cfg['decode_head'].update(
+            num_classes=num_classes, loss_decode=dict(type='CrossEntropyLoss')
+        )
+        model_cfg['decode_head'].pop('out_channels', None)
+        model_cfg['backbone'].pop('init_cfg', None)
+        model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
+        state_dict = load_checkpoint_safely(checkpoint)['state_dict']
+        missing = [key for key in model.state_dict() if key not in state_dict]
+        wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
+        if wrong:
+            raise ValueError(
+                f'{checkpoint} does not hold the old model of this stage '
+                f'({num_classes} classes): ' + '; '.join(wrong[:5])
+            )
+        # The student's auxiliary heads are in the snapshot too; the old model needs none.
+        model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
+        return cls(model)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
+        """The old model's output for images (B, 3, H, W), without gradients."""
+        return run_segmentor(self.model.to(inputs.device), inputs, with_attention)[0]
+
+    def __deepcopy__(self, memo: dict) -> 'OldModel':
+        # EMA copies the student; a frozen model needs no second copy.
+        return self

@@ -1,0 +1,279 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""PLOP's pseudo-labels: the old model speaks where it is sure, and is ignored where it is not.
+
+Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
+2021, section 3.3: the entropy of the old model's prediction against a threshold for each class.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_sats.suggest import check_choice
+
+
+def _normalised_entropy(q: Tensor) -> Tensor:
+    """-sum_c q_c log q_c / log K over the first of K channels' dimensions, in [0, 1]."""
+    if q.shape[0] == 1:
+        return torch.zeros_like(q[0])
+    return (torch.special.entr(q).sum(0) / math.log(q.shape[0])).clamp_(0, 1)
+
+
+def _released_entropy(q: Tensor) -> Tensor:
+    """PLOP's released code: a mean over the K channels, divided by log K twice; under 1/K/log K."""
+    if q.shape[0] == 1:
+        return torch.zeros_like(q[0])
+    mean = -(q * (q + 1e-8).log()).mean(0)
+    return (mean / math.log(q.shape[0] + 1e-8) / math.log(q.shape[0])).clamp_(0, 1)
+
+
+def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
+    """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
+
+    Values are taken to lie evenly within their bin, so the error is below one bin's width.
+    """
+    cumulative = counts.cumsum(1)
+    index = torch.searchsorted(cumulative, rank[:, None], right=True)
+    index = index.clamp_(max=counts.shape[1] - 1)
+    own = counts.gather(1, index)
+    within = (rank[:, None] - (cumulative.gather(1, index) - own) + 0.5) / own.clamp(min=1)
+    return ((index + within) / counts.shape[1])[:, 0]
+
+
+def _median(counts: Tensor) -> Tensor:
+    """The median of each row of (K, bins) counts over [0, 1]: (K,), 0 for an empty row."""
+    total = counts.sum(1)
+    lower, upper = ((total - 1).clamp(min=0) // 2, total // 2)
+    median = (_order_statistic(counts, lower) + _order_statistic(counts, upper)) / 2
+    return torch.where(total > 0, median, 0)
+
+
+def _released_median(counts: Tensor) -> Tensor:
+    """PLOP's released code: a running sum of bin numbers where a median has one of counts, (K,).
+
+    A class stops at the first bin whose count reaches from the running sum to half of its pixels.
+    One that never stops divides by its last bin's count, 0, and lets every pixel pass or none.
+    """
+    bins = counts.shape[1]
+    running = torch.arange(bins, dtype=torch.float64, device=counts.device).cumsum(0)
+    before = torch.cat([running.new_zeros(1), running[:-1]])
+    total = counts.sum(1, keepdim=True)
+    missing = total / 2 - before
+    stops = (missing >= 0) & (missing <= counts)
+    stopped = stops.any(1, keepdim=True)
+    index = torch.where(stopped, stops.int().argmax(1, keepdim=True), bins - 1)
+    missing = torch.where(stopped, missing.gather(1, index), total / 2 - running[-1])
+    threshold = (index + missing / counts.gather(1, index)) / bins
+    threshold = torch.where(total > 0, threshold, 0).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
+    return threshold[:, 0]
+
+
+@dataclass(frozen=True)
+class _ThresholdRule:
+    """How entropy is measured, and how a class's threshold follows from its histogram."""
+
+    bins: int
+    entropy: Callable[[Tensor], Tensor]
+    threshold: Callable[[Tensor], Tensor]
+
+
+_RULES: dict[str, _ThresholdRule] = {
+    'median': _ThresholdRule(65536, _normalised_entropy, _median),
+    'released': _ThresholdRule(100, _released_entropy, _released_median),
+}
+
+
+def _fixed_rule(value: float) -> _ThresholdRule:
+    """The same threshold for every class, whatever its pixels."""
+    return _ThresholdRule(1, _normalised_entropy, lambda counts: torch.full((len(counts),), value))
+
+
+@MODELS.register_module()
+class EntropyPseudoLabeler:
+    """Labels background pixels with the old model's class where its entropy is under a threshold.
+
+    A pixel of label 0, with q the old model's softmax and c its argmax (background too), becomes c
+    where u < threshold[c], and ``ignore_index`` elsewhere; u = -sum q log q / log K_o. Other labels
+    stay. The thresholds are each class's median of u over a stage's background pixels, found in one
+    pass before training: :meth:`reset`, :meth:`update` for every batch, :meth:`compute`.
+
+    A plain object, so nothing of it enters a model's ``state_dict``.
+
+    Args:
+        floor: least threshold of a class, also of one without pixels.
+        threshold: ``'median'``; ``'released'`` for the arithmetic of PLOP's released code, in which
+            entropy is averaged over classes rather than summed, divided by log K_o twice, and the
+            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes);
+            or a number in (0, 1], the same threshold for all classes, which needs no pass.
+        ignore_index: label of the pixels that the old model is not sure about.
+
+    Raises:
+        ValueError: for an unknown ``threshold``, or numbers out of range.
+    """
+
+    def __init__(
+        self, floor: float = 0.001, threshold: str | float = 'median', ignore_index: int = 255
+    ) -> None:
+        if not 0 <= floor <= 1:
+            raise ValueError(f'floor must be in [0, 1], got {floor}')
+        self.floor = floor
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self.needs_pass = isinstance(threshold, str)
+        """Whether thresholds must be found (or loaded) before the first call."""
+        self._rule = self._find_rule(threshold)
+        self._histograms: Tensor | None = None
+        self._thresholds: Tensor | None = None
+
+    @staticmethod
+    def _find_rule(threshold: str | float) -> _ThresholdRule:
+        if isinstance(threshold, str):
+            check_choice('threshold', threshold, _RULES)
+            return _RULES[threshold]
+        if not 0 < threshold <= 1:
+            raise ValueError(
+                f'threshold must be in (0, 1] or one of {sorted(_RULES)}, got {threshold}')
+        return _fixed_rule(threshold)
+
+    def reset(self, num_old: int) -> None:
+        """Forgets the last stage, for an old model of ``num_old`` channels, background included."""
+        if num_old < 1:
+            raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
+        self._histograms = torch.zeros(num_old, self._rule.bins, dtype=torch.int64)
+        self._thresholds = None
+
+    @property
+    def histograms(self) -> Tensor:
+        """(K_o, bins) int64 counts of background pixels by predicted class and entropy in [0, 1].
+
+        Ranks add theirs up before :meth:`compute`, in place or by setting the sum.
+        """
+        if self._histograms is None:
+            raise RuntimeError('EntropyPseudoLabeler has no histograms: call reset(num_old) first')
+        return self._histograms
+
+    @histograms.setter
+    def histograms(self, value: Tensor) -> None:
+        if value.shape != self.histograms.shape or value.dtype != torch.int64:
+            raise ValueError(f'histograms must be int64 of shape {tuple(self.histograms.shape)}, '
+                             f'got {value.dtype} of {tuple(value.shape)}')
+        self._histograms = value
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """(K_o,) float32, or None until computed, set or loaded."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: Tensor) -> None:
+        if value.dim() != 1 or not value.is_floating_point() or bool(value.isnan().any()):
+            raise ValueError(f'thresholds must be numbers of shape (K_o,), got {value.dtype} of '
+                             f'{tuple(value.shape)}: {value.tolist()}')
+        self._thresholds = value.detach().float()
+
+    @torch.no_grad()
+    def update(self, labels: Tensor, teacher_logits: Tensor) -> None:
+        """Counts the background pixels of a batch.
+
+        Args:
+            labels: (B, H, W) integers.
+            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
+
+        Raises:
+            ValueError: if the shapes disagree with each other or with ``num_old``.
+            RuntimeError: before :meth:`reset`.
+        """
+        self._check_shapes(labels, teacher_logits, len(self.histograms))
+        self._histograms = self.histograms.to(teacher_logits.device)
+        counts = self._histograms.view(-1)
+        for label, logits in zip(labels, teacher_logits, strict=True):
+            entropy, pseudo = self._predict(logits)
+            # No boolean indexing: on a GPU it would wait for the device once an image.
+            bins = (entropy * self._rule.bins).long().clamp_(max=self._rule.bins - 1)
+            index = pseudo * self._rule.bins + bins
+            counts.scatter_add_(0, index.flatten(), (label == 0).flatten().long())
+
+    @torch.no_grad()
+    def compute(self) -> Tensor:
+        """The thresholds (K_o,) of all pixels counted since :meth:`reset`, set and returned."""
+        # The pass is over: on the CPU the counts cost the training no GPU memory.
+        self._histograms = self.histograms.cpu()
+        thresholds = self._rule.threshold(self._histograms)
+        self.thresholds = thresholds.clamp(min=self.floor) if self.needs_pass else thresholds
+        return self._thresholds
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The completed labels.
+
+        Args:
+            labels: (B, H, W) integers; left as they are.
+            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
+
+        Returns:
+            A new tensor like ``labels``.
+
+        Raises:
+            RuntimeError: if the thresholds have not been found.
+            ValueError: if the shapes disagree with each other or with the thresholds.
+        """
+        if self._thresholds is None:
+            self._start_without_pass(teacher_logits.shape[1])
+        self._check_shapes(labels, teacher_logits, len(self._thresholds))
+        self._thresholds = self._thresholds.to(teacher_logits.device)
+        completed = labels.clone()
+        for label, logits in zip(completed, teacher_logits, strict=True):
+            entropy, pseudo = self._predict(logits)
+            sure = entropy < self._thresholds[pseudo]
+            taught = torch.where(sure, pseudo, self.ignore_index).to(label.dtype)
+            label.copy_(torch.where(label == 0, taught, label))
+        return completed
+
+    def _start_without_pass(self, num_old: int) -> None:
+        if self.needs_pass:
+            raise RuntimeError(
+                f'EntropyPseudoLabeler(threshold={self.threshold!r}) has no thresholds yet: '
+                'PseudoLabelThresholdHook finds them before a stage is trained; add it to '
+                'custom_hooks, or give a number as threshold')
+        self.reset(num_old)
+        self.compute()
+
+    def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy (H, W) and predicted class (H, W) of one image's logits (K_o, H, W)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._rule.entropy(logits.softmax(0)), logits.argmax(0)
+
+    @staticmethod
+    def _check_shapes(labels: Tensor, logits: Tensor, num_old: int) -> None:
+        if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
+            raise ValueError(f'teacher_logits must be (B, K_o, H, W) and labels (B, H, W) of that '
+                             f'size, got {tuple(logits.shape)} and {tuple(labels.shape)}')
+        if logits.shape[1] != num_old:
+            raise ValueError(f'teacher_logits have {logits.shape[1]} channels, expected the '
+                             f'{num_old} that the thresholds are for')
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule and its thresholds as plain values, for a JSON file."""
+        thresholds = None if self._thresholds is None else self._thresholds.tolist()
+        return {'threshold': self.threshold, 'floor': self.floor, 'thresholds': thresholds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the thresholds of :meth:`state_dict`.
+
+        Raises:
+            KeyError: if a key is missing.
+            ValueError: if they were found by another rule or floor than this object's.
+        """
+        for name in ('threshold', 'floor'):
+            if state[name] != getattr(self, name):
+                raise ValueError(f'the stored thresholds were found with {name}={state[name]!r}, '
+                                 f'expected {name}={getattr(self, name)!r}')
+        if state['thresholds'] is None:
+            self._thresholds = None
+        else:
+            self.thresholds = torch.tensor(state['thresholds'], dtype=torch.float32)

@@ -1,0 +1,170 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The segmentor that learns a stage: mmseg's EncoderDecoder beside its frozen predecessor."""
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.models import EncoderDecoder
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from mmseg.utils import SampleList, add_prefix
+from torch import Tensor, nn
+
+from mmseg_sats.models.classifier import (
+    CLASSIFIER_INITS,
+    check_head_can_grow,
+    grow_classifier,
+    shape_mismatches,
+)
+from mmseg_sats.models.old_model import OldModel, run_segmentor
+from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.suggest import check_choice
+
+
+@MODELS.register_module()
+class IncrementalEncoderDecoder(EncoderDecoder):
+    """EncoderDecoder plus old model, pseudo-labels and distillation.
+
+    The loss of a stage is ``segmentation_loss(student, labels) + sum_d d(student, teacher, labels)``;
+    the segmentation loss is the heads' own ``loss_decode``, on labels that the pseudo-labeler may have
+    completed. Without an old model (stage 0) only the segmentation loss is left.
+
+    A checkpoint whose classifiers have ``old_model.num_classes`` rows grows while it is loaded. Any other
+    difference in shape raises, where mmengine would only log it and leave random weights.
+
+    Args:
+        backbone: as in ``EncoderDecoder``; distilling attention needs one with ``forward_with_attention``.
+        decode_head: as in ``EncoderDecoder``, a head on ``BaseDecodeHead``.
+        old_model: ``dict(checkpoint=path, num_classes=channels with background)`` of the previous
+            stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
+            trained stage is served without it.
+        pseudo_labeler: config of an object called as ``labels = pseudo_labeler(labels, teacher_logits)``
+            with (B, H, W) and (B, K_old, H, W); or None.
+        distillation: name to config of losses (logged as ``loss_<name>``) called as
+            ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
+            so that a child config can drop a part.
+        classifier_init: how new classifier rows start, ``'balanced'`` (MiB) or ``'random'``.
+        **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
+            ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``, which refuses others.
+
+    Raises:
+        TypeError: a head cannot grow.
+        ValueError: a part asks for attention that the backbone cannot give.
+    """
+
+    def __init__(
+        self,
+        backbone: dict[str, Any],
+        decode_head: dict[str, Any],
+        *,
+        old_model: dict[str, Any] | None = None,
+        pseudo_labeler: dict[str, Any] | None = None,
+        distillation: dict[str, dict[str, Any] | None] | None = None,
+        classifier_init: str = 'balanced',
+        **kwargs: Any,
+    ) -> None:
+        check_choice('classifier_init', classifier_init, CLASSIFIER_INITS)
+        self_cfg = copy.deepcopy(
+            dict(backbone=backbone, decode_head=decode_head, neck=kwargs.get('neck'))
+        )
+        super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
+        self.classifier_init = classifier_init
+        self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
+        parts = {name: cfg for name, cfg in (distillation or {}).items() if cfg is not None}
+        self.distillation = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in parts.items()})
+        self._old_model: OldModel | None = None
+        self._old_model_cfg = dict(old_model, model_cfg=self_cfg) if old_model else None
+        for name, head in self._named_heads():
+            check_head_can_grow(name, head)
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self._needs_attention and not hasattr(self.backbone, 'forward_with_attention'):
+            raise ValueError(
+                f'distillation asks for self-attention, which backbone {type(self.backbone).__name__} does not give: '
+                'expected a backbone with forward_with_attention (e.g. AttentionMixVisionTransformer), '
+                "or source='feature' in CRPDistillationLoss"
+            )
+
+    @property
+    def _needs_attention(self) -> bool:
+        return any(getattr(part, 'needs_attention', False) for part in self.distillation.values())
+
+    @property
+    def old_model(self) -> OldModel | None:
+        """The frozen old model, read from its snapshot on first use; None in stage 0."""
+        if self._old_model is None and self._old_model_cfg is not None:
+            self._old_model = OldModel.from_checkpoint(**self._old_model_cfg)
+        return self._old_model
+
+    def _named_heads(self) -> Iterator[tuple[str, nn.Module]]:
+        yield 'decode_head', self.decode_head
+        if self.with_auxiliary_head:
+            is_list = isinstance(self.auxiliary_head, nn.ModuleList)
+            heads = self.auxiliary_head if is_list else [self.auxiliary_head]
+            for index, head in enumerate(heads):
+                yield (f'auxiliary_head.{index}' if is_list else 'auxiliary_head'), head
+
+    def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            inputs: preprocessed images (B, 3, H, W).
+            data_samples: their labels, ``gt_sem_seg`` (1, H, W) each.
+
+        Returns:
+            Name to scalar; names that hold ``loss`` are summed by mmengine.
+        """
+        labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
+        # Stage 0 and methods without a teacher's part never touch the old model.
+        taught = self._old_model_cfg is not None and (
+            len(self.distillation) > 0 or self.pseudo_labeler is not None
+        )
+        with_attention = taught and self._needs_attention
+        student, head_inputs = run_segmentor(self, inputs, with_attention)
+        teacher = self.old_model(inputs, with_attention) if taught else None
+        if teacher is not None and self.pseudo_labeler is not None:
+            labels = self.pseudo_labeler(labels, teacher.resized(labels.shape[-2:]))
+        losses = self._segmentation_losses(student, head_inputs, labels)
+        if teacher is not None:
+            losses.update(
+                {
+                    f'loss_{name}': part(student, teacher, labels)
+                    for name, part in self.distillation.items()
+                }
+            )
+        return losses
+
+    def _segmentation_losses(
+        self, student: SegmentorOutput, head_inputs: tuple[Tensor, ...], labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The heads' own losses on the completed labels (B, H, W), under mmseg's usual names."""
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+        losses = add_prefix(self.decode_head.loss_by_feat(student.logits, samples), 'decode')
+        for name, head in self._named_heads():
+            if name != 'decode_head':
+                prefix = name.replace('auxiliary_head', 'aux').replace('.', '_')
+                losses.update(add_prefix(head.loss(head_inputs, samples, self.train_cfg), prefix))
+        return losses
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        if self._old_model_cfg is not None:
+            for name, head in self._named_heads():
+                grow_classifier(
+                    state_dict,
+                    f'{prefix}{name}.',
+                    head,
+                    self._old_model_cfg['num_classes'],
+                    self.classifier_init,
+                )
+        wrong = shape_mismatches(state_dict, self, prefix)
+        if wrong:
+            raise ValueError(
+                'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,238 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The Mix Transformer with attention is the stock one, and its attention is the stock one's."""
+
+from typing import Any
+
+import pytest
+import torch
+from mmseg.models.backbones import MixVisionTransformer
+from mmseg.models.backbones.mit import TransformerEncoderLayer
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
+from tests.shared import shared_path
+
+SMALL: dict[str, Any] = {
+    'embed_dims': 8,
+    'num_layers': [2, 1, 1, 2],
+    'num_heads': [1, 2, 3, 4],
+    'sr_ratios': [4, 2, 2, 1],
+}
+MIT_B0: dict[str, Any] = {'embed_dims': 32, 'num_layers': [2, 2, 2, 2], 'num_heads': [1, 2, 5, 8]}
+
+
+def make_pair(
+    **config: Any,
+) -> tuple[MixVisionTransformer, AttentionMixVisionTransformer]:
+    """Stock and own backbone with the same random parameters, in eval mode."""
+    torch.manual_seed(0)
+    stock = MixVisionTransformer(
+        **{name: value for name, value in config.items() if name != 'attention_layers'}
+    )
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    own = AttentionMixVisionTransformer(**config)
+    own.load_state_dict(stock.state_dict(), strict=True)
+    return stock.eval(), own.eval()
+
+
+def images(height: int = 64, width: int = 96, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def parameter_gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def scalar(features: list[Tensor]) -> Tensor:
+    return sum((feature * feature.detach().cos()).mean() for feature in features)
+
+
+def stock_attention(stock: MixVisionTransformer, x: Tensor) -> list[Tensor]:
+    """The attention weights of each layer, asked of each nn.MultiheadAttention with its own
+    inputs."""
+    weights: list[Tensor] = []
+
+    def ask(module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        module_inputs = (kwargs['query'], kwargs['key'], kwargs['value'])
+        # forward, not the module itself: the hook must not call itself.
+        result = module.forward(*module_inputs, need_weights=True, average_attn_weights=False)
+        weights.append(result[1])
+
+    hooks = [
+        module.register_forward_pre_hook(ask, with_kwargs=True)
+        for module in stock.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+    stock(x)
+    for hook in hooks:
+        hook.remove()
+    return weights
+
+
+@pytest.mark.parametrize('config', [SMALL, MIT_B0], ids=['small', 'mit_b0'])
+@pytest.mark.parametrize('size', [(64, 64), (75, 101)])
+def test_features_are_those_of_stock(config: dict[str, Any], size: tuple[int, int]) -> None:
+    stock, own = make_pair(**config)
+    with torch.no_grad():
+        expected, got = stock(images(*size)), own(images(*size))
+        with_attention, _ = own.forward_with_attention(images(*size))
+    assert type(got) is type(expected)
+    for mine, again, theirs in zip(got, with_attention, expected, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again, mine)
+
+
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_gradients_are_those_of_stock(qkv_bias: bool) -> None:
+    stock, own = (model.double() for model in make_pair(**SMALL, qkv_bias=qkv_bias))
+    for model in (stock, own):
+        scalar(model(images(45, 67).double())).backward()
+    expected = parameter_gradients(stock)
+    assert any('in_proj_bias' in name for name in expected) == qkv_bias
+    for name, gradient in parameter_gradients(own).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-9, rtol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize('config', [SMALL, MIT_B0], ids=['small', 'mit_b0'])
+@pytest.mark.parametrize('layers', ['last', 'all'])
+def test_attention_is_that_of_stock(config: dict[str, Any], layers: str) -> None:
+    stock, own = make_pair(**config, attention_layers=layers)
+    with torch.no_grad():
+        expected = stock_attention(stock, images(75, 101))
+        _, attentions = own.forward_with_attention(images(75, 101))
+    ends = torch.tensor(config['num_layers']).cumsum(0) - 1
+    if layers == 'last':
+        expected = [expected[end] for end in ends]
+    assert len(attentions) == len(expected)
+    for mine, theirs in zip(attentions, expected, strict=True):
+        assert isinstance(mine, AttentionMap)
+        torch.testing.assert_close(mine.dense(), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_grids_and_heads_of_each_stage() -> None:
+    _, own = make_pair(**SMALL)
+    features, attentions = own.forward_with_attention(images(64, 96))
+    assert [attention.num_heads for attention in attentions] == SMALL['num_heads']
+    assert [attention.key_hw for attention in attentions] == [(4, 6), (4, 6), (2, 3), (2, 3)]
+    for feature, attention in zip(features, attentions, strict=True):
+        assert attention.query_hw == tuple(feature.shape[2:])
+        assert attention.scale == pytest.approx(8**-0.5)
+
+
+def test_all_stages_have_attention_whatever_out_indices() -> None:
+    _, own = make_pair(**SMALL, out_indices=(1, 3))
+    features, attentions = own.forward_with_attention(images())
+    assert [feature.shape[1] for feature in features] == [16, 32]
+    assert [attention.num_heads for attention in attentions] == SMALL['num_heads']
+
+
+def test_attention_trains_queries_and_keys() -> None:
+    _, own = make_pair(**SMALL)
+    _, attentions = own.forward_with_attention(images())
+    labels = torch.ones(2, *attentions[-1].query_hw, dtype=torch.long)
+    attentions[-1].pool(labels)[0].square().sum().backward()
+    gradient = own.layers[3][1][1].attn.attn.in_proj_weight.grad
+    query, key, value = gradient.chunk(3)
+    assert query.abs().sum() > 0
+    assert key.abs().sum() > 0
+    assert value.abs().sum() == 0
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    _, plain = make_pair(**SMALL)
+    _, saving = make_pair(**SMALL, with_cp=True)
+    for model in (plain, saving):
+        model.train()
+        features, attentions = model.forward_with_attention(images())
+        dense = sum(attention.dense().square().sum() for attention in attentions)
+        (scalar(features) + dense).backward()
+    expected = parameter_gradients(plain)
+    for name, gradient in parameter_gradients(saving).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_checkpointing_runs_a_layer_again_in_backward() -> None:
+    _, saving = make_pair(**SMALL, with_cp=True)
+    calls = []
+    saving.layers[0][1][1].norm1.register_forward_hook(lambda *_: calls.append(1))
+    scalar(saving(images())).backward()
+    assert len(calls) == 2
+    with torch.no_grad():
+        saving(images())
+    assert len(calls) == 3
+
+
+def test_all_dropouts_are_at_work_in_training_only() -> None:
+    for name in ('drop_rate', 'attn_drop_rate', 'drop_path_rate'):
+        _, own = make_pair(**SMALL, **{name: 0.5})
+        quiet = own(images())[-1]
+        torch.testing.assert_close(own(images())[-1], quiet)
+        own.train()
+        assert not torch.allclose(own(images())[-1], own(images())[-1]), name
+        scalar(own(images())).backward()
+        gradients = [g for g in parameter_gradients(own).values() if g is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_stochastic_depth_drops_the_same_branches_as_stock() -> None:
+    stock, own = (model.train() for model in make_pair(**SMALL, drop_path_rate=0.6))
+    torch.manual_seed(5)
+    expected = stock(images())
+    torch.manual_seed(5)
+    for mine, theirs in zip(own(images()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_taken_before_attention_dropout() -> None:
+    _, own = make_pair(**SMALL, attn_drop_rate=0.5)
+    first = own.train().forward_with_attention(images())[1][0]
+    torch.testing.assert_close(first.dense().sum(-1), torch.ones(first.shape[:3]))
+
+
+def test_bfloat16_autocast() -> None:
+    _, own = make_pair(**SMALL)
+    with torch.autocast('cpu', torch.bfloat16):
+        features, attentions = own.forward_with_attention(images())
+        dense = attentions[0].dense()
+        loss = scalar(features) + dense.square().sum()
+    assert dense.dtype == torch.float32
+    loss.backward()
+    assert all(g.isfinite().all() for g in parameter_gradients(own).values() if g is not None)
+
+
+def test_submodules_are_stock() -> None:
+    _, own = make_pair(**SMALL)
+    blocks = [block for stage in own.layers for block in stage[1]]
+    assert {type(block) for block in blocks} == {TransformerEncoderLayer}
+
+
+def test_built_from_the_registry_with_pretrained_weights(tmp_path) -> None:
+    stock, _ = make_pair(**SMALL)
+    torch.save({'state_dict': stock.state_dict()}, tmp_path / 'mit.pth')
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(tmp_path / 'mit.pth')}
+    own = MODELS.build({'type': 'AttentionMixVisionTransformer', 'init_cfg': init_cfg, **SMALL})
+    own.init_weights()
+    for name, tensor in own.state_dict().items():
+        torch.testing.assert_close(tensor, stock.state_dict()[name], msg=name)
+
+
+def test_shared_weights_load_strictly() -> None:
+    state = torch.load(shared_path('weights/mit_b0.pth'), weights_only=True)['state_dict']
+    stock, own = MixVisionTransformer(**MIT_B0), AttentionMixVisionTransformer(**MIT_B0)
+    for model in (stock, own):
+        model.load_state_dict(state, strict=True)
+        model.eval()
+    with torch.no_grad():
+        for mine, theirs in zip(own(images()), stock(images()), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_attention_layers_and_typos_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'lst' is unknown \(did you mean 'last'\?\)"):
+        AttentionMixVisionTransformer(attention_layers='lst')
+    with pytest.raises(TypeError, match='embed_dim'):
+        AttentionMixVisionTransformer(embed_dim=32)
