@@ -1,0 +1,76 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Finds the pseudo-labeler's thresholds at the start of a stage."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, barrier, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmseg_sats.checkpoint import write_json
+from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
+
+
+@HOOKS.register_module()
+class PseudoLabelThresholdHook(Hook):
+    """One inference pass of the old model over the stage's training images before training.
+
+    The images go through the evaluation's pipeline, without augmentation, so that the thresholds
+    depend on nothing but the stage, and are the same on any number of ranks. They are kept in
+    ``pseudo_label_thresholds.json`` of the stage's work dir, from which a resumed run takes them.
+
+    Args:
+        file_name: name of that file.
+    """
+
+    def __init__(self, file_name: str = 'pseudo_label_thresholds.json') -> None:
+        self.file_name = file_name
+
+    def before_train(self, runner: Runner) -> None:
+        """Sets the thresholds of the model's pseudo-labeler, if it has an old model to label with."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        labeler = getattr(model, 'pseudo_labeler', None)
+        if labeler is None or model.old_model is None or not labeler.needs_pass:
+            return
+        path = Path(runner.work_dir) / self.file_name
+        if path.exists():
+            labeler.load_state_dict(json.loads(path.read_text()))
+        else:
+            self._find(runner, model)
+            barrier()
+            if is_main_process():
+                write_json(path, labeler.state_dict())
+        runner.logger.info(f'pseudo-labels: {labeler.state_dict()}')
+
+    @torch.no_grad()
+    def _find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:
+        labeler = model.pseudo_labeler
+        labeler.reset(model.old_model.model.num_classes)
+        device = next(model.parameters()).device
+        for batch in Runner.build_dataloader(self._dataloader_cfg(runner)):
+            data = model.data_preprocessor(batch, False)
+            labels = torch.stack(
+                [sample.gt_sem_seg.data for sample in data['data_samples']]
+            ).squeeze(1)
+            output = model.old_model(data['inputs'])
+            labeler.update(labels.to(device).long(), output.resized(labels.shape[-2:]))
+        all_reduce(labeler.histograms)
+        labeler.compute()
+
+    @staticmethod
+    def _dataloader_cfg(runner: Runner) -> dict[str, Any]:
+        """The stage's training images, each once, as evaluation would see them."""
+        dataset = copy.deepcopy(runner.cfg.train_dataloader.dataset)
+        dataset.pipeline = copy.deepcopy(runner.cfg.test_dataloader.dataset.dataset.pipeline)
+        return dict(
+            dataset=dataset,
+            batch_size=1,
+            num_workers=runner.cfg.train_dataloader.get('num_workers', 0),
+            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+        )

@@ -1,0 +1,221 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The stages of a run, one ordinary mmengine Runner each."""
+
+import copy
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import MessageHub, MMLogger, print_log
+from mmengine.registry import RUNNERS, DefaultScope, init_default_scope
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.visualization import Visualizer
+from mmseg.registry import DATASETS
+
+from mmseg_sats.checkpoint import write_json, write_text
+from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.results import (
+    forgetting_table,
+    run_results,
+    stage_results,
+    stage_table,
+    write_results,
+)
+from mmseg_sats.engine.snapshot import (
+    adopt_base,
+    load_snapshot,
+    save_snapshot,
+    unwrap,
+    write_weights,
+)
+from mmseg_sats.engine.stage_config import (
+    build_stage_config,
+    config_words,
+    resolve_words,
+    stage_dir,
+)
+from mmseg_sats.protocol import Protocol, Stage
+
+IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
+
+
+@RUNNERS.register_module()
+class IncrementalRunner:
+    """Runs a config through all stages of its protocol.
+
+    Each stage gets a config of its own (``stage_k/config.py``), a fresh Runner that trains with it, a
+    snapshot, an evaluation of that snapshot, and last a file ``done``. Hooks may define
+    ``before_stage(runner, stage)`` and ``after_stage(runner, stage, metrics)``.
+
+    Args:
+        cfg: the run's config. Beside mmseg's keys it has ``protocol`` and ``work_dir``, and may have ``split``,
+            ``class_order``, ``setting``, ``initial_stage``, ``later_stages`` (see ``stage_config``),
+            ``base`` (a checkpoint from which stage 0 is taken) and ``resume``.
+
+    Raises:
+        ValueError: an impossible protocol, or a work dir that holds a run already and no ``resume``.
+        KeyError: the config uses a word that it does not define.
+        FileNotFoundError: ``base`` does not exist.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = copy.deepcopy(cfg)
+        self.work_dir = Path(cfg.work_dir)
+        self.base = Path(cfg.base) if cfg.get('base') else None
+        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        # In the config that is kept, the method's name no longer depends on the folder it came from.
+        self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
+        self.cfg.setdefault('memory', 0)
+        self.protocol = self._build_protocol()
+        if self.base is not None and not self.base.is_file():
+            raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
+        self._check_work_dir()
+        # An undefined word shows before the first stage, not at the last.
+        for stage in self.protocol.stages:
+            build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
+        join_process_group(self.cfg)
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
+        """As mmengine's ``RUNNERS.build(cfg)`` calls it."""
+        return cls(cfg)
+
+    def train(self) -> dict[str, Any]:
+        """Runs every stage that is not done.
+
+        Returns:
+            The contents of results.json.
+        """
+        if is_main_process():
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
+        finished: list[dict[str, Any]] = []
+        for stage in self.protocol.stages:
+            folder = stage_dir(self.work_dir, stage.index)
+            if not (folder / 'done').exists():
+                self._run_stage(stage, folder)
+            finished.append(json.loads((folder / 'metrics.json').read_text())['results'])
+            results = self._report(finished)
+        print_log(
+            f'{self.cfg.method} {self.cfg.protocol}: after the last stage\n{stage_table(results)}\n'
+            f'{forgetting_table(results)}',
+            logger='current',
+        )
+        return results
+
+    def _run_stage(self, stage: Stage, folder: Path) -> None:
+        cfg = build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / 'config.py', cfg.pretty_text)
+        barrier()
+        snapshot = folder / 'snapshot.pth'
+        if self.cfg.get('resume') and find_latest_checkpoint(str(folder)):
+            # mmengine resumes optimizer, schedulers and counters; the old snapshot is only a stage's start.
+            cfg.resume, cfg.load_from = True, None
+        runner = Runner.from_cfg(cfg)
+        runner.logger.info(
+            f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '
+            f'{len(stage.old)} old'
+        )
+        runner.call_hook('before_stage', stage=stage)
+        seconds = time.perf_counter()
+        images = self._make_snapshot(runner, snapshot)
+        seconds = time.perf_counter() - seconds
+        load_snapshot(runner.model, snapshot)
+        metrics = runner.test_loop.run()
+        runner.call_hook('after_stage', stage=stage, metrics=metrics)
+        if is_main_process():
+            classes = runner.test_dataloader.dataset.metainfo['classes']
+            result = stage_results(
+                stage.index, classes[len(classes) - len(stage.new) :], images, metrics, classes
+            )
+            write_json(folder / 'metrics.json', dict(results=result, train_seconds=seconds))
+            write_text(folder / 'done', '')
+        barrier()
+        _release(runner)
+
+    def _make_snapshot(self, runner: Runner, path: Path) -> int | None:
+        """Trains the stage, or takes stage 0 from ``base``; returns the number of training images."""
+        from_base = self.base is not None and path.parent.name == 'stage_0'
+        if from_base:
+            images = None
+        else:
+            train_dataset = DATASETS.build(runner.cfg.train_dataloader.dataset)
+            images = len(train_dataset)
+        if path.exists():
+            return images
+        if from_base:
+            meta = runner.test_dataloader.dataset.metainfo
+            names = [
+                name for name, _ in unwrap(runner.model).named_children() if name.endswith('_head')
+            ]
+            weights = adopt_base(runner.model, names, self.base, meta['classes'])
+            if is_main_process():
+                write_weights(path, weights, dict(dataset_meta=_plain_meta(meta)))
+        else:
+            runner.train()
+            if is_main_process():
+                save_snapshot(runner, path, _plain_meta(runner.train_dataloader.dataset.metainfo))
+        barrier()
+        return images
+
+    def _report(self, finished: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes the results so far and returns them."""
+        identity = {
+            key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
+        }
+        identity['class_order'] = list(self.protocol.class_order)
+        results = run_results(identity, finished)
+        if is_main_process():
+            write_results(self.work_dir, results)
+        return results
+
+    def _build_protocol(self) -> Protocol:
+        cfg = self.cfg.train_dataloader.dataset
+        cfg = resolve_words(cfg.to_dict(), config_words(self.cfg) | dict(stage=0))
+        num_classes = DATASETS.build(dict(cfg, lazy_init=True)).protocol.num_classes
+        return Protocol(
+            self.cfg.protocol, num_classes, self.cfg.get('class_order'), self.cfg.get('split')
+        )
+
+    def _check_work_dir(self) -> None:
+        """A finished stage is never overwritten by accident."""
+        done = sorted(path.parent.name for path in self.work_dir.glob('stage_*/done'))
+        if done and not self.cfg.get('resume'):
+            raise ValueError(
+                f'{self.work_dir} already holds finished stages ({", ".join(done)}): '
+                'pass --resume to go on with that run, or another --work-dir'
+            )
+
+
+def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
+    """Classes and palette as plain lists, which a safe read of the snapshot accepts."""
+    return dict(
+        classes=[str(name) for name in metainfo['classes']],
+        palette=[[int(value) for value in colour] for colour in metainfo['palette']],
+    )
+
+
+def _release(runner: Runner) -> None:
+    """Lets go of a finished stage: its workers, model, log files and mmengine's global entries."""
+    for handler in list(runner.logger.handlers):
+        handler.close()
+    for manager, name in (
+        (MMLogger, runner.logger.instance_name),
+        (MessageHub, runner.message_hub.instance_name),
+        (Visualizer, runner.visualizer.instance_name),
+        (DefaultScope, runner.default_scope.instance_name),
+    ):
+        # The last instance stays: mmengine has no "no current logger".
+        if len(manager._instance_dict) > 1:
+            manager._instance_dict.pop(name, None)
+    runner.__dict__.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,104 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Snapshots: the weights a stage leaves, for the next stage, for evaluation and for everybody else."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmseg_sats.checkpoint import load_checkpoint_safely, write_atomically
+from mmseg_sats.models.classifier import add_background, shape_mismatches
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a DDP wrapper, or the model itself."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def save_snapshot(runner: Runner, path: Path, dataset_meta: dict[str, Any]) -> None:
+    """Writes the model's weights (the averaged ones where EMA runs) and its classes, atomically.
+
+    Args:
+        runner: the stage's runner, after training.
+        path: where to.
+        dataset_meta: ``classes`` and ``palette``, which ``mmseg.apis.init_model`` reads.
+    """
+    weights = {
+        key: value.detach().cpu() for key, value in unwrap(runner.model).state_dict().items()
+    }
+    checkpoint = dict(meta=dict(dataset_meta=dataset_meta, seed=runner.seed), state_dict=weights)
+    # EMAHook exchanges the averaged weights into `state_dict` here.
+    runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
+    write_weights(path, checkpoint['state_dict'], checkpoint['meta'])
+
+
+def write_weights(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Writes ``dict(meta, state_dict)`` atomically; nothing in it needs code to be read."""
+    write_atomically(
+        path, lambda file: torch.save(dict(meta=meta, state_dict=dict(state_dict)), file)
+    )
+
+
+def load_snapshot(model: nn.Module, path: Path) -> None:
+    """Loads a snapshot strictly: every tensor, in its shape.
+
+    Raises:
+        ValueError: tensors are missing, unknown, or of another shape.
+    """
+    model = unwrap(model)
+    state_dict = load_checkpoint_safely(path)['state_dict']
+    own = model.state_dict()
+    problems = [f'{key}: missing' for key in own if key not in state_dict]
+    problems += [f'{key}: not in the model' for key in state_dict if key not in own]
+    problems += shape_mismatches(state_dict, model)
+    if problems:
+        raise ValueError(f'{path} does not fit the model of this stage: ' + '; '.join(problems[:5]))
+    model.load_state_dict(state_dict)
+
+
+def adopt_base(
+    model: nn.Module, head_names: Sequence[str], checkpoint: Path, classes: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights for stage 0 out of a checkpoint that was trained elsewhere.
+
+    Args:
+        model: the stage-0 model, for the shapes.
+        head_names: its heads, e.g. ``['decode_head']``.
+        checkpoint: another run's ``stage_0/snapshot.pth``, or any mmseg checkpoint with the base classes.
+            One without a background channel gets a new one (``add_background``).
+        classes: names of background and base classes, in channel order.
+
+    Returns:
+        The state dict, complete and of the model's shapes.
+
+    Raises:
+        ValueError: other classes, another order of classes, or another model.
+    """
+    loaded = load_checkpoint_safely(checkpoint)
+    model = unwrap(model)
+    own = model.state_dict()
+    state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
+    names = loaded['meta'].get('dataset_meta', {}).get('classes')
+    rows = state_dict.get('decode_head.conv_seg.weight', torch.empty(0)).shape[0]
+    without_background = rows == len(classes) - 1
+    expected = list(classes[1:] if without_background else classes)
+    if names is not None and len(names) == len(expected) and list(names) != expected:
+        raise ValueError(
+            f'--base {checkpoint} was trained on classes {list(names)}, expected {expected} in this order'
+        )
+    if without_background:
+        for name in head_names:
+            add_background(state_dict, f'{name}.')
+    problems = [f'{key}: missing' for key in own if key not in state_dict] + shape_mismatches(
+        state_dict, model
+    )
+    if problems:
+        raise ValueError(
+            f'--base {checkpoint} does not fit stage 0 ({len(classes)} classes with background): '
+            + '; '.join(problems[:5])
+        )
+    return {key: state_dict[key] for key in own}

@@ -1,0 +1,135 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""From one config to a config per stage: an ordinary mmseg config that any mmseg tool can run.
+
+**Words.** A string ``'$name'`` anywhere in the config stands for a value: one of the config's own
+top-level values (``data_root``, ``epochs``, ``crop_size``, ``batch_size``, ``seed``, ``protocol`` and any
+other that a config defines), or one that only the stage knows (``STAGE_WORDS``). So one
+``--cfg-options epochs=3`` reaches schedule, data and model of every stage.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.suggest import near_match
+
+STAGE_WORDS = {
+    'stage': 'index of the stage',
+    'num_classes': "channels of the stage's model, background included",
+    'num_old_classes': 'channels of the old model, background included (1 in stage 0)',
+    'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
+}
+_WORD = re.compile(r'^\$(\w+)$')
+
+
+def stage_dir(work_dir: str | Path, index: int) -> Path:
+    """The folder of stage ``index`` in a run's work dir."""
+    return Path(work_dir) / f'stage_{index}'
+
+
+def config_words(cfg: Config) -> dict[str, Any]:
+    """The top-level values of ``cfg``, all of which may be used as words, ``crop_size`` as (h, w)."""
+    words = dict(cfg._cfg_dict.to_dict())
+    size = words.get('crop_size')
+    if isinstance(size, int):
+        words['crop_size'] = (size, size)
+    elif size is not None:
+        words['crop_size'] = tuple(size)
+    if size is not None:
+        height, width = words['crop_size']
+        words['crop_scale'] = (4 * width, height)
+    return words
+
+
+def resolve_words(value: Any, words: dict[str, Any], path: str = '') -> Any:
+    """A copy of ``value`` in which every ``'$word'`` is replaced.
+
+    Args:
+        value: any nesting of dicts, lists, tuples and plain values.
+        words: what the words stand for.
+        path: where ``value`` stands in the config, for messages.
+
+    Raises:
+        KeyError: a word that is not defined, with the key it stands at.
+    """
+    if isinstance(value, dict):
+        return {
+            key: resolve_words(item, words, f'{path}.{key}'.lstrip('.'))
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(
+            resolve_words(item, words, f'{path}[{i}]') for i, item in enumerate(value)
+        )
+    match = _WORD.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match[1] not in words:
+        raise KeyError(
+            f'{path}={value!r}: the config defines no {match[1]!r}{near_match(match[1], words)}; '
+            f'expected one of {sorted(words)}'
+        )
+    if words[match[1]] == value:
+        raise KeyError(f'{path}={value!r} stands for itself')
+    return resolve_words(words[match[1]], words, path)
+
+
+def build_stage_config(
+    cfg: Config, protocol: Protocol, stage: Stage, work_dir: str | Path
+) -> Config:
+    """The config of one stage.
+
+    ``initial_stage`` or ``later_stages`` (partial configs) are merged in first, then words are
+    resolved, then come the things that only the stage knows: the heads' sizes, the old model, where
+    weights start, names and folders.
+
+    Args:
+        cfg: the run's config.
+        protocol: its protocol.
+        stage: which stage.
+        work_dir: the run's work dir; the stage's is ``stage_k`` in it.
+
+    Returns:
+        A config for ``mmengine.Runner`` and every mmseg tool.
+
+    Raises:
+        KeyError: an undefined word.
+    """
+    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    parts = {name: merged.pop(name, {}) for name in ('initial_stage', 'later_stages')}
+    merged.merge_from_dict(parts['initial_stage' if stage.index == 0 else 'later_stages'])
+    words = config_words(merged) | dict(
+        stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
+    )
+    result = Config(resolve_words(merged._cfg_dict.to_dict(), words))
+    result.pop('runner_type', None)
+    _set_model(result.model, stage, work_dir)
+    _set_names(result, stage, work_dir)
+    if stage.index > 0:
+        result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
+    return result
+
+
+def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
+    heads = model.get('auxiliary_head') or []
+    for head in [model.decode_head, *(heads if isinstance(heads, list) else [heads])]:
+        head.num_classes = stage.num_seen_labels
+    pretrained = model.backbone.get('init_cfg') or {}
+    # Later stages take all weights from the snapshot; a null checkpoint asks for a random start.
+    if stage.index > 0 or ('checkpoint' in pretrained and pretrained['checkpoint'] is None):
+        model.backbone.init_cfg = None
+    if stage.index > 0:
+        snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
+        model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
+
+
+def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
+    """A name of its own for every stage, or a later stage logs into the folder of an earlier one."""
+    cfg.work_dir = str(stage_dir(work_dir, stage.index))
+    cfg.experiment_name = f'{Path(work_dir).name}_stage_{stage.index}'
+    if cfg.get('visualizer'):
+        cfg.visualizer.name = f'{Path(work_dir).resolve()}_stage_{stage.index}'

@@ -1,0 +1,6 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Metrics of incremental learning."""
+
+from mmseg_sats.evaluation.incremental_iou import IncrementalIoUMetric
+
+__all__ = ['IncrementalIoUMetric']
