@@ -1,0 +1,72 @@
+"""Pascal VOC 2012 with SBD's masks (train_aug, 10,582 images): crop, flip and scale as mmseg does."""
+dataset = 'voc'
+data_root = 'data/VOCdevkit/VOC2012'
+train_list = 'ImageSets/Segmentation/train_aug.txt'
+val_list = 'ImageSets/Segmentation/val.txt'
+train_masks = 'SegmentationClassAug'
+val_masks = 'SegmentationClass'
+crop_size = 512
+batch_size = 24
+num_workers = 4
+
+protocol = '15-1'
+setting = 'overlapped'
+class_order = None
+split = None
+eval_future = 'background'
+eval_images = 'seen'
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    # The data set puts the stage's relabelling here.
+    dict(type='RandomResize', scale='$crop_scale', ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size='$crop_size', cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs')
+]
+# Whole images at their own size.
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs')
+]
+train_dataloader = dict(
+    batch_size='$batch_size',
+    num_workers='$num_workers',
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='IncrementalDataset',
+        mode='train',
+        protocol='$protocol',
+        split='$split',
+        stage='$stage',
+        setting='$setting',
+        class_order='$class_order',
+        dataset=dict(
+            type='PascalVOCDataset',
+            data_root='$data_root',
+            ann_file='$train_list',
+            data_prefix=dict(img_path='JPEGImages', seg_map_path='$train_masks'),
+            pipeline='$train_pipeline')))
+test_dataloader = dict(
+    batch_size=1,
+    num_workers='$num_workers',
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='IncrementalDataset',
+        mode='eval',
+        protocol='$protocol',
+        split='$split',
+        stage='$stage',
+        class_order='$class_order',
+        eval_future='$eval_future',
+        eval_images='$eval_images',
+        dataset=dict(
+            type='PascalVOCDataset',
+            data_root='$data_root',
+            ann_file='$val_list',
+            data_prefix=dict(img_path='JPEGImages', seg_map_path='$val_masks'),
+            pipeline='$test_pipeline')))

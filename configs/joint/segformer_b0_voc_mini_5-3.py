@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b0_voc_mini.py', './joint.py']
+protocol = 'joint'
+split = '5-3'

@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_tiny_shapes.py', './joint.py']
+protocol = 'joint'
+split = '3-1'

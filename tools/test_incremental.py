@@ -1,0 +1,67 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Evaluates the stages of a run again, from their snapshots.
+
+python tools/test_incremental.py work_dirs/sats/segformer_b2_voc_15-1 [--stage 5]
+"""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from mmseg_sats.checkpoint import write_json
+from mmseg_sats.engine.results import stage_results
+from mmseg_sats.engine.snapshot import load_snapshot
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description='Evaluate the stages of a run from their snapshots'
+    )
+    parser.add_argument('work_dir', type=Path, help="a run's work dir")
+    parser.add_argument('--stage', type=int, help='this stage only (default: every finished one)')
+    parser.add_argument(
+        '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
+    )
+    return parser.parse_args()
+
+
+def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
+    """Evaluates the snapshot in ``folder``; returns the stage's entry as in results.json."""
+    cfg = Config.fromfile(folder / 'config.py')
+    cfg.merge_from_dict(options or {})
+    cfg.work_dir = str(out / folder.name)
+    # Nothing is trained: the old model and the snapshot it starts from may be gone.
+    cfg.load_from, cfg.model.old_model = None, None
+    runner = Runner.from_cfg(cfg)
+    load_snapshot(runner.model, folder / 'snapshot.pth')
+    metrics = runner.test_loop.run()
+    dataset = runner.test_dataloader.dataset
+    classes = dataset.metainfo['classes']
+    new = classes[len(classes) - len(dataset.stage.new) :]
+    return stage_results(dataset.stage.index, new, None, metrics, classes)
+
+
+def main() -> None:
+    """Evaluates one stage or all of them."""
+    args = parse_args()
+    pattern = 'stage_*' if args.stage is None else f'stage_{args.stage}'
+    folders = sorted(
+        (path.parent for path in args.work_dir.glob(f'{pattern}/snapshot.pth')),
+        key=lambda path: int(path.name.removeprefix('stage_')),
+    )
+    if not folders:
+        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot')
+    out = args.out or args.work_dir / 'test'
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / 'test.json', [test_stage(folder, out, args.cfg_options) for folder in folders])
+    print(f'wrote {out / "test.json"}')
+
+
+if __name__ == '__main__':
+    main()

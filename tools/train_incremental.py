@@ -1,0 +1,69 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Trains a method through all stages of its protocol.
+
+python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py [--work-dir D] [--resume]
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description='Train a method through all stages of its protocol'
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='where to write (default: work_dirs/METHOD/CONFIG)')
+    parser.add_argument('--resume', action='store_true', help='go on with the run in the work dir')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--base',
+        metavar='CHECKPOINT',
+        help='take stage 0 from this checkpoint instead of training it',
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torch.distributed.launch passes it with a dash or an underscore, torchrun by the environment.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def use_amp(cfg: Config) -> None:
+    """Mixed precision: float16 with loss scaling on a GPU, bfloat16 on a CPU."""
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    if torch.cuda.is_available():
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    else:
+        cfg.optim_wrapper.dtype = 'bfloat16'
+
+
+def main() -> None:
+    """Builds the config and runs it."""
+    args = parse_args()
+    if not Path(args.config).is_file():
+        raise SystemExit(f'config {args.config} does not exist')
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    path = Path(args.config)
+    cfg.work_dir = (
+        args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.parent.name}/{path.stem}'
+    )
+    cfg.launcher, cfg.resume, cfg.base = args.launcher, args.resume, args.base
+    if args.amp:
+        use_amp(cfg)
+    RUNNERS.build(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
