@@ -32,8 +32,8 @@ def shapes_cfg(shapes_root: Path, tmp_path: Path) -> Callable[..., Config]:
 
     def make(method: str, name: str = 'run', **options: Any) -> Config:
         cfg = Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
-        small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), epochs=1, image_size=32,
-                     crop_size=32, train_images=24, val_images=12, batch_size=8)
+        small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), epochs=1, image_size=64,
+                     crop_size=64, train_images=24, val_images=12, batch_size=8)
         cfg.merge_from_dict(small | options)
         return cfg
 

@@ -40,6 +40,7 @@ def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     cfg.load_from, cfg.model.old_model = None, None
     runner = Runner.from_cfg(cfg)
     load_snapshot(runner.model, folder / 'snapshot.pth')
+    runner.call_hook('before_run')
     metrics = runner.test_loop.run()
     dataset = runner.test_dataloader.dataset
     classes = dataset.metainfo['classes']

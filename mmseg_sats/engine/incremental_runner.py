@@ -128,6 +128,8 @@ class IncrementalRunner:
         images = self._make_snapshot(runner, snapshot)
         seconds = time.perf_counter() - seconds
         load_snapshot(runner.model, snapshot)
+        # As Runner.test does: hooks set up their files, and EMA starts from what was just loaded.
+        runner.call_hook('before_run')
         metrics = runner.test_loop.run()
         runner.call_hook('after_stage', stage=stage, metrics=metrics)
         if is_main_process():

@@ -106,7 +106,10 @@ def build_stage_config(
         stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
     )
     result = Config(resolve_words(merged._cfg_dict.to_dict(), words))
-    result.pop('runner_type', None)
+    for key in ('runner_type', 'base'):
+        result.pop(key, None)
+    # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.
+    result.resume = False
     _set_model(result.model, stage, work_dir)
     _set_names(result, stage, work_dir)
     if stage.index > 0:

@@ -1,0 +1,222 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Whole runs of several stages on a few drawn images."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import Runner
+from mmseg.apis import inference_model, init_model
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+
+MakeConfig = Callable[..., Config]
+STAGES = 4
+
+
+@HOOKS.register_module()
+class StopInStageOne(Hook):
+    """Interrupts stage 1 after its first epoch's checkpoint, as a person's Ctrl-C would."""
+
+    priority = 'LOWEST'
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
+        if runner.work_dir.endswith('stage_1') and runner.epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+@HOOKS.register_module()
+class BorderLog(Hook):
+    """Writes down the borders of the stages."""
+
+    calls: list = []
+
+    def before_stage(self, runner: Runner, stage: object) -> None:
+        self.calls.append(('before', stage.index, runner.iter))
+
+    def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
+        self.calls.append(('after', stage.index, metrics['mIoU_all']))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint_safely(path)['state_dict']
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope='module')
+def finished(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work dir of a SATS run of four stages."""
+    root = tmp_path_factory.mktemp('runner')
+    cfg = Config.fromfile(Path(__file__).parents[1] / 'configs/sats/segformer_tiny_shapes_3-1.py')
+    cfg.merge_from_dict(
+        dict(
+            data_root=str(shapes_root),
+            work_dir=str(root / 'sats'),
+            epochs=2,
+            image_size=64,
+            crop_size=64,
+            train_images=24,
+            val_images=12,
+            batch_size=8,
+        )
+    )
+    RUNNERS.build(cfg).train()
+    return root / 'sats'
+
+
+def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
+    for name in ('config.py', 'results.json', 'results.csv'):
+        assert (finished / name).is_file()
+    for index in range(STAGES):
+        for name in ('config.py', 'snapshot.pth', 'metrics.json', 'done'):
+            assert (finished / f'stage_{index}' / name).is_file()
+    results = json.loads((finished / 'results.json').read_text())
+    assert list(results)[:7] == [
+        'method', 'memory', 'dataset', 'protocol', 'setting', 'class_order', 'seed',
+    ]  # fmt: skip
+    assert results['method'] == 'sats'
+    assert results['memory'] == 0
+    assert results['class_order'] == [1, 2, 3, 4, 5, 6]
+    assert [stage['stage'] for stage in results['stages']] == [0, 1, 2, 3]
+    assert [len(stage['new_classes']) for stage in results['stages']] == [3, 1, 1, 1]
+    assert [len(stage['iou']) for stage in results['stages']] == [4, 5, 6, 7]
+    assert results['stages'][0]['mIoU']['new'] is None
+    assert results['final'] == results['stages'][-1]['mIoU'] | {'hIoU': results['final']['hIoU']}
+    alls = [stage['mIoU']['all'] for stage in results['stages']]
+    assert results['average_all'] == pytest.approx(sum(alls) / STAGES)
+    with (finished / 'results.csv').open() as file:
+        assert len(list(csv.DictReader(file))) == 4 + 5 + 6 + 7
+
+
+def test_a_stage_is_an_ordinary_mmseg_run(finished: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(finished / 'stage_1/config.py')
+    assert cfg.get('runner_type') is None
+    cfg.work_dir = str(tmp_path)
+    before = hashlib.sha256((finished / 'stage_0/snapshot.pth').read_bytes()).hexdigest()
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    old = runner.model.old_model.model.state_dict()
+    assert same(dict(old), {key: weights(finished / 'stage_0/snapshot.pth')[key] for key in old})
+    assert hashlib.sha256((finished / 'stage_0/snapshot.pth').read_bytes()).hexdigest() == before
+    again = {key: value.cpu() for key, value in runner.model.state_dict().items()}
+    # The same seed, data and start: a stage run alone is the stage of the run.
+    assert same(again, weights(finished / 'stage_1/snapshot.pth'))
+
+
+def test_mmseg_apis_serve_a_stage(finished: Path, shapes_root: Path) -> None:
+    model = init_model(
+        str(finished / 'stage_1/config.py'), str(finished / 'stage_1/snapshot.pth'), device='cpu'
+    )
+    assert len(model.dataset_meta['classes']) == 5
+    assert model.dataset_meta['classes'][0] == 'background'
+    image = next(shapes_root.rglob('val/images/*'))
+    result = inference_model(model, str(image))
+    assert result.pred_sem_seg.data.shape[-2:] == (64, 64)
+    assert result.seg_logits.data.shape[0] == 5
+
+
+def test_the_next_stage_starts_from_the_snapshot(finished: Path) -> None:
+    text = (finished / 'stage_1/config.py').read_text()
+    assert str(finished / 'stage_0/snapshot.pth') in text
+    old, new = (weights(finished / f'stage_{k}/snapshot.pth') for k in (0, 1))
+    assert old['decode_head.conv_seg.weight'].shape[0] == 4
+    assert new['decode_head.conv_seg.weight'].shape[0] == 5
+    key = 'backbone.layers.0.1.0.attn.attn.in_proj_weight'
+    assert not torch.equal(old[key], new[key])
+    assert (old[key] - new[key]).abs().max() < 0.1  # trained on, not started anew
+
+
+def test_finished_stages_are_not_overwritten(finished: Path, shapes_cfg: MakeConfig) -> None:
+    cfg = shapes_cfg('sats', work_dir=str(finished))
+    with pytest.raises(ValueError, match=r'already holds finished stages \(stage_0.*--resume'):
+        RUNNERS.build(cfg)
+
+
+def test_resume_goes_on_in_the_middle_of_a_stage(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    cfg = shapes_cfg('sats', epochs=3)
+    stopping = cfg.copy()
+    stopping.custom_hooks = [*cfg.custom_hooks, dict(type='StopInStageOne')]
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(stopping).train()
+    folder = tmp_path / 'run'
+    assert (folder / 'stage_0/done').exists()
+    assert not (folder / 'stage_1/done').exists()
+    kept = (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns
+    checkpoint = load_checkpoint_safely(folder / 'stage_1/epoch_1.pth')
+    cfg.resume = True
+    results = RUNNERS.build(cfg).train()
+    assert len(results['stages']) == STAGES
+    assert (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns == kept
+    logs = '\n'.join(path.read_text() for path in sorted((folder / 'stage_1').glob('*/*.log')))
+    assert f'resumed epoch: 1, iter: {checkpoint["meta"]["iter"]}' in logs
+
+
+def test_base_shares_stage_0(finished: Path, shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    base = finished / 'stage_0/snapshot.pth'
+    results = RUNNERS.build(shapes_cfg('finetune', base=str(base))).train()
+    assert same(weights(tmp_path / 'run/stage_0/snapshot.pth'), weights(base))
+    shared = json.loads((finished / 'results.json').read_text())['stages'][0]
+    assert results['stages'][0]['iou'] == shared['iou']
+    assert results['stages'][0]['images'] is None
+    assert results['method'] == 'finetune'
+
+
+def test_base_that_does_not_exist(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        RUNNERS.build(shapes_cfg('sats', base=str(tmp_path / 'nowhere.pth')))
+
+
+def test_joint_reports_the_split(shapes_cfg: MakeConfig) -> None:
+    results = RUNNERS.build(shapes_cfg('joint')).train()
+    (stage,) = results['stages']
+    assert (results['protocol'], results['split']) == ('joint', '3-1')
+    assert stage['mIoU']['new'] is not None
+    base = [stage['iou'][name] for name in list(stage['iou'])[:4]]
+    assert stage['mIoU']['base'] == pytest.approx(sum(base) / 4)
+    assert results['forgetting'] is None
+
+
+def test_hooks_see_the_borders_and_ema_is_what_counts(
+    shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    BorderLog.calls.clear()
+    hooks = [
+        dict(type='PseudoLabelThresholdHook'),
+        dict(type='BorderLog'),
+        dict(type='EMAHook', momentum=0.5),
+    ]
+    RUNNERS.build(shapes_cfg('sats', protocol='3-3', custom_hooks=hooks)).train()
+    assert [call[:2] for call in BorderLog.calls] == [
+        ('before', 0), ('after', 0), ('before', 1), ('after', 1),
+    ]  # fmt: skip
+    checkpoint = load_checkpoint_safely(tmp_path / 'run/stage_1/epoch_1.pth')
+    snapshot = weights(tmp_path / 'run/stage_1/snapshot.pth')
+    # mmengine exchanges the two when it saves: `state_dict` holds the average.
+    assert same(snapshot, dict(checkpoint['state_dict']))
+    assert not any('old_model' in key for key in checkpoint['ema_state_dict'])
+    raw = checkpoint['ema_state_dict']['module.decode_head.conv_seg.weight']
+    assert not torch.equal(raw, snapshot['decode_head.conv_seg.weight'])
+
+
+def test_thresholds_are_kept_for_resume(finished: Path) -> None:
+    assert not (finished / 'stage_0/pseudo_label_thresholds.json').exists()
+    kept = json.loads((finished / 'stage_2/pseudo_label_thresholds.json').read_text())
+    assert len(kept['thresholds']) == 5
+
+
+def test_a_misspelt_word_is_found_before_training(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    cfg = shapes_cfg('sats')
+    cfg.train_cfg.max_epochs = '$epoch'
+    with pytest.raises(KeyError, match=r"train_cfg.max_epochs='\$epoch'.*did you mean 'epochs'"):
+        RUNNERS.build(cfg)
+    assert not (tmp_path / 'run').exists()
