@@ -44,17 +44,20 @@ class Run:
 
 
 def seed_runs(seed: int) -> list[Run]:
-    """The three methods, and SATS without its attention, from one stage 0."""
+    """The three methods, FT and SATS from one stage 0."""
     base = f'sats_15-1_seed{seed}'
-    without = ('distillation.attention=None',)
     return [
         Run(base, 'sats', seed=seed),
         Run(f'finetune_15-1_seed{seed}', 'finetune', seed=seed, base=base),
         Run(f'joint_15-1_seed{seed}', 'joint', seed=seed),
-        Run(
-            f'sats_without_attention_15-1_seed{seed}', 'sats', seed=seed, base=base, options=without
-        ),
     ]
+
+
+def without_attention(seed: int) -> Run:
+    """SATS without L_a, what L_a is measured against."""
+    name = f'sats_without_attention_15-1_seed{seed}'
+    options = ('distillation.attention=None',)
+    return Run(name, 'sats', seed=seed, base=f'sats_15-1_seed{seed}', options=options)
 
 
 def ablations() -> list[Run]:
@@ -79,12 +82,12 @@ def ablations() -> list[Run]:
 
 def all_runs() -> list[Run]:
     """Every run, the most wanted first."""
-    first, *others = (seed_runs(seed) for seed in SEEDS)
     later = [
         Run(f'{method}_15-5_seed0', method, '15-5', base='sats_15-1_seed0')
         for method in ('sats', 'finetune')
     ]
-    return [*first, *(run for runs in others for run in runs), *ablations(), *later]
+    methods = [run for seed in SEEDS for run in seed_runs(seed)]
+    return [*methods, *map(without_attention, SEEDS), *ablations(), *later]
 
 
 def results_of(out: Path, run: Run) -> dict | None:
@@ -119,7 +122,7 @@ def start(run: Run, args: argparse.Namespace) -> subprocess.Popen:
         *run.options,
         *args.options,
     ]
-    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    threads = str(args.threads or max(1, (os.cpu_count() or 1) // args.jobs))
     with (folder / 'log.txt').open('a') as log:
         return subprocess.Popen(
             command, stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS=threads)
@@ -198,6 +201,9 @@ def main() -> None:
     )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/voc_mini'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time; they share the cores')
+    parser.add_argument(
+        '--threads', type=int, help='of each run (default: the cores over the jobs)'
+    )
     parser.add_argument('--only', nargs='+', help='names of the runs wanted')
     parser.add_argument(
         '--options', nargs='*', default=[], metavar='K=V', help='further --cfg-options for all'

@@ -142,6 +142,22 @@ def test_finished_stages_are_not_overwritten(finished: Path, shapes_cfg: MakeCon
         RUNNERS.build(cfg)
 
 
+def test_another_run_is_not_gone_on_with(finished: Path, shapes_cfg: MakeConfig) -> None:
+    cfg = shapes_cfg('sats', work_dir=str(finished), resume=True, setting='disjoint', seed=3)
+    with pytest.raises(
+        ValueError, match=r"setting: 'overlapped' there, 'disjoint' in the config; seed: 0"
+    ):
+        RUNNERS.build(cfg)
+
+
+def test_missing_weights_name_the_command(shapes_cfg: MakeConfig) -> None:
+    cfg = shapes_cfg('sats', pretrained='checkpoints/none.pth')
+    with pytest.raises(
+        FileNotFoundError, match=r'convert_mit.py ORIGINAL.pth checkpoints/none.pth'
+    ):
+        RUNNERS.build(cfg)
+
+
 def test_resume_goes_on_in_the_middle_of_a_stage(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
     cfg = shapes_cfg('sats', epochs=3)
     stopping = cfg.copy()

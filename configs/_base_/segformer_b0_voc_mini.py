@@ -11,6 +11,11 @@ dataset = 'voc_mini'
 data_root = 'data/voc_mini'
 train_list = 'ImageSets/Segmentation/train.txt'
 train_masks = 'SegmentationClass'
-crop_size = 224
 batch_size = 12
 num_workers = 1
+
+# Chosen on a split of train.txt, see docs/results.md.
+crop_size = 160
+epochs = 6
+lr = 4e-4
+head_lr_mult = 10.0

@@ -20,6 +20,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.checkpoint import write_json, write_text
 from mmseg_sats.engine.distributed import join_process_group
 from mmseg_sats.engine.results import (
+    comparison_table,
     forgetting_table,
     run_results,
     stage_results,
@@ -35,6 +36,7 @@ from mmseg_sats.engine.snapshot import (
 )
 from mmseg_sats.engine.stage_config import (
     build_stage_config,
+    check_pretrained,
     config_words,
     resolve_words,
     stage_dir,
@@ -76,8 +78,9 @@ class IncrementalRunner:
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
         self._check_work_dir()
         # An undefined word shows before the first stage, not at the last.
-        for stage in self.protocol.stages:
-            build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
+        stages = [self._stage_config(stage) for stage in self.protocol.stages]
+        if self.base is None:
+            check_pretrained(stages[0])
         join_process_group(self.cfg)
 
     @classmethod
@@ -101,15 +104,13 @@ class IncrementalRunner:
                 self._run_stage(stage, folder)
             finished.append(json.loads((folder / 'metrics.json').read_text())['results'])
             results = self._report(finished)
-        print_log(
-            f'{self.cfg.method} {self.cfg.protocol}: after the last stage\n{stage_table(results)}\n'
-            f'{forgetting_table(results)}',
-            logger='current',
-        )
+        if is_main_process():
+            tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
+            print_log(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}', logger='current')
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:
-        cfg = build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
+        cfg = self._stage_config(stage)
         if is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / 'config.py', cfg.pretty_text)
@@ -169,11 +170,7 @@ class IncrementalRunner:
 
     def _report(self, finished: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the results so far and returns them."""
-        identity = {
-            key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
-        }
-        identity['class_order'] = list(self.protocol.class_order)
-        results = run_results(identity, finished)
+        results = run_results(self._identity(), finished)
         if is_main_process():
             write_results(self.work_dir, results)
         return results
@@ -186,14 +183,33 @@ class IncrementalRunner:
             self.cfg.protocol, num_classes, self.cfg.get('class_order'), self.cfg.get('split')
         )
 
+    def _stage_config(self, stage: Stage) -> Config:
+        return build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes this run another one than its neighbours, as results.json begins."""
+        identity = {
+            key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
+        }
+        return identity | dict(class_order=list(self.protocol.class_order))
+
     def _check_work_dir(self) -> None:
-        """A finished stage is never overwritten by accident."""
+        """A finished stage is never overwritten by accident, nor another run gone on with."""
         done = sorted(path.parent.name for path in self.work_dir.glob('stage_*/done'))
         if done and not self.cfg.get('resume'):
             raise ValueError(
                 f'{self.work_dir} already holds finished stages ({", ".join(done)}): '
                 'pass --resume to go on with that run, or another --work-dir'
             )
+        if done and (self.work_dir / 'results.json').exists():
+            there = json.loads((self.work_dir / 'results.json').read_text())
+            other = [
+                f'{key}: {there.get(key)!r} there, {value!r} in the config'
+                for key, value in self._identity().items()
+                if there.get(key) != value
+            ]
+            if other:
+                raise ValueError(f'{self.work_dir} holds another run: {"; ".join(other)}')
 
 
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:

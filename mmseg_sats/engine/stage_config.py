@@ -136,3 +136,18 @@ def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
     cfg.experiment_name = f'{Path(work_dir).name}_stage_{stage.index}'
     if cfg.get('visualizer'):
         cfg.visualizer.name = f'{Path(work_dir).resolve()}_stage_{stage.index}'
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Raises FileNotFoundError, with the command that makes it, where the encoder's weights are missing.
+
+    Args:
+        cfg: the config of stage 0. Weights from a URL or a model zoo are left to mmengine.
+    """
+    checkpoint = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
+    if checkpoint and '://' not in checkpoint and not Path(checkpoint).is_file():
+        raise FileNotFoundError(
+            f"the encoder's weights {checkpoint} do not exist. From the original SegFormer checkpoint make them by "
+            f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`, name others by `--cfg-options '
+            'pretrained=FILE`, or start from random weights by `--cfg-options pretrained=None`'
+        )
