@@ -43,13 +43,15 @@ class Run:
         return ROOT / 'configs' / self.method / f'segformer_b0_voc_mini_{self.protocol}.py'
 
 
+STAGE_0 = 'sats_15-1_seed0'
+
+
 def seed_runs(seed: int) -> list[Run]:
-    """The three methods, FT and SATS from one stage 0."""
-    base = f'sats_15-1_seed{seed}'
+    """FT and SATS of one seed. All seeds share the stage 0 of the first: the later stages differ."""
+    name = f'sats_15-1_seed{seed}'
     return [
-        Run(base, 'sats', seed=seed),
-        Run(f'finetune_15-1_seed{seed}', 'finetune', seed=seed, base=base),
-        Run(f'joint_15-1_seed{seed}', 'joint', seed=seed),
+        Run(name, 'sats', seed=seed, base=None if name == STAGE_0 else STAGE_0),
+        Run(f'finetune_15-1_seed{seed}', 'finetune', seed=seed, base=STAGE_0),
     ]
 
 
@@ -57,7 +59,7 @@ def without_attention(seed: int) -> Run:
     """SATS without L_a, what L_a is measured against."""
     name = f'sats_without_attention_15-1_seed{seed}'
     options = ('distillation.attention=None',)
-    return Run(name, 'sats', seed=seed, base=f'sats_15-1_seed{seed}', options=options)
+    return Run(name, 'sats', seed=seed, base=STAGE_0, options=options)
 
 
 def ablations() -> list[Run]:
@@ -75,7 +77,7 @@ def ablations() -> list[Run]:
         },
     }
     return [
-        Run(f'sats_{name}_15-1_seed0', 'sats', base='sats_15-1_seed0', options=value)
+        Run(f'sats_{name}_15-1_seed0', 'sats', base=STAGE_0, options=value)
         for name, value in options.items()
     ]
 
@@ -83,11 +85,11 @@ def ablations() -> list[Run]:
 def all_runs() -> list[Run]:
     """Every run, the most wanted first."""
     later = [
-        Run(f'{method}_15-5_seed0', method, '15-5', base='sats_15-1_seed0')
-        for method in ('sats', 'finetune')
+        Run(f'{method}_15-5_seed0', method, '15-5', base=STAGE_0) for method in ('sats', 'finetune')
     ]
     methods = [run for seed in SEEDS for run in seed_runs(seed)]
-    return [*methods, *map(without_attention, SEEDS), *ablations(), *later]
+    joint = [Run(f'joint_15-1_seed{seed}', 'joint', seed=seed) for seed in SEEDS]
+    return [*methods, *map(without_attention, SEEDS), *joint, *ablations(), *later]
 
 
 def results_of(out: Path, run: Run) -> dict | None:

@@ -4,11 +4,13 @@
 import json
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import get_torch_safe_globals
 
 
@@ -53,6 +55,46 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
+class _Unread:
+    """Stands in for mmengine's log history, which nobody here needs."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _no_attribute(owner: Any, name: str) -> None:
+    """Stands in for ``getattr``, through which a file could reach any function."""
+
+
+def _harmless_globals() -> list[Any]:
+    """What a checkpoint of mmengine may name, the two names that reach further replaced."""
+    allowed = [item for item in get_torch_safe_globals() if item not in (getattr, HistoryBuffer)]
+    return [
+        *allowed,
+        (_Unread, 'mmengine.logging.history_buffer.HistoryBuffer'),
+        (_no_attribute, 'builtins.getattr'),
+    ]
+
+
+# What reading a cut-off or foreign file was seen to raise.
+_READ_ERRORS = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
+
+
 def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU without ever running code out of it.
 
@@ -72,19 +114,20 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
+        with torch.serialization.safe_globals(_harmless_globals()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except _READ_ERRORS as error:
         reason = str(error).strip().split('\n')[0]
         raise ValueError(
             f'{path} is not a checkpoint that can be read safely (cut off, another kind of file, '
             f'or one that carries code): {reason}'
         ) from error
-    if not isinstance(checkpoint, dict):
+    state_dict = (
+        checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    )
+    if not isinstance(state_dict, dict):
         raise ValueError(
-            f'{path} holds a {type(checkpoint).__name__}, expected a dict with a state_dict'
+            f'{path} holds a {type(state_dict).__name__}, expected a dict of tensors (state_dict)'
         )
-    if 'state_dict' not in checkpoint:
-        checkpoint = dict(state_dict=checkpoint)
-    checkpoint.setdefault('meta', {})
-    return checkpoint
+    meta = checkpoint.get('meta') if state_dict is not checkpoint else None
+    return dict(checkpoint, state_dict=state_dict, meta=meta or {})

@@ -235,7 +235,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_tensor_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='holds a Tensor, expected a dict with a state_dict'):
+    with pytest.raises(ValueError, match='holds a Tensor, expected a dict of tensors'):
         load_checkpoint_safely(tmp_path / 'a.pth')
 
 

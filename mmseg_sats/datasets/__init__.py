@@ -3,6 +3,6 @@
 
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
 from mmseg_sats.datasets.shapes import ShapesDataset
-from mmseg_sats.datasets.transforms import RelabelSegMap
+from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
-__all__ = ['IncrementalDataset', 'RelabelSegMap', 'ShapesDataset']
+__all__ = ['EvaluateAsIs', 'IncrementalDataset', 'RelabelSegMap', 'ShapesDataset']

@@ -127,3 +127,25 @@ class RelabelSegMap(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{self.__class__.__name__}(table={self.table.tolist()})'
+
+
+@TRANSFORMS.register_module()
+class EvaluateAsIs(BaseTransform):
+    """Compare prediction and label at the size that the pipeline has made, not at the file's.
+
+    mmseg resizes every prediction to the file's size. Behind ``Resize`` and ``CenterCrop``, both
+    standing after ``LoadAnnotations``, the labels have another one: that of the published figures.
+
+    Required Keys:
+
+    - img_shape
+
+    Modified Keys:
+
+    - ori_shape
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Let the present size count as the original one."""
+        results['ori_shape'] = results['img_shape']
+        return results

@@ -45,25 +45,28 @@ def config_words(cfg: Config) -> dict[str, Any]:
     return words
 
 
-def resolve_words(value: Any, words: dict[str, Any], path: str = '') -> Any:
+def resolve_words(
+    value: Any, words: dict[str, Any], path: str = '', seen: tuple[str, ...] = ()
+) -> Any:
     """A copy of ``value`` in which every ``'$word'`` is replaced.
 
     Args:
         value: any nesting of dicts, lists, tuples and plain values.
         words: what the words stand for.
         path: where ``value`` stands in the config, for messages.
+        seen: the words that led here, so that a circle is found.
 
     Raises:
         KeyError: a word that is not defined, with the key it stands at.
     """
     if isinstance(value, dict):
         return {
-            key: resolve_words(item, words, f'{path}.{key}'.lstrip('.'))
+            key: resolve_words(item, words, f'{path}.{key}'.lstrip('.'), seen)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return type(value)(
-            resolve_words(item, words, f'{path}[{i}]') for i, item in enumerate(value)
+            resolve_words(item, words, f'{path}[{i}]', seen) for i, item in enumerate(value)
         )
     match = _WORD.match(value) if isinstance(value, str) else None
     if match is None:
@@ -73,9 +76,9 @@ def resolve_words(value: Any, words: dict[str, Any], path: str = '') -> Any:
             f'{path}={value!r}: the config defines no {match[1]!r}{near_match(match[1], words)}; '
             f'expected one of {sorted(words)}'
         )
-    if words[match[1]] == value:
-        raise KeyError(f'{path}={value!r} stands for itself')
-    return resolve_words(words[match[1]], words, path)
+    if match[1] in seen:
+        raise KeyError(f'{path}={value!r} stands for itself: {" -> ".join((*seen, match[1]))}')
+    return resolve_words(words[match[1]], words, path, (*seen, match[1]))
 
 
 def build_stage_config(
@@ -100,7 +103,7 @@ def build_stage_config(
         KeyError: an undefined word.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
-    parts = {name: merged.pop(name, {}) for name in ('initial_stage', 'later_stages')}
+    parts = {name: merged.pop(name, None) or {} for name in ('initial_stage', 'later_stages')}
     merged.merge_from_dict(parts['initial_stage' if stage.index == 0 else 'later_stages'])
     words = config_words(merged) | dict(
         stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels

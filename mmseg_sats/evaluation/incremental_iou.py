@@ -89,7 +89,8 @@ class IncrementalIoUMetric(BaseMetric):
         iou = self.ious(sum(results, np.zeros((3, len(classes)), dtype=np.int64)))
         metrics = OrderedDict(self.summary(iou, num_base))
         self._log_table(classes, iou, metrics, num_base)
-        metrics.update((f'IoU.{name}', float(value)) for name, value in zip(classes, iou, strict=True))
+        for name, value in zip(classes, iou, strict=True):
+            metrics[f'IoU.{name}'] = float(value)
         return metrics
 
     @staticmethod

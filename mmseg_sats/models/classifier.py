@@ -55,8 +55,7 @@ def check_head_can_grow(name: str, head: nn.Module) -> None:
     if not isinstance(conv_seg, nn.Conv2d) or conv_seg.out_channels != head.num_classes:
         raise TypeError(
             f"{name} ({type(head).__name__}) cannot grow: expected a head on mmseg's BaseDecodeHead whose "
-            f'classifier `conv_seg` has one output channel per class, got '
-            f'{type(conv_seg).__name__ if conv_seg is not None else "no conv_seg"}'
+            f'classifier `conv_seg` has one output channel per class ({head.num_classes}), got {conv_seg}'
         )
 
 
@@ -99,9 +98,10 @@ def add_background(state_dict: MutableMapping[str, Tensor], prefix: str) -> None
 
     Args:
         state_dict: the checkpoint's tensors.
-        prefix: the head's prefix, e.g. ``'decode_head.'``.
+        prefix: the head's prefix, e.g. ``'decode_head.'``; a list of auxiliary heads may share one.
     """
-    for key in (f'{prefix}conv_seg.weight', f'{prefix}conv_seg.bias'):
+    classifiers = ('conv_seg.weight', 'conv_seg.bias')
+    for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(classifiers)]:
         rows = state_dict[key]
         state_dict[key] = torch.cat([rows.mean(dim=0, keepdim=True), rows])
 

@@ -32,6 +32,17 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
+# As in the published figures: short side to the crop, then its centre. Chosen by
+# --cfg-options 'eval_pipeline=$centre_crop_pipeline'
+centre_crop_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='Resize', scale='$crop_scale', keep_ratio=True),
+    dict(type='CenterCrop', crop_size='$crop_size'),
+    dict(type='EvaluateAsIs'),
+    dict(type='PackSegInputs')
+]
+eval_pipeline = '$test_pipeline'
 train_dataloader = dict(
     batch_size='$batch_size',
     num_workers='$num_workers',
@@ -69,4 +80,4 @@ test_dataloader = dict(
             data_root='$data_root',
             ann_file='$val_list',
             data_prefix=dict(img_path='JPEGImages', seg_map_path='$val_masks'),
-            pipeline='$test_pipeline')))
+            pipeline='$eval_pipeline')))

@@ -1,0 +1,112 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The command line, as a person uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from tests.shared import shared_path
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    'epochs=1', 'image_size=64', 'crop_size=64', 'train_images=24', 'val_images=13', 'batch_size=4',
+    'protocol=3-3',
+]  # fmt: skip
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {'PATH': path, 'PYTHONPATH': str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
+
+
+def train(config: str, work_dir: Path, *words: str) -> subprocess.CompletedProcess:
+    return run(
+        sys.executable, 'tools/train_incremental.py', f'configs/{config}.py',
+        '--work-dir', str(work_dir), *words,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work_dir = tmp_path_factory.mktemp('tools') / 'sats'
+    options = ['--cfg-options', f'data_root={shapes_root}', *SMALL]
+    result = train('sats/segformer_tiny_shapes_3-1', work_dir, *options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return work_dir
+
+
+def test_evaluating_again_gives_the_same_figures(trained: Path) -> None:
+    result = run(sys.executable, 'tools/test_incremental.py', str(trained), '--stage', '1')
+    assert result.returncode == 0, result.stderr[-3000:]
+    (again,) = json.loads((trained / 'test/test.json').read_text())
+    first = json.loads((trained / 'results.json').read_text())['stages'][1]
+    assert again['iou'] == first['iou']
+    assert again['mIoU'] == first['mIoU']
+
+
+def test_resuming_a_finished_run_trains_nothing(trained: Path, shapes_root: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.glob('stage_*/*')}
+    options = ['--resume', '--cfg-options', f'data_root={shapes_root}', *SMALL]
+    result = train('sats/segformer_tiny_shapes_3-1', trained, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in trained.glob('stage_*/*')} == before
+
+
+def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
+    result = train('sats/nothing', tmp_path)
+    assert result.returncode != 0
+    assert 'configs/sats/nothing.py does not exist' in result.stderr
+
+
+def test_a_stage_that_does_not_exist(trained: Path) -> None:
+    result = run(sys.executable, 'tools/test_incremental.py', str(trained), '--stage', '7')
+    assert result.returncode != 0
+    assert 'stage_7/snapshot.pth: no such snapshot' in result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_cpu(shapes_root: Path, tmp_path: Path) -> None:
+    result = run(
+        'bash', 'tools/dist_train.sh', 'configs/sats/segformer_tiny_shapes_3-1.py', '2',
+        '--work-dir', str(tmp_path / 'run'), '--cfg-options', f'data_root={shapes_root}', *SMALL,
+        OMP_NUM_THREADS='1', PORT='29517',
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = json.loads((tmp_path / 'run/results.json').read_text())
+    assert len(results['stages']) == 2
+    assert result.stdout.count('learned in stage') == 1  # one rank speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('protocol', 'stages'), [('15-1', 6), ('15-5', 2), ('5-3', 6), ('10-1', 11)]
+)
+def test_segformer_b2_runs_every_protocol_on_photographs(
+    protocol: str, stages: int, tmp_path: Path
+) -> None:
+    """Two iterations and five evaluation images a stage, by --cfg-options alone."""
+    options = [
+        f'data_root={shared_path("data/voc_mini")}', 'train_list=ImageSets/Segmentation/train.txt',
+        'train_masks=SegmentationClass', 'pretrained=None', 'batch_size=2', 'crop_size=64',
+        'num_workers=1', 'epochs=1', 'train_dataloader.num_batch_per_epoch=2',
+        'test_dataloader.num_batch_per_epoch=5',
+    ]  # fmt: skip
+    result = train(f'sats/segformer_b2_voc_{protocol}', tmp_path, '--cfg-options', *options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert len(results['stages']) == stages
+    last = load_checkpoint_safely(tmp_path / f'stage_{stages - 1}/snapshot.pth')['state_dict']
+    assert last['decode_head.conv_seg.weight'].shape[0] == 21
