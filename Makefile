@@ -23,8 +23,8 @@ help: ## what can be made
 
 venv: $(STAMP) ## .venv with everything installed (the others do it by themselves)
 
-demo: $(STAMP) ## SATS on the embedded data, from first to last stage
-	$(PY) tools/demo.py $(ARGS)
+demo: $(STAMP) ## FT, SATS and joint on the embedded data: what each forgets
+	$(PY) -W ignore tools/demo.py $(ARGS)
 
 test: $(STAMP) ## the test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m "not slow" $(ARGS)

@@ -92,6 +92,15 @@ def all_runs() -> list[Run]:
     return [*methods, *map(without_attention, SEEDS), *joint, *ablations(), *later]
 
 
+def write_split(data_root: Path, folder: Path) -> None:
+    """Splits train.txt for choosing values: every fifth name, sorted, into held.txt, the rest into fit.txt."""
+    names = sorted((data_root / 'ImageSets/Segmentation/train.txt').read_text().split())
+    folder.mkdir(parents=True, exist_ok=True)
+    fit = [name for index, name in enumerate(names) if index % 5]
+    (folder / 'held.txt').write_text('\n'.join(names[::5]) + '\n')
+    (folder / 'fit.txt').write_text('\n'.join(fit) + '\n')
+
+
 def results_of(out: Path, run: Run) -> dict | None:
     """Its results.json, or None while a stage is missing."""
     path = out / run.name / 'results.json'
@@ -198,9 +207,7 @@ def main() -> None:
     """Trains and reports."""
     parser = argparse.ArgumentParser(description='The results of docs/results.md')
     parser.add_argument('data_root', type=Path, help='voc_mini')
-    parser.add_argument(
-        '--pretrained', type=Path, required=True, help="MiT-B0 weights in mmseg's names"
-    )
+    parser.add_argument('--pretrained', type=Path, help="MiT-B0 weights in mmseg's names")
     parser.add_argument('--out', type=Path, default=Path('work_dirs/voc_mini'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time; they share the cores')
     parser.add_argument(
@@ -210,8 +217,16 @@ def main() -> None:
     parser.add_argument(
         '--options', nargs='*', default=[], metavar='K=V', help='further --cfg-options for all'
     )
+    parser.add_argument(
+        '--write-split', type=Path, metavar='DIR', help='only write fit.txt and held.txt'
+    )
     parser.add_argument('--report', action='store_true', help='train nothing')
     args = parser.parse_args()
+    if args.write_split:
+        write_split(args.data_root, args.write_split)
+        return
+    if args.pretrained is None and not args.report:
+        parser.error("--pretrained is missing: MiT-B0 weights in mmseg's names")
     runs = [run for run in all_runs() if not args.only or run.name in args.only]
     if not args.report:
         run_all(runs, args, Console())

@@ -122,12 +122,11 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
             f'{path} is not a checkpoint that can be read safely (cut off, another kind of file, '
             f'or one that carries code): {reason}'
         ) from error
-    state_dict = (
-        checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
-    )
+    if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    state_dict = checkpoint['state_dict'] if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(state_dict, dict):
         raise ValueError(
             f'{path} holds a {type(state_dict).__name__}, expected a dict of tensors (state_dict)'
         )
-    meta = checkpoint.get('meta') if state_dict is not checkpoint else None
-    return dict(checkpoint, state_dict=state_dict, meta=meta or {})
+    return dict(checkpoint, meta=checkpoint.get('meta') or {})

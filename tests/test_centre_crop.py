@@ -23,8 +23,7 @@ def test_label_and_prediction_have_the_crops_size(tmp_path: Path) -> None:
     cfg = Config.fromfile(ROOT / 'configs/sats/segformer_b2_voc_15-1.py')
     cfg.crop_size = 24
     cfg.eval_pipeline = '$centre_crop_pipeline'
-    dataset = cfg.test_dataloader.dataset.dataset.to_dict()
-    pipeline = resolve_words(dataset['pipeline'], config_words(cfg))
+    pipeline = resolve_words(cfg.eval_dataset.pipeline, config_words(cfg))
     info = dict(
         img_path=str(tmp_path / 'image.png'),
         seg_map_path=str(tmp_path / 'mask.png'),

@@ -7,7 +7,9 @@ make demo
 import argparse
 import json
 import shutil
+import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from mmengine.config import Config
@@ -24,9 +26,11 @@ def run(method: str, out: Path, base: Path | None = None) -> dict:
     """Trains one method through all stages; returns its results."""
     cfg = Config.fromfile(CONFIGS / method / CONFIG)
     cfg.work_dir, cfg.base = str(out / method), str(base) if base else None
-    # A person reads this: only what went wrong and the tables go to the terminal.
-    cfg.log_level = 'WARNING'
-    RUNNERS.build(cfg).train()
+    shutil.rmtree(out / method, ignore_errors=True)
+    (out / method).mkdir(parents=True)
+    # A person reads the terminal: it gets the tables, log.txt all the rest.
+    with (out / method / 'log.txt').open('w') as log, redirect_stdout(log), redirect_stderr(log):
+        RUNNERS.build(cfg).train()
     return json.loads((out / method / 'results.json').read_text())
 
 
@@ -34,11 +38,13 @@ def main() -> None:
     """Runs the three methods and prints their tables."""
     parser = argparse.ArgumentParser(description='FT, SATS and joint on the embedded data')
     parser.add_argument(
-        '--out', type=Path, default=Path('work_dirs/demo'), help='replaced if it exists'
+        '--out',
+        type=Path,
+        default=Path('work_dirs/demo'),
+        help='work dir of the three runs, replaced',
     )
     out = parser.parse_args().out
-    console = Console()
-    shutil.rmtree(out, ignore_errors=True)
+    console = Console(file=sys.stdout)
     start = time.perf_counter()
     runs = []
     for method, base in (
@@ -46,7 +52,9 @@ def main() -> None:
         ('finetune', out / 'sats/stage_0/snapshot.pth'),
         ('joint', None),
     ):
-        with console.status(f'training {method} on the embedded data (log: {out / method}) ...'):
+        with console.status(
+            f'training {method} on the embedded data (log: {out / method}/log.txt) ...'
+        ):
             runs.append(run(method, out, base))
         console.print(
             f'\n{method}: mIoU in percent after each stage ({time.perf_counter() - start:.0f} s so far)'
@@ -54,9 +62,7 @@ def main() -> None:
         console.print(str(stage_table(runs[-1])))
         if len(runs[-1]['stages']) > 1:
             console.print(str(forgetting_table(runs[-1])))
-    console.print(
-        '\nafter the last stage: mIoU of the base classes, of those learned later, and of all'
-    )
+    console.print('\nmIoU after the last stage: base classes, classes learned later, all')
     console.print(str(comparison_table(runs)))
     console.print(f'figures: {out}/*/results.json and results.csv')
 

@@ -1,4 +1,4 @@
-"""What every run shares: the runner of the stages, mmengine's hooks, logs and seeds."""
+"""What every run shares: the runner of the stages, a stage's view of the data, mmengine's hooks, logs and seeds."""
 custom_imports = dict(imports=['mmseg_sats'], allow_failed_imports=False)
 default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
@@ -22,5 +22,40 @@ visualizer = dict(type='SegLocalVisualizer', vis_backends='$vis_backends', name=
 log_processor = dict(by_epoch=True)
 log_level = 'INFO'
 load_from = None
+
+protocol = '15-1'
+split = None
+setting = 'overlapped'
+class_order = None
+eval_future = 'background'
+eval_images = 'seen'
+train_dataloader = dict(
+    batch_size='$batch_size',
+    num_workers='$num_workers',
+    persistent_workers='$persistent_workers',
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='IncrementalDataset',
+        mode='train',
+        protocol='$protocol',
+        split='$split',
+        stage='$stage',
+        setting='$setting',
+        class_order='$class_order',
+        dataset='$train_dataset'))
+test_dataloader = dict(
+    batch_size=1,
+    num_workers='$num_workers',
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='IncrementalDataset',
+        mode='eval',
+        protocol='$protocol',
+        split='$split',
+        stage='$stage',
+        class_order='$class_order',
+        eval_future='$eval_future',
+        eval_images='$eval_images',
+        dataset='$eval_dataset'))
 test_cfg = dict(type='TestLoop')
 test_evaluator = dict(type='IncrementalIoUMetric')

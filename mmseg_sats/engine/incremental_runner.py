@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import MessageHub, MMLogger, print_log
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import RUNNERS, DefaultScope, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.visualization import Visualizer
@@ -73,6 +73,8 @@ class IncrementalRunner:
         # In the config that is kept, the method's name no longer depends on the folder it came from.
         self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
         self.cfg.setdefault('memory', 0)
+        name = f'IncrementalRunner of {self.work_dir.resolve()}'
+        self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
         if self.base is not None and not self.base.is_file():
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
@@ -106,7 +108,7 @@ class IncrementalRunner:
             results = self._report(finished)
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
-            print_log(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}', logger='current')
+            self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:
@@ -151,8 +153,8 @@ class IncrementalRunner:
         else:
             train_dataset = DATASETS.build(runner.cfg.train_dataloader.dataset)
             images = len(train_dataset)
-        if path.exists():
-            return images
+        if path.exists() and self.cfg.get('resume'):
+            return images  # stopped between the snapshot and its evaluation
         if from_base:
             meta = runner.test_dataloader.dataset.metainfo
             names = [

@@ -8,13 +8,8 @@ val_masks = 'SegmentationClass'
 crop_size = 512
 batch_size = 24
 num_workers = 4
+persistent_workers = True
 
-protocol = '15-1'
-setting = 'overlapped'
-class_order = None
-split = None
-eval_future = 'background'
-eval_images = 'seen'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -43,41 +38,15 @@ centre_crop_pipeline = [
     dict(type='PackSegInputs')
 ]
 eval_pipeline = '$test_pipeline'
-train_dataloader = dict(
-    batch_size='$batch_size',
-    num_workers='$num_workers',
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='IncrementalDataset',
-        mode='train',
-        protocol='$protocol',
-        split='$split',
-        stage='$stage',
-        setting='$setting',
-        class_order='$class_order',
-        dataset=dict(
-            type='PascalVOCDataset',
-            data_root='$data_root',
-            ann_file='$train_list',
-            data_prefix=dict(img_path='JPEGImages', seg_map_path='$train_masks'),
-            pipeline='$train_pipeline')))
-test_dataloader = dict(
-    batch_size=1,
-    num_workers='$num_workers',
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='IncrementalDataset',
-        mode='eval',
-        protocol='$protocol',
-        split='$split',
-        stage='$stage',
-        class_order='$class_order',
-        eval_future='$eval_future',
-        eval_images='$eval_images',
-        dataset=dict(
-            type='PascalVOCDataset',
-            data_root='$data_root',
-            ann_file='$val_list',
-            data_prefix=dict(img_path='JPEGImages', seg_map_path='$val_masks'),
-            pipeline='$eval_pipeline')))
+train_dataset = dict(
+    type='PascalVOCDataset',
+    data_root='$data_root',
+    ann_file='$train_list',
+    data_prefix=dict(img_path='JPEGImages', seg_map_path='$train_masks'),
+    pipeline='$train_pipeline')
+eval_dataset = dict(
+    type='PascalVOCDataset',
+    data_root='$data_root',
+    ann_file='$val_list',
+    data_prefix=dict(img_path='JPEGImages', seg_map_path='$val_masks'),
+    pipeline='$eval_pipeline')
