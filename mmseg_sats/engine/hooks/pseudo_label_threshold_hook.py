@@ -68,9 +68,14 @@ class PseudoLabelThresholdHook(Hook):
         """The stage's training images, each once, as evaluation would see them."""
         dataset = copy.deepcopy(runner.cfg.train_dataloader.dataset)
         dataset.pipeline = copy.deepcopy(runner.cfg.test_dataloader.dataset.dataset.pipeline)
-        return dict(
+        train = runner.cfg.train_dataloader
+        cfg = dict(
             dataset=dataset,
             batch_size=1,
-            num_workers=runner.cfg.train_dataloader.get('num_workers', 0),
+            num_workers=train.get('num_workers', 0),
             sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
         )
+        if 'num_batch_per_epoch' in train:
+            # mmengine then trains on the first so many images alone.
+            cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
+        return cfg
