@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Whole runs of several stages on a few drawn images."""
 
+import copy
 import csv
 import hashlib
 import json
@@ -14,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 
@@ -123,6 +125,21 @@ def test_mmseg_apis_serve_a_stage(finished: Path, shapes_root: Path) -> None:
     result = inference_model(model, str(image))
     assert result.pred_sem_seg.data.shape[-2:] == (64, 64)
     assert result.seg_logits.data.shape[0] == 5
+
+
+def test_stock_mmseg_gives_the_same_logits(finished: Path) -> None:
+    cfg = Config.fromfile(finished / 'stage_1/config.py')
+    stock = copy.deepcopy(cfg.model)
+    for key in ('old_model', 'pseudo_labeler', 'distillation', 'classifier_init'):
+        stock.pop(key)
+    stock.type, stock.backbone.type = 'EncoderDecoder', 'MixVisionTransformer'
+    models = [MODELS.build(model).eval() for model in (stock, cfg.model)]
+    for model in models:
+        model.load_state_dict(weights(finished / 'stage_1/snapshot.pth'), strict=True)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (model(images, mode='tensor') for model in models)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_the_next_stage_starts_from_the_snapshot(finished: Path) -> None:
