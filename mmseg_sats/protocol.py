@@ -133,8 +133,8 @@ def stage_sizes(name: str, num_classes: int) -> list[int]:
             f"protocol {name!r} is not of the form 'm-n' (for example '15-1', '10-1', '100-50') "
             "and not 'joint'"
         )
-    first, step = int(match[1]), int(match[2])
-    if first < 1 or step < 1:
+    first, later = int(match[1]), int(match[2])
+    if first < 1 or later < 1:
         raise ValueError(
             f"protocol {name!r}: both numbers of 'm-n' must be at least 1 (for example '15-1')"
         )
@@ -144,8 +144,8 @@ def stage_sizes(name: str, num_classes: int) -> list[int]:
             f"foreground classes (for example '{max(1, num_classes - 1)}-1' would fit)"
         )
     rest = num_classes - first
-    sizes = [first] + [step] * (rest // step)
-    return sizes + [rest % step] if rest % step else sizes
+    sizes = [first] + [later] * (rest // later)
+    return sizes + [rest % later] if rest % later else sizes
 
 
 def _cut(class_order: tuple[int, ...], sizes: Sequence[int]) -> tuple[Stage, ...]:

@@ -167,6 +167,11 @@ def test_another_run_is_not_gone_on_with(finished: Path, shapes_cfg: MakeConfig)
         RUNNERS.build(cfg)
 
 
+def test_memory_is_refused_rather_than_ignored(shapes_cfg: MakeConfig) -> None:
+    with pytest.raises(ValueError, match='memory=100: exemplars are not built yet'):
+        RUNNERS.build(shapes_cfg('sats', memory=100))
+
+
 def test_missing_weights_name_the_command(shapes_cfg: MakeConfig) -> None:
     cfg = shapes_cfg('sats', pretrained='checkpoints/none.pth')
     with pytest.raises(

@@ -73,6 +73,8 @@ class IncrementalRunner:
         # In the config that is kept, the method's name no longer depends on the folder it came from.
         self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
         self.cfg.setdefault('memory', 0)
+        if self.cfg.memory != 0:
+            raise ValueError(f'memory={self.cfg.memory!r}: exemplars are not built yet, expected 0')
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
