@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 
-from mmseg_sats.datasets import shapes
-from mmseg_sats.datasets.shapes import (
+from mmseg_sats.datasets import shapes, shapes_drawing
+from mmseg_sats.datasets.shapes import ShapesDataset, check_split, draw_split
+from mmseg_sats.datasets.shapes_drawing import (
     MAX_CLASSES,
-    ShapesDataset,
-    check_split,
     class_names,
     class_palette,
     draw_scene,
-    draw_split,
     scene_classes,
     shape_class,
 )
@@ -119,7 +117,7 @@ def test_pixels_are_balanced() -> None:
 
 def test_shapes_occlude_one_another_without_vanishing(monkeypatch: pytest.MonkeyPatch) -> None:
     covered, smallest = 0, 1.0
-    place = shapes._place
+    place = shapes_drawing._place
 
     def watch(rng, instances, instance, contours):
         nonlocal covered, smallest
@@ -130,7 +128,7 @@ def test_shapes_occlude_one_another_without_vanishing(monkeypatch: pytest.Monkey
         smallest = min([smallest, *(1 - hidden / before)])
         return result
 
-    monkeypatch.setattr(shapes, '_place', watch)
+    monkeypatch.setattr(shapes_drawing, '_place', watch)
     for index in range(60):
         draw_scene(index)
     assert covered >= 15
