@@ -213,7 +213,13 @@ def main() -> None:
     parser.add_argument(
         '--threads', type=int, help='of each run (default: the cores over the jobs)'
     )
-    parser.add_argument('--only', nargs='+', help='names of the runs wanted')
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=[run.name for run in all_runs()],
+        metavar='RUN',
+        help='names of the runs wanted',
+    )
     parser.add_argument(
         '--options', nargs='*', default=[], metavar='K=V', help='further --cfg-options for all'
     )

@@ -5,6 +5,7 @@ import copy
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.snapshot import latest_checkpoint
+from mmseg_sats.models import AttentionMixVisionTransformer
 
 MakeConfig = Callable[..., Config]
 STAGES = 4
@@ -178,6 +181,29 @@ def test_missing_weights_name_the_command(shapes_cfg: MakeConfig) -> None:
         FileNotFoundError, match=r'convert_mit.py ORIGINAL.pth checkpoints/none.pth'
     ):
         RUNNERS.build(cfg)
+
+
+def test_weights_of_another_model_are_found_before_training(
+    shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    torch.save({'patch_embed1.proj.weight': torch.zeros(1)}, tmp_path / 'original.pth')
+    with pytest.raises(ValueError, match=r'original SegFormer names: convert it by .*convert_mit'):
+        RUNNERS.build(shapes_cfg('sats', pretrained=str(tmp_path / 'original.pth')))
+    wider = AttentionMixVisionTransformer(embed_dims=32, num_layers=[1] * 4, num_heads=[1, 2, 4, 8])
+    torch.save(dict(state_dict=wider.state_dict()), tmp_path / 'wider.pth')
+    with pytest.raises(ValueError, match=r'wider.pth does not fit AttentionMix.*in the checkpoint'):
+        RUNNERS.build(shapes_cfg('sats', pretrained=str(tmp_path / 'wider.pth')))
+
+
+def test_a_cut_off_checkpoint_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
+    whole = (finished / 'stage_1/epoch_1.pth').read_bytes()
+    (tmp_path / 'epoch_1.pth').write_bytes(whole)
+    (tmp_path / 'epoch_2.pth').write_bytes(whole[: len(whole) // 2])
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
+    os.utime(tmp_path / 'epoch_1.pth', (1, 1))
+    assert latest_checkpoint(tmp_path) == tmp_path / 'epoch_1.pth'
+    (tmp_path / 'epoch_1.pth').unlink()
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_resume_goes_on_in_the_middle_of_a_stage(shapes_cfg: MakeConfig, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_stage_words_reach_any_place(shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg('sats', crop_size=32)
     cfg.note = dict(words=[f'${name}' for name in STAGE_WORDS])
     notes = [c.note['words'] for c in stage_configs(cfg)]
-    assert notes[0] == [0, 4, 1, (128, 32)]
+    assert notes[0] == [0, 4, 1, (128, 32), (32, 32)]
     assert notes[3] == [3, 7, 6, (128, 32)]
 
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import RUNNERS, DefaultScope, init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
@@ -29,6 +29,7 @@ from mmseg_sats.engine.results import (
 )
 from mmseg_sats.engine.snapshot import (
     adopt_base,
+    latest_checkpoint,
     load_snapshot,
     save_snapshot,
     unwrap,
@@ -83,9 +84,9 @@ class IncrementalRunner:
         self._check_work_dir()
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
-        if self.base is None:
+        if self.base is None and not (stage_dir(self.work_dir, 0) / 'done').exists():
             check_pretrained(stages[0])
-        join_process_group(self.cfg)
+        self._process_settings = join_process_group(self.cfg)
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
@@ -120,9 +121,11 @@ class IncrementalRunner:
             write_text(folder / 'config.py', cfg.pretty_text)
         barrier()
         snapshot = folder / 'snapshot.pth'
-        if self.cfg.get('resume') and find_latest_checkpoint(str(folder)):
-            # mmengine resumes optimizer, schedulers and counters; the old snapshot is only a stage's start.
-            cfg.resume, cfg.load_from = True, None
+        checkpoint = latest_checkpoint(folder) if self.cfg.get('resume') else None
+        if checkpoint is not None:
+            # mmengine resumes optimizer, schedulers and counters from it.
+            cfg.resume, cfg.load_from = True, str(checkpoint)
+        cfg.merge_from_dict(self._process_settings)
         runner = Runner.from_cfg(cfg)
         runner.logger.info(
             f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '

@@ -1,11 +1,13 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Snapshots: the weights a stage leaves, for the next stage, for evaluation and for everybody else."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -102,3 +104,20 @@ def adopt_base(
             + '; '.join(problems[:5])
         )
     return {key: state_dict[key] for key in own}
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest of mmengine's checkpoints in a stage's folder that can be read, or None.
+
+    mmengine removes an old checkpoint before it writes the next one, and its ``last_checkpoint``
+    may name a file that an interruption cut off or never let come into being.
+    """
+    paths = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            load_checkpoint_safely(path)
+        except ValueError as error:
+            print_log(f'not resumed from: {error}', logger='current', level=logging.WARNING)
+        else:
+            return path
+    return None

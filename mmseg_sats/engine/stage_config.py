@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmseg.registry import MODELS
 
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.suggest import near_match
 
@@ -22,6 +25,7 @@ STAGE_WORDS = {
     'num_classes': "channels of the stage's model, background included",
     'num_old_classes': 'channels of the old model, background included (1 in stage 0)',
     'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
+    'crop_wh': 'the crop as (w, h), which CenterCrop wants',
 }
 _WORD = re.compile(r'^\$(\w+)$')
 
@@ -41,7 +45,7 @@ def config_words(cfg: Config) -> dict[str, Any]:
         words['crop_size'] = tuple(size)
     if size is not None:
         height, width = words['crop_size']
-        words['crop_scale'] = (4 * width, height)
+        words.update(crop_scale=(4 * width, height), crop_wh=(width, height))
     return words
 
 
@@ -109,8 +113,11 @@ def build_stage_config(
         stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
     )
     result = Config(resolve_words(merged._cfg_dict.to_dict(), words))
-    for key in ('runner_type', 'base'):
+    for key in ('runner_type', 'base', 'launcher'):
         result.pop(key, None)
+    for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
+        if loader and loader.get('num_workers') == 0:
+            loader.persistent_workers = False  # torch refuses to keep workers that there are not
     # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.
     result.resume = False
     _set_model(result.model, stage, work_dir)
@@ -142,15 +149,44 @@ def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
 
 
 def check_pretrained(cfg: Config) -> None:
-    """Raises FileNotFoundError, with the command that makes it, where the encoder's weights are missing.
+    """Finds out before training whether the encoder's weights are there and fit.
+
+    mmengine would read whatever the file holds and go on with random weights where names differ.
 
     Args:
         cfg: the config of stage 0. Weights from a URL or a model zoo are left to mmengine.
+
+    Raises:
+        FileNotFoundError: no such file; the message names the command that makes it.
+        ValueError: the file cannot be read safely, has another model's names or shapes, or is an
+            original SegFormer checkpoint that was not converted.
     """
-    checkpoint = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
-    if checkpoint and '://' not in checkpoint and not Path(checkpoint).is_file():
+    init_cfg = cfg.model.backbone.get('init_cfg') or {}
+    checkpoint = init_cfg.get('checkpoint')
+    if not checkpoint or '://' in checkpoint:
+        return
+    command = f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`'
+    if not Path(checkpoint).is_file():
         raise FileNotFoundError(
-            f"the encoder's weights {checkpoint} do not exist. From the original SegFormer checkpoint make them by "
-            f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`, name others by `--cfg-options '
-            'pretrained=FILE`, or start from random weights by `--cfg-options pretrained=None`'
+            f"the encoder's weights {checkpoint} do not exist. From the original SegFormer "
+            f'checkpoint make them by {command}, name others by `--cfg-options pretrained=FILE`, '
+            'or start from random weights by `--cfg-options pretrained=None`'
         )
+    prefix = (init_cfg.get('prefix') or '').rstrip('.')
+    state_dict = {
+        key.removeprefix(f'{prefix}.'): value
+        for key, value in load_checkpoint_safely(checkpoint)['state_dict'].items()
+    }
+    if any(key.startswith('patch_embed1.') for key in state_dict):
+        raise ValueError(
+            f'{checkpoint} has the original SegFormer names: convert it by {command}, '
+            'with the original as ORIGINAL.pth'
+        )
+    backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+    own = backbone.state_dict()
+    wrong = shape_mismatches(state_dict, backbone)
+    missing = [key for key in own if key not in state_dict]
+    # Some backbones add tensors of their own to published weights; most must be there.
+    if wrong or 2 * len(missing) > len(own):
+        problems = '; '.join([*wrong, *(f'{key}: missing' for key in missing)][:5])
+        raise ValueError(f'{checkpoint} does not fit {type(backbone).__name__}: {problems}')

@@ -13,6 +13,7 @@ persistent_workers = False
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='RandomCrop', crop_size='$crop_size'),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs')
 ]
@@ -21,6 +22,7 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
+eval_pipeline = '$test_pipeline'
 train_dataset = dict(
     type='ShapesDataset',
     data_root='$data_root',
@@ -36,4 +38,4 @@ eval_dataset = dict(
     num_classes='$num_shapes',
     num_images='$val_images',
     image_size='$image_size',
-    pipeline='$test_pipeline')
+    pipeline='$eval_pipeline')

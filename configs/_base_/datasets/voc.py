@@ -33,7 +33,7 @@ centre_crop_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='Resize', scale='$crop_scale', keep_ratio=True),
-    dict(type='CenterCrop', crop_size='$crop_size'),
+    dict(type='CenterCrop', crop_size='$crop_wh'),
     dict(type='EvaluateAsIs'),
     dict(type='PackSegInputs')
 ]

@@ -21,7 +21,7 @@ from mmseg_sats.models.segmentors.incremental_encoder_decoder import Incremental
 class PseudoLabelThresholdHook(Hook):
     """One inference pass of the old model over the stage's training images before training.
 
-    The images go through the evaluation's pipeline, without augmentation, so that the thresholds
+    The images go through the config's ``test_pipeline``, without augmentation, so that the thresholds
     depend on nothing but the stage, and are the same on any number of ranks. They are kept in
     ``pseudo_label_thresholds.json`` of the stage's work dir, from which a resumed run takes them.
 
@@ -67,7 +67,7 @@ class PseudoLabelThresholdHook(Hook):
     def _dataloader_cfg(runner: Runner) -> dict[str, Any]:
         """The stage's training images, each once, as evaluation would see them."""
         dataset = copy.deepcopy(runner.cfg.train_dataloader.dataset)
-        dataset.pipeline = copy.deepcopy(runner.cfg.test_dataloader.dataset.dataset.pipeline)
+        dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
         train = runner.cfg.train_dataloader
         cfg = dict(
             dataset=dataset,

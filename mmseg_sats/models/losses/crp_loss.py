@@ -293,7 +293,8 @@ class CRPDistillationLoss(nn.Module):
         pooling: ``'class'``, ``'global'`` or ``'none'``.
         source: what is handed on: ``'attention'``, ``'feature'`` (the block's output map) or
             ``'both'``, the sum.
-        blocks: indices into the attentions or features of the backbone.
+        blocks: indices into the attentions or features of the backbone: its blocks, or its layers where
+            the backbone hands out all of them (``attention_layers='all'``).
         distance: ``'l2'`` or ``'squared_l2'``.
         normalisation: ``'per_block'`` or ``'paper'``.
         loss_weight: the factor of the loss, lambda_a.
