@@ -284,3 +284,38 @@ def test_a_misspelt_word_is_found_before_training(shapes_cfg: MakeConfig, tmp_pa
     with pytest.raises(KeyError, match=r"train_cfg.max_epochs='\$epoch'.*did you mean 'epochs'"):
         RUNNERS.build(cfg)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_of_images_and_masks(finished: Path, shapes_root: Path, tmp_path: Path) -> None:
+    """The example of docs/usage.md: any folder pair, on top of a checkpoint with the base classes."""
+    train, val = (
+        next(path for path in shapes_root.glob(f'*size64*images{count}/{split}'))
+        for count, split in ((24, 'train'), (12, 'val'))
+    )
+    configs = Path(__file__).parents[1] / 'configs'
+    text = f"""
+_base_ = ['{configs}/_base_/segformer_tiny_shapes.py', '{configs}/sats/sats.py']
+protocol = '3-3'
+class_names = ['background', 'a', 'b', 'c', 'd', 'e', 'f']
+train_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{train}', pipeline='$train_pipeline',
+    data_prefix=dict(img_path='images', seg_map_path='masks'), img_suffix='.png',
+    metainfo=dict(classes='$class_names'))
+eval_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{val}', pipeline='$eval_pipeline',
+    data_prefix=dict(img_path='images', seg_map_path='masks'), img_suffix='.png',
+    metainfo=dict(classes='$class_names'))
+"""
+    (tmp_path / 'own.py').write_text(text)
+    cfg = Config.fromfile(tmp_path / 'own.py')
+    base = weights(finished / 'stage_0/snapshot.pth')
+    # As a checkpoint from elsewhere: without a background channel and without class names.
+    for key in ('decode_head.conv_seg.weight', 'decode_head.conv_seg.bias'):
+        base[key] = base[key][1:]
+    torch.save(dict(state_dict=base), tmp_path / 'trained.pth')
+    small = dict(epochs=1, crop_size=64, batch_size=8, work_dir=str(tmp_path / 'run'))
+    cfg.merge_from_dict(small | dict(base=str(tmp_path / 'trained.pth')))
+    results = RUNNERS.build(cfg).train()
+    assert results['stages'][0]['iou'].keys() == {'background', 'a', 'b', 'c'}
+    assert results['stages'][0]['iou']['background'] == 0.0  # nobody has taught it yet
+    assert results['stages'][1]['new_classes'] == ['d', 'e', 'f']

@@ -148,7 +148,7 @@ def test_stage_words_reach_any_place(shapes_cfg: Callable[..., Config]) -> None:
     cfg.note = dict(words=[f'${name}' for name in STAGE_WORDS])
     notes = [c.note['words'] for c in stage_configs(cfg)]
     assert notes[0] == [0, 4, 1, (128, 32), (32, 32)]
-    assert notes[3] == [3, 7, 6, (128, 32)]
+    assert notes[3] == [3, 7, 6, (128, 32), (32, 32)]
 
 
 def test_initial_and_later_stages_are_merged_where_they_belong(shapes_cfg: Callable[..., Config]) -> None:
