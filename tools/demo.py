@@ -59,11 +59,11 @@ def main() -> None:
         console.print(
             f'\n{method}: mIoU in percent after each stage ({time.perf_counter() - start:.0f} s so far)'
         )
-        console.print(str(stage_table(runs[-1])))
+        print(stage_table(runs[-1]))
         if len(runs[-1]['stages']) > 1:
-            console.print(str(forgetting_table(runs[-1])))
+            print(forgetting_table(runs[-1]))
     console.print('\nmIoU after the last stage: base classes, classes learned later, all')
-    console.print(str(comparison_table(runs)))
+    print(comparison_table(runs))
     console.print(f'figures: {out}/*/results.json and results.csv')
 
 

@@ -8,6 +8,7 @@ model = dict(
     decode_head=dict(in_channels=[16, 32, 64, 128], channels=64))
 
 epochs = 16
+initial_stage = dict(epochs=28)  # also joint's; from random weights
 lr = 2e-3
 head_lr_mult = 1.0
 later_stages = dict(lr=1e-3)

@@ -84,7 +84,7 @@ def stage_table(results: Mapping[str, Any]) -> PrettyTable:
         table.add_row(
             [
                 stage['stage'],
-                names if len(names) <= 40 else f'{len(stage["new_classes"])} classes',
+                names if len(names) <= 32 else f'{len(stage["new_classes"])} classes',
                 _text(stage['images'], '{}'),
                 *(_text(stage['mIoU'][key]) for key in ('base', 'new', 'all')),
             ]
