@@ -140,7 +140,7 @@ def test_make_installs_once_and_again_only_for_new_requirements(checkout: Path) 
     assert ['install' in call for call in first] == [True, True, False, False]
     assert '-c requirements/constraints.txt -r requirements.txt' in first[0]
     assert '--no-deps' in first[1]
-    assert first[-1] == 'tools/demo.py'
+    assert first[-1] == '-W ignore tools/demo.py'
     assert make(checkout, 'demo').returncode == 0
     assert calls(checkout) == ['tools/demo.py']
     later = (checkout / '.venv' / '.installed').stat().st_mtime + 10

@@ -18,5 +18,5 @@ num_workers = 1
 crop_size = 160
 epochs = 6
 lr = 4e-4
-later_stages = dict(lr=1e-4, batch_size=4)
+later_stages = dict(lr=1e-4)
 head_lr_mult = 10.0
