@@ -7,7 +7,7 @@ model = dict(
     backbone=dict(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], drop_path_rate=0.0),
     decode_head=dict(in_channels=[16, 32, 64, 128], channels=64))
 
-epochs = 22
+epochs = 20
 lr = 2e-3
 head_lr_mult = 1.0
 later_stages = dict(lr=1e-3)
