@@ -12,7 +12,6 @@ research use. Converting them does not change that; it goes for DST as well.
 """
 
 import argparse
-import os
 import pickle
 import re
 import sys
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mmseg_sats.checkpoint import write_atomically
 
 
 def _linear_to_conv(tensor: Tensor) -> Tensor:
@@ -161,15 +162,8 @@ def load(path: Path) -> Mapping[str, Tensor]:
 def save(state_dict: Mapping[str, Tensor], path: Path) -> None:
     """Write ``dict(state_dict=...)``; the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with temporary.open('wb') as file:
-            torch.save({'state_dict': dict(state_dict)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = {'state_dict': dict(state_dict)}
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import struct
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from mmengine import dist
 from mmengine.logging import print_log
 from rich.progress import track
 
+from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.protocol import Stage
 from mmseg_sats.suggest import check_choice
 
@@ -241,20 +241,10 @@ def _read_cache(cache_file: Path, num_files: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _write_cache(cache_file: Path, stamps: np.ndarray, packed: np.ndarray) -> None:
-    temporary = None
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=cache_file.parent, prefix=cache_file.stem, suffix='.tmp', delete=False
-        ) as file:
-            temporary = file.name
-            np.savez(file, stamps=stamps, packed=packed)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, cache_file)
+        write_atomically(cache_file, lambda file: np.savez(file, stamps=stamps, packed=packed))
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         _warn(f'class index {cache_file} cannot be written ({error}): the next run scans again')
 
 
