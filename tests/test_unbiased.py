@@ -2,7 +2,6 @@
 """MiB's losses against loops written from their formulas."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,18 +15,7 @@ from mmseg_sats.models.losses.unbiased import (
     unbiased_cross_entropy,
     unbiased_distillation,
 )
-
-
-def logits_of(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(*shape, generator=generator, dtype=dtype)
-
-
-def labels_of(*shape: int, classes: int, seed: int = 0) -> Tensor:
-    """All classes and some ignored pixels, with much background."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(-classes, classes + 1, shape, generator=generator).clamp(min=0)
-    return torch.where(labels == classes, 255, labels)
+from tests.tensors import Output, random_labels, random_tensor, value_and_gradient
 
 
 def lse(values: list[Tensor]) -> Tensor:
@@ -61,15 +49,10 @@ def distillation_by_loop(student: Tensor, teacher: Tensor) -> Tensor:
     return -total / (num_old * student[:, 0].numel())
 
 
-def value_and_gradient(loss: Tensor, inputs: Tensor) -> tuple[float, Tensor]:
-    (gradient,) = torch.autograd.grad(loss, inputs)
-    return loss.item(), gradient
-
-
 @pytest.mark.parametrize('num_old', [1, 2, 4, 6])
 def test_cross_entropy_is_the_formula(num_old: int) -> None:
-    logits = logits_of(2, 6, 4, 5).requires_grad_()
-    labels = labels_of(2, 4, 5, classes=6)
+    logits = random_tensor(2, 6, 4, 5).requires_grad_()
+    labels = random_labels(2, 4, 5, classes=6)
     assert {0, 1, 5, 255} <= set(labels.flatten().tolist())
     value, gradient = value_and_gradient(unbiased_cross_entropy(logits, labels, num_old), logits)
     expected, expected_gradient = value_and_gradient(
@@ -80,8 +63,8 @@ def test_cross_entropy_is_the_formula(num_old: int) -> None:
 
 @pytest.mark.parametrize(('num_old', 'num_new'), [(1, 0), (1, 3), (2, 1), (4, 0), (4, 2)])
 def test_distillation_is_the_formula(num_old: int, num_new: int) -> None:
-    student = logits_of(2, num_old + num_new, 3, 4).requires_grad_()
-    teacher = logits_of(2, num_old, 3, 4, seed=1)
+    student = random_tensor(2, num_old + num_new, 3, 4).requires_grad_()
+    teacher = random_tensor(2, num_old, 3, 4, seed=1)
     value, gradient = value_and_gradient(unbiased_distillation(student, teacher), student)
     expected, expected_gradient = value_and_gradient(
         distillation_by_loop(student, teacher), student)
@@ -90,14 +73,14 @@ def test_distillation_is_the_formula(num_old: int, num_new: int) -> None:
 
 
 def test_gradients_pass_gradcheck_with_a_weighted_sum_of_pixels() -> None:
-    labels = labels_of(2, 3, 3, classes=4)
+    labels = random_labels(2, 3, 3, classes=4)
     weight = torch.rand(2, 3, 3, dtype=torch.float64)
     loss = UnbiasedCrossEntropyLoss(num_old=2)
     assert torch.autograd.gradcheck(
-        lambda x: loss(x, labels, weight=weight), logits_of(2, 4, 3, 3).requires_grad_())
-    teacher = logits_of(2, 2, 3, 3, seed=1)
+        lambda x: loss(x, labels, weight=weight), random_tensor(2, 4, 3, 3).requires_grad_())
+    teacher = random_tensor(2, 2, 3, 3, seed=1)
     assert torch.autograd.gradcheck(
-        lambda x: unbiased_distillation(x, teacher), logits_of(2, 4, 3, 3).requires_grad_())
+        lambda x: unbiased_distillation(x, teacher), random_tensor(2, 4, 3, 3).requires_grad_())
 
 
 @pytest.mark.parametrize(('label', 'num_old', 'expected'), [
@@ -115,14 +98,14 @@ def test_cross_entropy_of_uniform_logits(label: int, num_old: int, expected: flo
 
 
 def test_one_old_channel_is_plain_cross_entropy_over_all_pixels() -> None:
-    logits, labels = logits_of(2, 5, 6, 7), labels_of(2, 6, 7, classes=5)
+    logits, labels = random_tensor(2, 5, 6, 7), random_labels(2, 6, 7, classes=5)
     plain = F.cross_entropy(logits, labels, ignore_index=255, reduction='sum') / labels.numel()
     loss = unbiased_cross_entropy(logits, labels, 1)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
 
 
 def test_background_pixels_do_not_tell_old_channels_apart() -> None:
-    logits = logits_of(1, 5, 4, 4)
+    logits = random_tensor(1, 5, 4, 4)
     swapped = logits[:, [2, 1, 0, 3, 4]]
     labels = torch.zeros(1, 4, 4, dtype=torch.long)
     loss = unbiased_cross_entropy(logits, labels, 3)
@@ -132,7 +115,7 @@ def test_background_pixels_do_not_tell_old_channels_apart() -> None:
 
 
 def test_ignored_pixels_count_in_the_divisor_only() -> None:
-    logits = logits_of(1, 4, 2, 4).requires_grad_()
+    logits = random_tensor(1, 4, 2, 4).requires_grad_()
     labels = torch.tensor([[[0, 1, 2, 3], [255, 255, 255, 255]]])
     loss = unbiased_cross_entropy(logits, labels, 2)
     upper = unbiased_cross_entropy(logits[:, :, :1], labels[:, :1], 2)
@@ -143,8 +126,8 @@ def test_ignored_pixels_count_in_the_divisor_only() -> None:
 
 
 def test_large_logits_stay_finite() -> None:
-    logits = (1e4 * logits_of(1, 4, 3, 3, dtype=torch.float32)).requires_grad_()
-    labels = labels_of(1, 3, 3, classes=4)
+    logits = (1e4 * random_tensor(1, 4, 3, 3, dtype=torch.float32)).requires_grad_()
+    labels = random_labels(1, 3, 3, classes=4)
     loss = unbiased_cross_entropy(logits, labels, 2) + unbiased_distillation(logits, logits[:, :2])
     loss.backward()
     assert math.isfinite(loss.item())
@@ -152,20 +135,20 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_distilling_the_teacher_itself_is_its_entropy() -> None:
-    teacher = logits_of(2, 4, 3, 3)
+    teacher = random_tensor(2, 4, 3, 3)
     student = teacher.clone().requires_grad_()
     loss = unbiased_distillation(student, teacher)
     entropy = torch.special.entr(teacher.softmax(1)).sum(1).mean()
     assert loss.item() == pytest.approx(entropy.item() / 4, abs=1e-12)
     loss.backward()
     assert student.grad.abs().max() < 1e-12
-    assert unbiased_distillation(logits_of(2, 4, 3, 3, seed=5), teacher) > loss
+    assert unbiased_distillation(random_tensor(2, 4, 3, 3, seed=5), teacher) > loss
 
 
 def test_a_background_split_into_new_classes_costs_nothing() -> None:
-    teacher = logits_of(1, 3, 4, 4)
-    whole = logits_of(1, 3, 4, 4, seed=1)
-    shares = logits_of(1, 3, 4, 4, seed=2).log_softmax(1)
+    teacher = random_tensor(1, 3, 4, 4)
+    whole = random_tensor(1, 3, 4, 4, seed=1)
+    shares = random_tensor(1, 3, 4, 4, seed=2).log_softmax(1)
     parts = whole[:, :1] + shares  # background and two new classes add up to the old background
     split = torch.cat([parts[:, :1], whole[:, 1:], parts[:, 1:]], dim=1)
     expected = unbiased_distillation(whole, teacher).item()
@@ -173,22 +156,22 @@ def test_a_background_split_into_new_classes_costs_nothing() -> None:
 
 
 def test_the_gradient_reaches_the_student_only() -> None:
-    student, teacher = (logits_of(1, k, 3, 3, seed=k).requires_grad_() for k in (5, 3))
+    student, teacher = (random_tensor(1, k, 3, 3, seed=k).requires_grad_() for k in (5, 3))
     unbiased_distillation(student, teacher).backward()
     assert student.grad.abs().max() > 0
     assert teacher.grad is None
 
 
 def test_distillation_gradient_of_a_pixel_sums_to_zero() -> None:
-    student = logits_of(1, 5, 3, 3).requires_grad_()
-    unbiased_distillation(student, logits_of(1, 3, 3, 3, seed=1)).backward()
+    student = random_tensor(1, 5, 3, 3).requires_grad_()
+    unbiased_distillation(student, random_tensor(1, 3, 3, 3, seed=1)).backward()
     assert student.grad.sum(1).abs().max() < 1e-12
 
 
 def test_half_precision_is_computed_in_float32() -> None:
-    student = logits_of(2, 6, 8, 8, dtype=torch.float32).bfloat16().requires_grad_()
-    teacher = logits_of(2, 4, 8, 8, seed=1, dtype=torch.float32).bfloat16()
-    labels = labels_of(2, 8, 8, classes=6)
+    student = random_tensor(2, 6, 8, 8, dtype=torch.float32).bfloat16().requires_grad_()
+    teacher = random_tensor(2, 4, 8, 8, seed=1, dtype=torch.float32).bfloat16()
+    labels = random_labels(2, 8, 8, classes=6)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         losses = (unbiased_cross_entropy(student, labels, 4),
                   unbiased_distillation(student, teacher))
@@ -204,7 +187,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 
 def test_float64_stays_float64() -> None:
-    logits, labels = logits_of(1, 4, 2, 2), labels_of(1, 2, 2, classes=4)
+    logits, labels = random_tensor(1, 4, 2, 2), random_labels(1, 2, 2, classes=4)
     assert unbiased_cross_entropy(logits, labels, 2).dtype == torch.float64
     assert unbiased_distillation(logits, logits[:, :2]).dtype == torch.float64
 
@@ -236,7 +219,7 @@ def test_distillation_names_both_shapes(student: tuple[int, ...], teacher: tuple
 
 
 def test_cross_entropy_module_weighs_pixels() -> None:
-    logits, labels = logits_of(2, 5, 3, 4), labels_of(2, 3, 4, classes=5)
+    logits, labels = random_tensor(2, 5, 3, 4), random_labels(2, 3, 4, classes=5)
     loss = MODELS.build({'type': 'UnbiasedCrossEntropyLoss', 'num_old': 3, 'loss_weight': 2.0})
     pixels = loss(logits, labels, reduction_override='none')
     weight = torch.rand(2, 3, 4)
@@ -274,9 +257,9 @@ def test_cross_entropy_serves_an_mmseg_head_with_hard_example_mining(thresh: flo
         in_channels=4, channels=4, in_index=0, num_convs=0, concat_input=False, num_classes=4,
         loss_decode={'type': 'UnbiasedCrossEntropyLoss', 'num_old': 2},
         sampler={'type': 'OHEMPixelSampler', 'thresh': thresh, 'min_kept': 8})
-    labels = labels_of(2, 8, 8, classes=4)
+    labels = random_labels(2, 8, 8, classes=4)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
-    logits = logits_of(2, 4, 8, 8, dtype=torch.float32)
+    logits = random_tensor(2, 4, 8, 8, dtype=torch.float32)
     kept = head.sampler.sample(logits, labels[:, None])
     pixels = UnbiasedCrossEntropyLoss(2)(logits, labels, reduction_override='none')
     loss = head.loss_by_feat(logits, samples)['loss_ce']
@@ -284,18 +267,8 @@ def test_cross_entropy_serves_an_mmseg_head_with_hard_example_mining(thresh: flo
     assert loss.item() == pytest.approx((pixels * kept).mean().item(), rel=1e-6)
 
 
-@dataclass
-class Output:
-    """As much of a segmentor's output as the distillation asks for."""
-
-    logits: Tensor
-
-    def resized(self, size: tuple[int, int]) -> Tensor:
-        return F.interpolate(self.logits, size=size, mode='bilinear', align_corners=False)
-
-
 def test_distillation_module_compares_at_the_size_of_the_labels() -> None:
-    student, teacher = logits_of(2, 5, 3, 4), logits_of(2, 3, 3, 4, seed=1)
+    student, teacher = random_tensor(2, 5, 3, 4), random_tensor(2, 3, 3, 4, seed=1)
     labels = torch.full((2, 6, 8), 255)
     loss = MODELS.build({'type': 'UnbiasedDistillationLoss', 'loss_weight': 20.0})
     expected = 20 * unbiased_distillation(

@@ -5,6 +5,11 @@ from mmseg_sats.models.attention import AttentionMap
 from mmseg_sats.models.backbones import AttentionMixVisionTransformer
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
+    FeatureMSELoss,
+    KnowledgeDistillationLoss,
+    LocalPODLoss,
+    SigmoidCrossEntropyLoss,
+    SigmoidDistillationLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
@@ -17,8 +22,13 @@ __all__ = [
     'AttentionMixVisionTransformer',
     'CRPDistillationLoss',
     'EntropyPseudoLabeler',
+    'FeatureMSELoss',
     'IncrementalEncoderDecoder',
+    'KnowledgeDistillationLoss',
+    'LocalPODLoss',
     'SegmentorOutput',
+    'SigmoidCrossEntropyLoss',
+    'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
 ]

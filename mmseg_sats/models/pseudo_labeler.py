@@ -73,6 +73,26 @@ def _released_median(counts: Tensor) -> Tensor:
     return threshold[:, 0]
 
 
+def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
+    """PLOP's factor of an image: the share of its background that has got a pseudo-label.
+
+    Few confident pixels beside the new class's would give the new class too much weight. PLOP's
+    released code divides by zero where an image has no background; such an image keeps its weight.
+
+    Args:
+        labels: (B, H, W) integers, 0 for background.
+        completed: (B, H, W), the same with the background's pixels pseudo-labelled or ignored.
+        ignore_index: label of the pixels without a pseudo-label.
+
+    Returns:
+        (B,) float32 in [0, 1], 1 for an image without background.
+    """
+    background = (labels == 0).flatten(1)
+    sure = background & (completed != ignore_index).flatten(1)
+    total = background.sum(1)
+    return torch.where(total > 0, sure.sum(1) / total.clamp(min=1), 1.0)
+
+
 @dataclass(frozen=True)
 class _ThresholdRule:
     """How entropy is measured, and how a class's threshold follows from its histogram."""
@@ -111,19 +131,26 @@ class EntropyPseudoLabeler:
             median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes);
             or a number in (0, 1], the same threshold for all classes, which needs no pass.
         ignore_index: label of the pixels that the old model is not sure about.
+        scale_images: whether an image's cross-entropy is scaled by the share of its background that
+            the old model is sure about, as PLOP does; SATS does not.
 
     Raises:
         ValueError: for an unknown ``threshold``, or numbers out of range.
     """
 
     def __init__(
-        self, floor: float = 0.001, threshold: str | float = 'median', ignore_index: int = 255
+        self,
+        floor: float = 0.001,
+        threshold: str | float = 'median',
+        ignore_index: int = 255,
+        scale_images: bool = False,
     ) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f'floor must be in [0, 1], got {floor}')
         self.floor = floor
         self.threshold = threshold
         self.ignore_index = ignore_index
+        self.scale_images = scale_images
         self.needs_pass = isinstance(threshold, str)
         """Whether thresholds must be found (or loaded) before the first call."""
         self._rule = self._find_rule(threshold)
@@ -233,6 +260,17 @@ class EntropyPseudoLabeler:
             taught = torch.where(sure, pseudo, self.ignore_index).to(label.dtype)
             label.copy_(torch.where(label == 0, taught, label))
         return completed
+
+    def image_weights(self, labels: Tensor, completed: Tensor) -> Tensor | None:
+        """The factor of each image's cross-entropy, (B,), or None where images are not scaled.
+
+        Args:
+            labels: (B, H, W), as :meth:`__call__` got them.
+            completed: what it returned.
+        """
+        if not self.scale_images:
+            return None
+        return confident_share(labels, completed, self.ignore_index)
 
     def _start_without_pass(self, num_old: int) -> None:
         if self.needs_pass:

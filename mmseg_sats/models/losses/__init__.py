@@ -2,6 +2,18 @@
 """Losses: pure functions, and the modules that register them."""
 
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
+from mmseg_sats.models.losses.feature_mse import FeatureMSELoss, feature_mse
+from mmseg_sats.models.losses.knowledge_distillation import (
+    KnowledgeDistillationLoss,
+    knowledge_distillation,
+)
+from mmseg_sats.models.losses.local_pod import LocalPODLoss, local_pod
+from mmseg_sats.models.losses.sigmoid import (
+    SigmoidCrossEntropyLoss,
+    SigmoidDistillationLoss,
+    sigmoid_cross_entropy,
+    sigmoid_distillation,
+)
 from mmseg_sats.models.losses.unbiased import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
@@ -11,9 +23,19 @@ from mmseg_sats.models.losses.unbiased import (
 
 __all__ = [
     'CRPDistillationLoss',
+    'FeatureMSELoss',
+    'KnowledgeDistillationLoss',
+    'LocalPODLoss',
+    'SigmoidCrossEntropyLoss',
+    'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
     'crp_loss',
+    'feature_mse',
+    'knowledge_distillation',
+    'local_pod',
+    'sigmoid_cross_entropy',
+    'sigmoid_distillation',
     'unbiased_cross_entropy',
     'unbiased_distillation',
 ]

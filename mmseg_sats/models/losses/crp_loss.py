@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmseg_sats.models import attention as maps
 from mmseg_sats.models.attention import AttentionMap, ClassRegions
+from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.suggest import choose
 
@@ -319,9 +320,7 @@ class CRPDistillationLoss(nn.Module):
         choose('distance', distance, DISTANCES)
         choose('normalisation', normalisation, NORMALISATIONS)
         self._sources = choose('source', source, SOURCES)
-        self.blocks = tuple(blocks)
-        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
-            raise ValueError(f'blocks must be different indices from 0 on, got {blocks}')
+        self.blocks = block_indices(blocks)
         self.pooling = pooling
         self.source = source
         self.distance = distance
@@ -343,8 +342,8 @@ class CRPDistillationLoss(nn.Module):
         """
         losses: Iterable[Tensor] = (
             crp_loss(
-                self._pick(blocks_of(student), 'student'),
-                self._pick(blocks_of(teacher), 'teacher'),
+                pick_blocks(blocks_of(student), self.blocks, 'student'),
+                pick_blocks(blocks_of(teacher), self.blocks, 'teacher'),
                 labels,
                 pooling=self.pooling,
                 distance=self.distance,
@@ -354,11 +353,3 @@ class CRPDistillationLoss(nn.Module):
             for blocks_of in self._sources
         )
         return self.loss_weight * sum(losses)
-
-    def _pick(self, available: Sequence[Block], owner: str) -> list[Block]:
-        if max(self.blocks) >= len(available):
-            raise ValueError(
-                f'blocks {self.blocks}: the {owner} has only {len(available)} blocks,'
-                f' 0 to {len(available) - 1}'
-            )
-        return [available[index] for index in self.blocks]

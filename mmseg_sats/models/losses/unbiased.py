@@ -9,29 +9,20 @@ losses go through them image by image, keep only per-pixel sums for backward, an
 once.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_sats.suggest import check_choice
-
-
-class HasLogits(Protocol):
-    """What the distillation needs of a segmentor's output."""
-
-    logits: Tensor
-
-    def resized(self, size: tuple[int, int]) -> Tensor:
-        """The logits, bilinearly resized to ``size`` (H, W)."""
-
-
-def _computing_dtype(logits: Tensor) -> torch.dtype:
-    """Half precision is computed in float32; float64 stays."""
-    return torch.promote_types(logits.dtype, torch.float32)
+from mmseg_sats.models.attention import working_dtype
+from mmseg_sats.models.losses.pixelwise import (
+    LogitsDistillation,
+    PixelLoss,
+    check_distillation,
+    check_labels,
+)
 
 
 class _UnbiasedNegativeLogLikelihood(torch.autograd.Function):
@@ -44,7 +35,7 @@ class _UnbiasedNegativeLogLikelihood(torch.autograd.Function):
         ignored = labels == ignore_index
         targets = labels.masked_fill(ignored, 0)
         shape = (3, *labels.shape)
-        loss, lse_all, lse_old = logits.new_empty(shape, dtype=_computing_dtype(logits))
+        loss, lse_all, lse_old = logits.new_empty(shape, dtype=working_dtype(logits))
         for i, target in enumerate(targets):
             x = logits[i].to(loss.dtype)
             lse_all[i] = x.logsumexp(0)
@@ -79,7 +70,7 @@ class _UnbiasedCrossEntropyToTeacher(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         num_old = teacher.shape[1]
         shape = (3, student.shape[0], *student.shape[2:])
-        loss, lse_all, lse_background = student.new_empty(shape, dtype=_computing_dtype(student))
+        loss, lse_all, lse_background = student.new_empty(shape, dtype=working_dtype(student))
         for i, logits in enumerate(student):
             x = logits.to(loss.dtype)
             q = teacher[i].to(loss.dtype).softmax(0)
@@ -115,17 +106,11 @@ def _background_and_new(x: Tensor, num_old: int) -> Tensor:
 
 def _check_cross_entropy(logits: Tensor, labels: Tensor, num_old: int, ignore_index: int) -> None:
     """Raises ValueError where :func:`unbiased_cross_entropy` has no meaning."""
-    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(f'logits must be (B, K, H, W) and labels (B, H, W) of that size, '
-                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
+    check_labels(logits, labels, ignore_index)
     channels = logits.shape[1]
     if not 1 <= num_old <= channels:
         raise ValueError(f'num_old must be in 1..K (background included), got num_old={num_old} '
                          f'for logits of K={channels} channels')
-    unknown = ((labels < 0) | (labels >= channels)) & (labels != ignore_index)
-    if unknown.any():
-        raise ValueError(f'labels must be in 0..{channels - 1} or ignore_index={ignore_index}, for '
-                         f'logits of {channels} channels, got {labels[unknown].unique().tolist()}')
 
 
 def _cross_entropy_map(logits: Tensor, labels: Tensor, num_old: int, ignore_index: int) -> Tensor:
@@ -157,17 +142,6 @@ def unbiased_cross_entropy(
     return _cross_entropy_map(logits, labels, num_old, ignore_index).mean()
 
 
-def _check_distillation(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    """Raises ValueError where logits of these shapes cannot be distilled."""
-    got = f'got student {student} and teacher {teacher}'
-    if len(student) != 4 or len(teacher) != 4:
-        raise ValueError(f'student and teacher logits must be (B, K, H, W), {got}')
-    if (student[0], *student[2:]) != (teacher[0], *teacher[2:]):
-        raise ValueError(f'student and teacher must agree in batch, height and width, {got}')
-    if student[1] < teacher[1]:
-        raise ValueError(f'the student must have at least the channels of the teacher, {got}')
-
-
 def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """MiB's distillation: the old background stands for background and new classes (eq. (8)).
 
@@ -184,30 +158,18 @@ def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Ten
     Raises:
         ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
     """
-    _check_distillation(tuple(student_logits.shape), tuple(teacher_logits.shape))
+    check_distillation(student_logits, teacher_logits)
     return _UnbiasedCrossEntropyToTeacher.apply(student_logits, teacher_logits.detach()).mean()
 
 
-def _mean(loss: Tensor, avg_factor: float | None) -> Tensor:
-    return loss.mean() if avg_factor is None else loss.sum() / avg_factor
-
-
-def _sum(loss: Tensor, avg_factor: float | None) -> Tensor:
-    if avg_factor is not None:
-        raise ValueError(f"avg_factor={avg_factor} divides a mean, got reduction_override='sum'")
-    return loss.sum()
-
-
-_REDUCTIONS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
-    'mean': _mean,
-    'sum': _sum,
-    'none': lambda loss, avg_factor: loss,
-}
-
-
 @MODELS.register_module()
-class UnbiasedCrossEntropyLoss(nn.Module):
+class UnbiasedCrossEntropyLoss(PixelLoss):
     """:func:`unbiased_cross_entropy` as the ``loss_decode`` of an mmseg head.
+
+    Only background stands for the old classes. Where an old class is labelled (the ``sequential``
+    setting, exemplars of a memory, pseudo-labels), that label is believed, and the pixel costs plain
+    cross-entropy. MiB's released code turns such labels into background first, so that they would say
+    no more than "some old class"; without them, in ``overlapped`` and ``disjoint``, both are the same.
 
     Args:
         num_old: K_o, the old model's channels, background included.
@@ -219,59 +181,22 @@ class UnbiasedCrossEntropyLoss(nn.Module):
     """
 
     def __init__(self, num_old: int, loss_weight: float = 1.0, loss_name: str = 'loss_ce') -> None:
-        super().__init__()
+        super().__init__(loss_weight, loss_name)
         if num_old < 1:
             raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
         self.num_old = num_old
-        self.loss_weight = loss_weight
-        self._loss_name = loss_name
 
-    @property
-    def loss_name(self) -> str:
-        """Key of the loss in the head's dict."""
-        return self._loss_name
-
-    def forward(
-        self,
-        pred: Tensor,
-        label: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | None = None,
-        reduction_override: str | None = None,
-        ignore_index: int = 255,
-    ) -> Tensor:
-        """The weighted loss, as ``BaseDecodeHead.loss_by_feat`` and its pixel samplers call it.
-
-        Args:
-            pred: (B, K, H, W) logits.
-            label: (B, H, W) integers.
-            weight: (B, H, W), factor of each pixel (mmseg's samplers give 0 and 1); the divisor
-                is still the number of pixels.
-            avg_factor: divisor in place of the number of pixels.
-            reduction_override: ``'mean'`` (as None), ``'sum'``, or ``'none'`` for a (B, H, W) map.
-            ignore_index: label of pixels that add nothing.
-
-        Raises:
-            ValueError: for shapes, labels or a reduction that do not fit.
-        """
-        reduction = 'mean' if reduction_override is None else reduction_override
-        check_choice('reduction_override', reduction, _REDUCTIONS)
-        loss = _cross_entropy_map(pred, label, self.num_old, ignore_index)
-        if weight is not None:
-            if weight.shape != label.shape:
-                raise ValueError(f'weight must have the shape of label {tuple(label.shape)}, '
-                                 f'got {tuple(weight.shape)}')
-            loss = loss * weight.to(loss.dtype)
-        return self.loss_weight * _REDUCTIONS[reduction](loss, avg_factor)
+    def pixels(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """The loss of every pixel (B, H, W), 0 where ignored."""
+        return _cross_entropy_map(logits, labels, self.num_old, ignore_index)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
-        return (f'num_old={self.num_old}, loss_weight={self.loss_weight}, '
-                f'loss_name={self._loss_name!r}')
+        return f'num_old={self.num_old}, {super().extra_repr()}'
 
 
 @MODELS.register_module()
-class UnbiasedDistillationLoss(nn.Module):
+class UnbiasedDistillationLoss(LogitsDistillation):
     """:func:`unbiased_distillation` between student and old model, at the labels' size.
 
     Args:
@@ -279,18 +204,6 @@ class UnbiasedDistillationLoss(nn.Module):
             20 as SATS's lambda_d.
     """
 
-    needs_attention: ClassVar[bool] = False
-
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-
-    def forward(self, student: HasLogits, teacher: HasLogits, labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar over all pixels of ``labels`` (B, H, W), ignored ones too."""
-        size = (labels.shape[-2], labels.shape[-1])
-        loss = unbiased_distillation(student.resized(size), teacher.resized(size))
-        return self.loss_weight * loss
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}'
+    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """See :func:`unbiased_distillation`."""
+        return unbiased_distillation(student_logits, teacher_logits)

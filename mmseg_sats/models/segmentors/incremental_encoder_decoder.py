@@ -20,6 +20,7 @@ from mmseg_sats.models.classifier import (
     shape_mismatches,
 )
 from mmseg_sats.models.freeze import freeze, hold_in_eval
+from mmseg_sats.models.image_weights import weighted_images
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.suggest import check_choice
@@ -43,7 +44,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
             trained stage is served without it.
         pseudo_labeler: config of an object called as ``labels = pseudo_labeler(labels, teacher_logits)``
-            with (B, H, W) and (B, K_old, H, W); or None.
+            with (B, H, W) and (B, K_old, H, W); or None. If it has ``image_weights(labels, completed)``
+            and that gives (B,) rather than None, these weigh the images in the segmentation loss.
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
             so that a child config can drop a part.
@@ -139,9 +141,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         with_attention = taught and self._needs_attention
         student, head_inputs = run_segmentor(self, inputs, with_attention)
         teacher = self.old_model(inputs, with_attention) if taught else None
+        weights = None
         if teacher is not None and self.pseudo_labeler is not None:
-            labels = self.pseudo_labeler(labels, teacher.resized(labels.shape[-2:]))
-        losses = self._segmentation_losses(student, head_inputs, labels)
+            labels, weights = self._pseudo_label(labels, teacher)
+        with weighted_images((head for _, head in self._named_heads()), weights):
+            losses = self._segmentation_losses(student, head_inputs, labels)
         if teacher is not None:
             losses.update(
                 {
@@ -150,6 +154,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 }
             )
         return losses
+
+    def _pseudo_label(
+        self, labels: Tensor, teacher: SegmentorOutput
+    ) -> tuple[Tensor, Tensor | None]:
+        """The completed labels (B, H, W), and the images' weights (B,), if there are any."""
+        completed = self.pseudo_labeler(labels, teacher.resized(labels.shape[-2:]))
+        weigh = getattr(self.pseudo_labeler, 'image_weights', None)
+        return completed, weigh(labels, completed) if weigh else None
 
     def _segmentation_losses(
         self, student: SegmentorOutput, head_inputs: tuple[Tensor, ...], labels: Tensor

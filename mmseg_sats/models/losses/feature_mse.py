@@ -1,0 +1,79 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""ILT's distillation of the encoder's features.
+
+Michieli and Zanuttigh, "Incremental Learning Techniques for Semantic Segmentation", ICCV Workshops
+2019: the L2 distance of the two encoders' features, taken as the mean square as in the released code of
+MiB.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.models.attention import working_dtype
+from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
+
+
+class HasFeatures(Protocol):
+    """What a loss over the encoder's features needs of a segmentor's output."""
+
+    features: tuple[Tensor, ...]
+
+
+def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of each block's features, and the mean of that over the blocks.
+
+    Args:
+        student: features (B, C_j, h_j, w_j) of the new model's blocks.
+        teacher: the old model's, of the same shapes. No gradient flows into them.
+
+    Returns:
+        A scalar of at least float32.
+
+    Raises:
+        ValueError: if the sequences differ in length or are empty, or a block differs in shape.
+    """
+    check_features(student, teacher)
+    losses = []
+    for new, old in zip(student, teacher, strict=True):
+        dtype = working_dtype(new, old)
+        losses.append(F.mse_loss(new.to(dtype), old.detach().to(dtype)))
+    return torch.stack(losses).mean()
+
+
+@MODELS.register_module()
+class FeatureMSELoss(nn.Module):
+    """:func:`feature_mse` between student and old model.
+
+    Args:
+        blocks: indices into the encoder's features; the last of four, as published.
+        loss_weight: factor of the loss: 100 published for ILT, 10 in the SATS comparison.
+
+    Raises:
+        ValueError: if ``blocks`` is empty, negative or repeated.
+    """
+
+    needs_attention: ClassVar[bool] = False
+
+    def __init__(self, blocks: Sequence[int] = (3,), loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.blocks = block_indices(blocks)
+        self.loss_weight = loss_weight
+
+    def forward(self, student: HasFeatures, teacher: HasFeatures, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; the labels have no say in it.
+
+        Raises:
+            ValueError: if a block is out of range, or as ``feature_mse`` does.
+        """
+        new = pick_blocks(student.features, self.blocks, 'student')
+        old = pick_blocks(teacher.features, self.blocks, 'teacher')
+        return self.loss_weight * feature_mse(new, old)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'blocks={self.blocks}, loss_weight={self.loss_weight}'

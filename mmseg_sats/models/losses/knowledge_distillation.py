@@ -1,0 +1,53 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""LwF's distillation: the old model's probabilities as soft labels over the old channels.
+
+Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. (2), at temperature 1 and with the
+divisor of the released code of MiB and PLOP, which compare with it: the mean over the old channels.
+"""
+
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_sats.models.attention import working_dtype
+from mmseg_sats.models.losses.pixelwise import LogitsDistillation, by_image, check_distillation
+
+
+def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """-(1/K_o) mean_pixels sum_c q_c log softmax(x[0:K_o])_c.
+
+    x are the student's logits and q is the softmax of the teacher's. The new channels take no part,
+    not even in the softmax's denominator, and get no gradient.
+
+    Args:
+        student_logits: (B, K, H, W), K >= K_o; its first K_o channels are the teacher's classes.
+        teacher_logits: (B, K_o, H, W). No gradient flows into it.
+
+    Returns:
+        The mean over all B*H*W pixels, a scalar of at least float32.
+
+    Raises:
+        ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
+    """
+    check_distillation(student_logits, teacher_logits)
+    return by_image(_cross_entropy_to_teacher, student_logits, teacher_logits.detach()).mean()
+
+
+def _cross_entropy_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = working_dtype(student, teacher)
+    q = teacher.to(dtype).softmax(0)
+    log_p = student[: len(teacher)].to(dtype).log_softmax(0)
+    return -(q * log_p).mean(0)
+
+
+@MODELS.register_module()
+class KnowledgeDistillationLoss(LogitsDistillation):
+    """:func:`knowledge_distillation` between student and old model, at the labels' size.
+
+    Args:
+        loss_weight: factor of the loss: 100 published for LwF and ILT, 10 for ILT in the SATS
+            comparison.
+    """
+
+    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """See :func:`knowledge_distillation`."""
+        return knowledge_distillation(student_logits, teacher_logits)

@@ -1,0 +1,151 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""PLOP's local POD: what the two models see along the rows and columns of smaller and smaller cells.
+
+Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021,
+section 3.2, with the square before pooling, the factors and the schedule of their released code. There
+the decoder's last features are one more layer; here the layers are the encoder's blocks and the logits.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.models.attention import full_precision, working_dtype
+from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
+from mmseg_sats.models.losses.pixelwise import check_distillation
+
+
+class HasFeaturesAndLogits(Protocol):
+    """What :class:`LocalPODLoss` needs of a segmentor's output."""
+
+    logits: Tensor
+    features: tuple[Tensor, ...]
+
+
+def local_pod(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], scales: Sequence[int] = (1, 2, 4)
+) -> Tensor:
+    """Distance of two models' squared features, averaged along rows and columns of cells.
+
+    At scale s a map is cut into s x s cells. Each cell gives the mean of each of its rows and of each
+    of its columns; all of them, over channels, cells and scales, make an image's vector. Where a side
+    is no multiple of s, its first cells are one longer; no position is left out or used twice.
+
+    Args:
+        student: features (B, C_j, h_j, w_j) of the new model's layers.
+        teacher: the old model's, of the same shapes. No gradient flows into them.
+        scales: the numbers of cells a side.
+
+    Returns:
+        (J,), for each layer the mean over the images of the vectors' L2 distance, whose gradient at 0
+        is taken as 0; of at least float32.
+
+    Raises:
+        ValueError: if the sequences differ in length or are empty, a layer differs in shape, or a
+            scale is under 1.
+    """
+    check_features(student, teacher)
+    if not scales or min(scales) < 1:
+        raise ValueError(f'scales must be numbers of cells a side, from 1 on, got {scales}')
+    with full_precision(student[0]):
+        return torch.stack(
+            [_layer(new, old.detach(), scales) for new, old in zip(student, teacher, strict=True)]
+        )
+
+
+def _layer(student: Tensor, teacher: Tensor, scales: Sequence[int]) -> Tensor:
+    dtype = working_dtype(student, teacher)
+    # Averaging is linear: the difference is pooled rather than both maps.
+    difference = student.to(dtype).square() - teacher.to(dtype).square()
+    height, width = difference.shape[2:]
+    rows = difference @ _strips(width, scales, difference).mT
+    columns = _strips(height, scales, difference) @ difference
+    pooled = torch.cat([rows.flatten(1), columns.flatten(1)], 1)
+    # The derivative of vector_norm at 0 is 0, where sqrt(sum of squares) would give NaN.
+    return torch.linalg.vector_norm(pooled, dim=1).mean()
+
+
+def _strips(length: int, scales: Sequence[int], like: Tensor) -> Tensor:
+    """(S, length) averages over the s parts of a side, for every scale; a side may have fewer parts."""
+    parts = [
+        part
+        for scale in scales
+        for part in torch.eye(length, dtype=like.dtype, device=like.device).tensor_split(scale)
+        if len(part)
+    ]
+    return torch.stack([part.mean(0) for part in parts])
+
+
+def fold_new_into_background(logits: Tensor, num_old: int) -> Tensor:
+    """Logits (B, K, h, w) with the new channels added to background's: (B, K_o, h, w)."""
+    background = logits[:, :1] + logits[:, num_old:].sum(1, keepdim=True)
+    return torch.cat([background, logits[:, 1:num_old]], 1)
+
+
+@MODELS.register_module()
+class LocalPODLoss(nn.Module):
+    """:func:`local_pod` on the encoder's features and on the logits, as PLOP weighs them.
+
+    sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, where K are the
+    channels seen so far and K_o the old model's; the logits are one more layer, at the head's
+    resolution, the student's folded by :func:`fold_new_into_background`.
+
+    Args:
+        blocks: indices into the encoder's features.
+        scales: the numbers of cells a side.
+        feature_weight: factor of the features' layers.
+        logits_weight: factor of the logits' layer.
+
+    Raises:
+        ValueError: if ``blocks`` is empty, negative or repeated.
+    """
+
+    needs_attention: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (0, 1, 2, 3),
+        scales: Sequence[int] = (1, 2, 4),
+        feature_weight: float = 0.01,
+        logits_weight: float = 0.0005,
+    ) -> None:
+        super().__init__()
+        self.blocks = block_indices(blocks)
+        self.scales = tuple(scales)
+        self.feature_weight = feature_weight
+        self.logits_weight = logits_weight
+
+    def forward(
+        self, student: HasFeaturesAndLogits, teacher: HasFeaturesAndLogits, labels: Tensor
+    ) -> Tensor:
+        """The weighted loss, a scalar; the labels have no say in it.
+
+        Raises:
+            ValueError: if a block is out of range, the student has no new channel, or as
+                ``local_pod`` does.
+        """
+        check_distillation(student.logits, teacher.logits)
+        num_seen, num_old = student.logits.shape[1], teacher.logits.shape[1]
+        if num_seen == num_old:
+            raise ValueError(f'student and teacher both have {num_old} channels, expected new ones')
+        folded = fold_new_into_background(student.logits, num_old)
+        distances = local_pod(
+            [*pick_blocks(student.features, self.blocks, 'student'), folded],
+            [*pick_blocks(teacher.features, self.blocks, 'teacher'), teacher.logits],
+            self.scales,
+        )
+        schedule = math.sqrt(num_seen / (num_seen - num_old))
+        features, logits = distances[:-1].sum(), distances[-1]
+        total = self.feature_weight * features + self.logits_weight * logits
+        return schedule * total / len(distances)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return (
+            f'blocks={self.blocks}, scales={self.scales}, feature_weight={self.feature_weight}, '
+            f'logits_weight={self.logits_weight}'
+        )

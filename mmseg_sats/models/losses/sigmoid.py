@@ -1,0 +1,103 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""LwF-MC: every channel a classifier of its own, on sigmoids.
+
+The multi-class Learning without Forgetting that Rebuffi et al., "iCaRL", CVPR 2017, compare with (iCaRL's
+loss without its exemplars and its classifier), carried over to pixels as in the released code of MiB:
+there the old channels are taught twice, by the labels and by the old sigmoids.
+"""
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_sats.models.attention import working_dtype
+from mmseg_sats.models.losses.pixelwise import (
+    LogitsDistillation,
+    PixelLoss,
+    by_image,
+    check_distillation,
+    check_labels,
+)
+
+
+def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Binary cross-entropy of all channels against one-hot labels, summed over the channels.
+
+    Args:
+        logits: (B, K, H, W), the new model's at the labels' size.
+        labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
+        ignore_index: label of pixels that add 0 to the sum and still count in the divisor.
+
+    Returns:
+        The mean over all B*H*W pixels, a scalar of at least float32.
+
+    Raises:
+        ValueError: if the shapes disagree or a label has no channel.
+    """
+    return _pixels(logits, labels, ignore_index).mean()
+
+
+def _pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    check_labels(logits, labels, ignore_index)
+    ignored = labels == ignore_index
+    targets = labels.long().masked_fill(ignored, 0)
+    return by_image(_against_one_hot, logits, targets).masked_fill(ignored, 0)
+
+
+def _against_one_hot(logits: Tensor, target: Tensor) -> Tensor:
+    x = logits.to(working_dtype(logits))
+    one_hot = torch.zeros_like(x).scatter_(0, target[None], 1)
+    return F.binary_cross_entropy_with_logits(x, one_hot, reduction='none').sum(0)
+
+
+def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """K_o mean BCE(x[0:K_o], the old model's sigmoids): a mean over pixels, a sum over old channels.
+
+    Args:
+        student_logits: (B, K, H, W), K >= K_o; its first K_o channels are the teacher's classes.
+        teacher_logits: (B, K_o, H, W). No gradient flows into it.
+
+    Returns:
+        The mean over all B*H*W pixels, a scalar of at least float32.
+
+    Raises:
+        ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
+    """
+    check_distillation(student_logits, teacher_logits)
+    return by_image(_against_sigmoids, student_logits, teacher_logits.detach()).mean()
+
+
+def _against_sigmoids(student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = working_dtype(student, teacher)
+    x, old = student[: len(teacher)].to(dtype), teacher.to(dtype).sigmoid()
+    return F.binary_cross_entropy_with_logits(x, old, reduction='none').sum(0)
+
+
+@MODELS.register_module()
+class SigmoidCrossEntropyLoss(PixelLoss):
+    """:func:`sigmoid_cross_entropy` as the ``loss_decode`` of an mmseg head.
+
+    The sigmoid keeps the order of the logits, so the class is their argmax, as mmseg predicts it.
+
+    Args:
+        loss_weight: factor of the loss.
+        loss_name: its key in the head's losses; must contain ``loss`` to be summed.
+    """
+
+    def pixels(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        """The loss of every pixel (B, H, W), 0 where ignored."""
+        return _pixels(logits, labels, ignore_index)
+
+
+@MODELS.register_module()
+class SigmoidDistillationLoss(LogitsDistillation):
+    """:func:`sigmoid_distillation` between student and old model, at the labels' size.
+
+    Args:
+        loss_weight: factor of the loss: 10 published for LwF-MC.
+    """
+
+    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """See :func:`sigmoid_distillation`."""
+        return sigmoid_distillation(student_logits, teacher_logits)
