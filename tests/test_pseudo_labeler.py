@@ -288,6 +288,38 @@ def test_thresholds_of_another_rule_are_not_taken_over() -> None:
         EntropyPseudoLabeler(threshold='released', floor=0.5).load_state_dict(state)
 
 
+def share_by_loop(labels: Tensor, completed: Tensor) -> list[float]:
+    shares = []
+    for label, after in zip(labels, completed, strict=True):
+        background = sure = 0
+        for before, then in zip(label.flatten().tolist(), after.flatten().tolist(), strict=True):
+            background += before == 0
+            sure += before == 0 and then != 255
+        shares.append(sure / background if background else 1.0)
+    return shares
+
+
+def test_images_are_weighed_by_the_confident_share_of_their_background() -> None:
+    (labels, logits), = batches_of(5, count=1)
+    labels = torch.cat([labels, torch.full_like(labels[:1], 255), torch.full_like(labels[:1], 6)])
+    logits = torch.cat([logits, logits[:2]])
+    labeler = EntropyPseudoLabeler(threshold=0.6, scale_images=True)
+    completed = labeler(labels, logits)
+    weights = labeler.image_weights(labels, completed)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx(share_by_loop(labels, completed))
+    assert weights[-2:].tolist() == [1, 1]  # no background at all
+    assert 0 < weights[0] < 1
+    assert EntropyPseudoLabeler(threshold=0.6).image_weights(labels, completed) is None
+
+
+@pytest.mark.parametrize(('threshold', 'share'), [(1e-9, 0.0), (1.0, 1.0)])
+def test_the_share_at_its_ends(threshold: float, share: float) -> None:
+    (labels, logits), = batches_of(3, count=1)
+    labeler = EntropyPseudoLabeler(threshold=threshold, scale_images=True)
+    assert set(labeler.image_weights(labels, labeler(labels, logits)).tolist()) == {share}
+
+
 def test_nothing_of_it_is_in_a_state_dict() -> None:
     model = nn.Linear(1, 1)
     model.pseudo_labeler = MODELS.build({'type': 'EntropyPseudoLabeler'})

@@ -14,6 +14,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from mmseg.structures import OHEMPixelSampler
 from torch import Tensor
 
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
@@ -324,6 +325,68 @@ def test_the_parts_see_the_labels_of_the_pseudo_labeler(snapshot: str) -> None:
     labelled = later_stage(snapshot, **parts, pseudo_labeler=SATS['pseudo_labeler']).train().loss(*batch)
     assert plain['loss_attention'] != labelled['loss_attention']
     assert plain['decode.loss_ce'] != labelled['decode.loss_ce']
+
+
+def plop(model: IncrementalEncoderDecoder) -> IncrementalEncoderDecoder:
+    model.pseudo_labeler.scale_images = True
+    return model.train()
+
+
+AUXILIARY_LOSSES = {
+    'cross entropy': CROSS_ENTROPY,
+    'unbiased': dict(type='UnbiasedCrossEntropyLoss', num_old=NUM_OLD),
+    'sigmoid': dict(type='SigmoidCrossEntropyLoss'),
+}
+
+
+@pytest.mark.parametrize('loss', AUXILIARY_LOSSES)
+def test_images_are_weighed_in_the_segmentation_losses_of_all_heads(snapshot: str, loss: str) -> None:
+    heads = [auxiliary_head_cfg(6) | dict(loss_decode=AUXILIARY_LOSSES[loss]), auxiliary_head_cfg(6, 2)]
+    model = plop(later_stage(snapshot, auxiliary_head=heads, **SATS))
+    # In train mode a step moves no weight, and without dropout it can be repeated.
+    losses = model.loss(images(), samples(block_labels()))
+
+    teacher = model.old_model(images()).logits
+    labels = pseudo_labels_by_hand(block_labels(), teacher, [0.5] * NUM_OLD)
+    background = block_labels() == 0
+    share = [((labels[i] != 255) & background[i]).sum().item() / background[i].sum().item() for i in (0, 1)]
+    assert 0 < share[0] != share[1] < 1
+    features = model.backbone(images())
+    for name, head in (('decode', model.decode_head), ('aux_0', model.auxiliary_head[0]),
+                       ('aux_1', model.auxiliary_head[1])):
+        logits, total = upsample(head(features)), 0.0
+        for i in (0, 1):
+            total += share[i] * head.loss_decode(logits[i : i + 1], labels[i : i + 1], ignore_index=255)
+        torch.testing.assert_close(losses[f'{name}.loss_ce'], total / 2, atol=1e-5, rtol=1e-4, msg=name)
+        assert total > 0.01
+        assert head.sampler is None
+    # The parts are what they were.
+    plain = later_stage(snapshot, auxiliary_head=heads, **SATS).train().loss(images(), samples(block_labels()))
+    for name, value in plain.items():
+        same = torch.allclose(losses[name], value)
+        assert same != name.endswith('loss_ce'), name
+
+
+def test_a_heads_own_sampler_keeps_its_say(snapshot: str) -> None:
+    model = plop(later_stage(snapshot, **SATS))
+    model.decode_head.sampler = sampler = OHEMPixelSampler(model.decode_head, thresh=0.5, min_kept=100)
+    loss = model.loss(images(), samples(block_labels()))['decode.loss_ce']
+    labels = model.pseudo_labeler(block_labels(), upsample(model.old_model(images()).logits))
+    logits = upsample(model.decode_head(model.backbone(images())))
+    weights = model.pseudo_labeler.image_weights(block_labels(), labels)[:, None, None]
+    kept = sampler.sample(logits, labels[:, None])
+    pixels = F.cross_entropy(logits, labels, ignore_index=255, reduction='none')
+    torch.testing.assert_close(loss, (pixels * kept * weights).mean(), atol=1e-5, rtol=1e-4)
+    assert model.decode_head.sampler is sampler
+    assert 0 < kept.mean() < 1
+
+
+def test_a_head_that_cannot_weigh_images_is_named(snapshot: str) -> None:
+    model = plop(later_stage(snapshot, **SATS))
+    model.decode_head.loss_by_feat = lambda logits, data_samples: dict(loss_ce=logits.sum())
+    with pytest.raises(TypeError, match=r'SegformerHead does not weigh pixels.*scale_images=False'):
+        model.loss(images(), samples(block_labels()))
+    assert model.decode_head.sampler is None
 
 
 def test_the_annotation_itself_is_left_as_it_is(snapshot: str) -> None:
