@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.replay import add_replay
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.suggest import near_match
@@ -92,7 +93,7 @@ def build_stage_config(
 
     ``initial_stage`` or ``later_stages`` (partial configs) are merged in first, then words are
     resolved, then come the things that only the stage knows: the heads' sizes, the old model, where
-    weights start, names and folders.
+    weights start, what is replayed, names and folders.
 
     Args:
         cfg: the run's config.
@@ -105,6 +106,7 @@ def build_stage_config(
 
     Raises:
         KeyError: an undefined word.
+        ValueError: a batch has no room for what is replayed.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
     parts = {name: merged.pop(name, None) or {} for name in ('initial_stage', 'later_stages')}
@@ -124,6 +126,7 @@ def build_stage_config(
     _set_names(result, stage, work_dir)
     if stage.index > 0:
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
+        add_replay(result, stage_dir(work_dir, stage.index - 1))
     return result
 
 

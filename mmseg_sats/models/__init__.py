@@ -5,9 +5,11 @@ from mmseg_sats.models.attention import AttentionMap
 from mmseg_sats.models.backbones import AttentionMixVisionTransformer
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
+    SelfEntropyLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.old_model_labeler import FusedPseudoLabeler, OldModelPseudoLabeler
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
@@ -17,8 +19,11 @@ __all__ = [
     'AttentionMixVisionTransformer',
     'CRPDistillationLoss',
     'EntropyPseudoLabeler',
+    'FusedPseudoLabeler',
     'IncrementalEncoderDecoder',
+    'OldModelPseudoLabeler',
     'SegmentorOutput',
+    'SelfEntropyLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
 ]

@@ -2,6 +2,7 @@
 """Losses: pure functions, and the modules that register them."""
 
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
+from mmseg_sats.models.losses.self_entropy import SelfEntropyLoss, self_entropy
 from mmseg_sats.models.losses.unbiased import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
@@ -11,9 +12,11 @@ from mmseg_sats.models.losses.unbiased import (
 
 __all__ = [
     'CRPDistillationLoss',
+    'SelfEntropyLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
     'crp_loss',
+    'self_entropy',
     'unbiased_cross_entropy',
     'unbiased_distillation',
 ]
