@@ -129,5 +129,5 @@ def _without_labels(pipeline: Any) -> Any:
             return dict(type='Unlabelled')
         return {key: _without_labels(value) for key, value in pipeline.items()}
     if isinstance(pipeline, list | tuple):
-        return [_without_labels(item) for item in pipeline]
+        return type(pipeline)(_without_labels(item) for item in pipeline)
     return pipeline
