@@ -2,7 +2,9 @@
 """Selections of exemplars on tables small enough to count by hand or by brute force."""
 
 import itertools
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +185,12 @@ def test_candidates_are_checked() -> None:
         Candidates(np.zeros((2, 2)), NOTHING)
     with pytest.raises(ValueError, match='at most 1 candidates'):
         Candidates(table(['0'], 1), np.zeros(2, dtype=np.int64))
+
+
+def test_the_selection_of_the_docs_runs() -> None:
+    page = (Path(__file__).parents[1] / 'docs/memory.md').read_text()
+    (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    exec(code, {})
+    memory = TASK_UTILS.build(dict(type='FirstMemory', size=2))
+    rows, classes = memory.select(Candidates(table(['0', '1', '1'], 2), NOTHING), 0)
+    assert (rows.tolist(), classes.tolist()) == ([0, 1], [NONE, NONE])

@@ -178,8 +178,41 @@ def test_an_image_that_is_the_stages_and_an_exemplar_serves_as_both(
     assert rows(dataset[0]) == ([0, 0], [3, 255])
     assert rows(dataset[5]) == ([1, 2], [3, 255])
     assert dataset.metainfo['classes'] == ('background', 'ant', 'bee', 'cat')
-    with pytest.raises(IndexError, match='image 7 of 7'):
-        dataset[7]
+    assert len(list(dataset)) == 7
+    with pytest.raises(IndexError, match='-1: a ReplayDataset is indexed from 0'):
+        dataset[-1]
+
+
+def test_what_is_drawn_for_a_replayed_image_depends_on_how_often_it_came_up(
+    stage_1: dict[str, Any], exemplars: str, outside: dict[str, Any]
+) -> None:
+    jitter = [*PIPELINE[:2], dict(type='PhotoMetricDistortion'), PIPELINE[2]]
+    stage_1['dataset']['pipeline'] = outside['pipeline'] = jitter
+
+    def pixels(dataset: ReplayDataset, idx: int) -> list[int]:
+        np.random.random(idx + 3)  # how the process's own generator stands is of no account
+        return dataset[idx]['inputs'].flatten().tolist()
+
+    dataset = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=4)
+    again = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=4)
+    other = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=5)
+    for idx in (5, 8):
+        looks = [pixels(dataset, idx + 10 * number) for number in range(6)]
+        assert len({tuple(look) for look in looks}) >= 3
+        assert looks == [pixels(again, idx + 10 * number) for number in range(6)]
+        assert looks != [pixels(other, idx + 10 * number) for number in range(6)]
+    samples = [dataset[idx]['data_samples'] for idx in (6, 16, 26)]
+    assert [(sample.source, Path(sample.img_path).stem) for sample in samples] == [('memory', 'a')] * 3
+
+
+def test_the_stages_images_are_told_the_epoch_where_they_ask_for_it(
+    stage_1: dict[str, Any], exemplars: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    dataset = ReplayDataset(stage_1, exemplars, memory=2)
+    monkeypatch.setattr(dataset.parts['stage'], 'set_epoch', told.append, raising=False)
+    dataset.set_epoch(3)
+    assert told == [3]
 
 
 def test_outside_images_are_unlabelled(
@@ -237,13 +270,19 @@ class Sized(ReplayDataset):
         self.parts = {source: range(size) for source, size in sizes.items()}
 
 
-def epoch_of(dataset: Any, batch_size: int, epoch: int = 0, **options: Any) -> list[list[int]]:
+def indices_of(dataset: Any, batch_size: int, epoch: int = 0, **options: Any) -> list[list[int]]:
     sampler = DefaultSampler(dataset, shuffle=True, seed=5)
     batches = ReplayBatchSampler(sampler, batch_size, **options)
     sampler.set_epoch(epoch)
     result = list(batches)
     assert len(result) == len(batches)
     return result
+
+
+def epoch_of(dataset: Any, *args: Any, **options: Any) -> list[list[int]]:
+    """The batches as images of the data set, however often these were drawn before."""
+    batches = indices_of(dataset, *args, **options)
+    return [[index % len(dataset) for index in batch] for batch in batches]
 
 
 def test_half_of_each_batch_is_replayed_and_each_stage_image_comes_once() -> None:
@@ -280,6 +319,15 @@ def test_all_outside_images_come_up_over_the_epochs() -> None:
         index for epoch in range(10) for batch in epoch_of(dataset, 4, epoch) for index in batch
     ]
     assert Counter(index for index in flat if index >= 8) == dict.fromkeys(range(8, 48), 2)
+
+
+@pytest.mark.parametrize('share', [0.5, None])
+def test_no_index_comes_twice_in_a_stage(share: float | None) -> None:
+    dataset = Sized(stage=8, memory=3)
+    flat = [i for epoch in range(6) for batch in indices_of(dataset, 4, epoch, share=share) for i in batch]
+    assert len(set(flat)) == len(flat)
+    numbers = Counter(i // 11 for i in flat if i % 11 == 9)
+    assert numbers == dict.fromkeys(range(16 if share else 6), 1)  # 48 places for three exemplars
 
 
 def test_two_sources_share_the_replayed_half() -> None:

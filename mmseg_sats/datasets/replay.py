@@ -1,13 +1,14 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """A stage's training images together with what is replayed: exemplars and outside images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
 from mmseg_sats.datasets.exemplars import read_exemplars
+from mmseg_sats.randomness import seeded
 
 STAGE, MEMORY, OUTSIDE = 'stage', 'memory', 'outside'
 """Where a training image comes from: ``data_sample.source``; without it, it is the stage's own."""
@@ -27,11 +28,18 @@ class ReplayDataset(Dataset):
 
     Every data sample says in its metainfo ``source`` which it is.
 
+    An index may be larger than the data set: ``index + n * len(dataset)`` is the same image drawn
+    for the n-th time. With a ``seed``, what the pipeline draws for a replayed image depends on (seed,
+    stage, n, index) alone, not on workers, and an exemplar that comes up often within an epoch looks
+    different each time.
+
     Args:
         stage_images: config of the stage's ``IncrementalDataset`` in training.
         exemplars: the ``exemplars.json`` of the stage before, or None.
         memory: the budget that the file must have been kept with.
         outside: config of an ``OutsideDataset``, or None.
+        seed: of the random transforms of replayed images; None leaves them to the process's own
+            generators.
         lazy_init: whether to leave reading lists and masks to :meth:`full_init`.
 
     Raises:
@@ -48,8 +56,10 @@ class ReplayDataset(Dataset):
         exemplars: str | None = None,
         memory: int = 0,
         outside: Mapping[str, Any] | None = None,
+        seed: int | None = None,
         lazy_init: bool = False,
     ) -> None:
+        self.seed = seed
         cfgs = {STAGE: dict(stage_images, lazy_init=True)}
         if exemplars is not None:
             read_exemplars(exemplars, memory)
@@ -88,14 +98,35 @@ class ReplayDataset(Dataset):
         for part in self.parts.values():
             part.full_init()
 
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on to the stage's images; replayed ones are told by their index."""
+        stage_images = self.parts[STAGE]
+        if hasattr(stage_images, 'set_epoch'):
+            stage_images.set_epoch(epoch)
+
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts.values())
 
+    def __iter__(self) -> Iterator[dict]:
+        return (self[idx] for idx in range(len(self)))  # indices have no end
+
     def __getitem__(self, idx: int) -> dict:
-        """The idx-th image after its pipeline, its ``source`` noted."""
-        for source, indices in self.ranges.items():
-            if idx in indices:
-                data = self.parts[source][idx - indices.start]
-                data['data_samples'].set_metainfo(dict(source=source))
-                return data
-        raise IndexError(f'image {idx} of {len(self)}')
+        """The image after its pipeline, its ``source`` noted."""
+        if idx < 0:
+            raise IndexError(f'{idx}: a ReplayDataset is indexed from 0')
+        number, row = divmod(idx, len(self))
+        source, at = next(
+            (source, row - indices.start)
+            for source, indices in self.ranges.items()
+            if row in indices
+        )
+        data = self._draw(source, at, (number, row))
+        data['data_samples'].set_metainfo(dict(source=source))
+        return data
+
+    def _draw(self, source: str, at: int, key: tuple[int, ...]) -> dict:
+        part = self.parts[source]
+        if source == STAGE or self.seed is None:
+            return part[at]
+        with seeded(self.seed, self.metainfo['stage'], *key):
+            return part[at]

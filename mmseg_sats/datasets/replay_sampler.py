@@ -70,6 +70,8 @@ class ReplayBatchSampler(Sampler):
 
     With ``share=None`` an epoch is every image of every source once, shuffled.
 
+    An index says how often its image was drawn before, see :class:`ReplayDataset`.
+
     Everything depends on (seed, epoch) and the number of processes alone, so an epoch that is begun
     again after a resume has the same batches.
 
@@ -98,10 +100,11 @@ class ReplayBatchSampler(Sampler):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.rank, self.world_size = get_dist_info()
+        self.total = len(whole)
         ranges = whole.ranges
         if share is None:
             self.split: tuple[int, ...] = (batch_size,)
-            self.ranges = [range(len(whole))]
+            self.ranges = [range(self.total)]
         else:
             self.split = batch_split(batch_size, share, len(ranges) - 1)
             self.ranges = [ranges.pop(STAGE), *ranges.values()]
@@ -141,10 +144,11 @@ class ReplayBatchSampler(Sampler):
             zip(self.split[1:], self.ranges[1:], strict=True)
         ):
             count = len(self) * size * self.world_size
-            draw = endless_draw(len(indices), epoch * count, count, (seed, source))
-            rows.append((indices.start + draw).tolist())
-        first = self.ranges[0].start
-        rows[0] = [first + row for row in rows[0]]
+            places = epoch * count + np.arange(count)
+            draw = endless_draw(len(indices), int(places[0]), count, (seed, source))
+            times = places // len(indices)
+            rows.append((indices.start + draw + times * self.total).tolist())
+        rows[0] = [row + epoch * self.total for row in rows[0]]
         return [row[self.rank :: self.world_size] for row in rows]
 
     def _round_up(self, indices: list[int]) -> list[int]:

@@ -119,7 +119,9 @@ def add_replay(cfg: Config, previous: str | Path) -> None:
     share = cfg.get('replay_share', SHARE)
     if share is not None:
         batch_split(loader.batch_size, share, bool(memory) + bool(outside))
-    loader.dataset = dict(type='ReplayDataset', stage_images=loader.dataset, **parts)
+    loader.dataset = dict(
+        type='ReplayDataset', stage_images=loader.dataset, seed=cfg.get('seed'), **parts
+    )
     loader.batch_sampler = dict(
         type='ReplayBatchSampler', share=share, drop_last=loader.pop('drop_last', False)
     )
