@@ -367,7 +367,7 @@ def test_ade20k_has_151_labels(tmp_path):
     ('options', 'message'),
     [
         ({'setting': 'disjunct'}, r"setting='disjunct'.*mean 'disjoint'"),
-        ({'mode': 'evaluation'}, r"mode='evaluation'.*expected one of \['train', 'eval'\]"),
+        ({'mode': 'evaluation'}, r"mode='evaluation'.*expected one of \['train', 'eval', 'memory'\]"),
         ({'mode': 'evl'}, r"mode='evl'.*mean 'eval'"),
         ({'eval_future': 'ignored'}, r"eval_future='ignored'.*mean 'ignore'"),
         ({'eval_images': 'sean'}, r"eval_images='sean'.*mean 'seen'"),

@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
     for name in ('config.py', 'results.json', 'results.csv'):
         assert (finished / name).is_file()
     for index in range(STAGES):
-        for name in ('config.py', 'snapshot.pth', 'metrics.json', 'done'):
+        for name in ('config.py', 'snapshot.pth', 'metrics.json', 'exemplars.json', 'done'):
             assert (finished / f'stage_{index}' / name).is_file()
     results = json.loads((finished / 'results.json').read_text())
     assert list(results)[:7] == [
@@ -168,11 +168,6 @@ def test_another_run_is_not_gone_on_with(finished: Path, shapes_cfg: MakeConfig)
         ValueError, match=r"setting: 'overlapped' there, 'disjoint' in the config; seed: 0"
     ):
         RUNNERS.build(cfg)
-
-
-def test_memory_is_refused_rather_than_ignored(shapes_cfg: MakeConfig) -> None:
-    with pytest.raises(ValueError, match='memory=100: exemplars are not built yet'):
-        RUNNERS.build(shapes_cfg('sats', memory=100))
 
 
 def test_missing_weights_name_the_command(shapes_cfg: MakeConfig) -> None:

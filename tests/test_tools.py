@@ -91,6 +91,22 @@ def test_two_processes_on_a_cpu(shapes_root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_memory_is_the_same_on_one_and_two_processes(shapes_root: Path, tmp_path: Path) -> None:
+    options = ['--cfg-options', f'data_root={shapes_root}', *SMALL, 'protocol=3-1', 'memory=10']
+    one = train('sats/segformer_tiny_shapes_3-1_m', tmp_path / '1', *options)
+    assert one.returncode == 0, one.stdout[-3000:] + one.stderr[-3000:]
+    two = run(
+        'bash', 'tools/dist_train.sh', 'configs/sats/segformer_tiny_shapes_3-1_m.py', '2',
+        '--work-dir', str(tmp_path / '2'), *options, OMP_NUM_THREADS='1', PORT='29519',
+    )  # fmt: skip
+    assert two.returncode == 0, two.stdout[-3000:] + two.stderr[-3000:]
+    for stage in range(4):
+        kept = [(tmp_path / n / f'stage_{stage}/exemplars.json').read_bytes() for n in '12']
+        assert kept[0] == kept[1]
+        assert len(json.loads(kept[0])['exemplars']) == 10
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('protocol', 'stages'), [('15-1', 6), ('15-5', 2), ('5-3', 6), ('10-1', 11)]
 )

@@ -3,7 +3,10 @@ custom_imports = dict(imports=['mmseg_sats'], allow_failed_imports=False)
 default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
 seed = 0
+# Exemplars: how many (0: none), what picks them, and which part of a batch is replayed (None: mixed in).
 memory = 0
+memory_selection = dict(type='ClassBalancedMemory')
+replay_share = 0.5
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,

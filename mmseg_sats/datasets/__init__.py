@@ -2,7 +2,30 @@
 """Data sets seen through the stages of a protocol."""
 
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
+from mmseg_sats.datasets.memory import (
+    ClassBalancedMemory,
+    MostLabelledMemory,
+    RandomMemory,
+    ReservoirMemory,
+)
+from mmseg_sats.datasets.outside import ImageFolder, OutsideDataset, Unlabelled
+from mmseg_sats.datasets.replay import ReplayDataset
+from mmseg_sats.datasets.replay_sampler import ReplayBatchSampler
 from mmseg_sats.datasets.shapes import ShapesDataset
 from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
-__all__ = ['EvaluateAsIs', 'IncrementalDataset', 'RelabelSegMap', 'ShapesDataset']
+__all__ = [
+    'ClassBalancedMemory',
+    'EvaluateAsIs',
+    'ImageFolder',
+    'IncrementalDataset',
+    'MostLabelledMemory',
+    'OutsideDataset',
+    'RandomMemory',
+    'RelabelSegMap',
+    'ReplayBatchSampler',
+    'ReplayDataset',
+    'ReservoirMemory',
+    'ShapesDataset',
+    'Unlabelled',
+]

@@ -20,6 +20,7 @@ from mmseg_sats.datasets.class_index import (
     select_eval,
     select_train,
 )
+from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
 from mmseg_sats.datasets.transforms import MODES, RelabelSegMap, relabel_table
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.suggest import check_choice
@@ -46,13 +47,15 @@ class IncrementalDataset(Dataset):
         split: Only with ``'joint'``: the protocol whose base classes are reported.
         setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; matters in training.
         class_order: Permutation of the foreground ids; ascending by default.
-        mode: ``'train'`` or ``'eval'``.
+        mode: ``'train'``, ``'eval'``, or ``'memory'``: the exemplars, with the true labels of all
+            seen classes.
         eval_future: Future classes in evaluation: ``'background'`` or ``'ignore'``.
         eval_images: Evaluate on images with a ``'seen'`` class or on ``'all'``.
         cache_dir: Folder of the class index, see :meth:`ClassIndex.load_or_scan`.
         ignore_index: The ignored label of the masks.
         pipeline: Transforms in place of the wrapped dataset's own.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
+        exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
 
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
@@ -83,14 +86,18 @@ class IncrementalDataset(Dataset):
         ignore_index: int = 255,
         pipeline: Sequence[dict | Callable] | None = None,
         lazy_init: bool = False,
+        exemplars: str | None = None,
     ) -> None:
         check_choice('mode', mode, MODES)
+        if (mode == 'memory') != (exemplars is not None):
+            raise ValueError(f"mode='memory' goes with exemplars, got {mode!r} and {exemplars!r}")
         check_choice('setting', setting, SETTINGS)
         check_choice('eval_images', eval_images, EVAL_IMAGES)
         self.mode = mode
         self.setting = setting
         self.eval_images = eval_images
         self.cache_dir = cache_dir
+        self.exemplars = exemplars
         self.ignore_index = ignore_index
         self.dataset, transforms = _build_wrapped(dataset, pipeline)
         names, palette = _classes_by_label(self.dataset)
@@ -123,10 +130,7 @@ class IncrementalDataset(Dataset):
         files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
         class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
         class_index.check_labels(self.protocol.num_classes, self.ignore_index)
-        if self.mode == 'train':
-            indices = select_train(class_index.presence, self.stage, self.setting)
-        else:
-            indices = select_eval(class_index.presence, self.stage, self.eval_images)
+        indices = self._select(class_index.presence)
         if indices.size == 0:
             raise ValueError(self._nothing_left(len(files)))
         indices.setflags(write=False)
@@ -134,10 +138,21 @@ class IncrementalDataset(Dataset):
         self._packed_presence = class_index.packed[indices]
         self._fully_initialized = True
 
+    def _select(self, presence: np.ndarray) -> np.ndarray:
+        if self.mode == 'train':
+            return select_train(presence, self.stage, self.setting)
+        if self.mode == 'eval':
+            return select_eval(presence, self.stage, self.eval_images)
+        rows = exemplar_rows(self.exemplars, self.dataset, self.class_names)
+        return np.array(rows, dtype=np.int64)
+
     @property
     @force_full_init
     def indices(self) -> np.ndarray:
-        """(len,) int64, read-only: the images' places in the wrapped dataset, ascending."""
+        """(len,) int64, read-only: the images' places in the wrapped dataset.
+
+        Ascending; exemplars stand in the order of their file.
+        """
         return self._indices
 
     @property
@@ -151,6 +166,10 @@ class IncrementalDataset(Dataset):
         root = self.dataset.data_prefix.get('img_path') or ''
         paths = [self.get_data_info(i)['img_path'] for i in range(len(self))]
         return [str(Path(os.path.relpath(path, root or '.')).with_suffix('')) for path in paths]
+
+    def image_files(self) -> list[str]:
+        """The images' paths as a memory names them: with suffix, and forward slashes."""
+        return [image_file(self.dataset, self.get_data_info(i)) for i in range(len(self))]
 
     @force_full_init
     def __len__(self) -> int:
@@ -208,6 +227,8 @@ class IncrementalDataset(Dataset):
         rule = f'setting {self.setting!r}'
         if self.mode == 'eval':
             rule = f'eval_images={self.eval_images!r}'
+        if self.mode == 'memory':
+            rule = f'exemplars={self.exemplars!r}'
         return (
             f'protocol {self.protocol.name!r} stage {self.stage.index}: none of {num_images} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
@@ -271,7 +292,7 @@ def _with_relabelling(
     """The transforms with a :class:`RelabelSegMap` behind every ``LoadAnnotations``."""
     result = list(transforms)
     num_found = sum(_insert(branch, table) for branch in (result, *_branches(result)))
-    if mode == 'train' and num_found == 0:
+    if mode != 'eval' and num_found == 0:
         names = [type(t).__name__ for t in transforms]
         raise ValueError(
             'IncrementalDataset: the training pipeline needs LoadAnnotations, behind which labels '

@@ -12,7 +12,7 @@ from mmseg_sats.datasets.class_index import SETTINGS
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.suggest import check_choice
 
-MODES = ('train', 'eval')
+MODES = ('train', 'eval', 'memory')
 EVAL_FUTURES = ('background', 'ignore')
 
 
@@ -27,13 +27,14 @@ def relabel_table(
     """What each annotation id becomes at one stage.
 
     In training only the new classes keep a label; old classes do so in the sequential setting
-    alone, and future classes never. In evaluation every seen class keeps its label.
+    alone, and future classes never. In evaluation every seen class keeps its label, and so it does
+    on exemplars, where future classes are background.
 
     Args:
         protocol: The protocol.
         stage_index: Number of the stage.
-        mode: ``'train'`` or ``'eval'``.
-        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; no matter in evaluation.
+        mode: ``'train'``, ``'eval'`` or ``'memory'``.
+        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; matters in training alone.
         eval_future: What future classes become in evaluation, ``'background'`` or ``'ignore'``.
         ignore_index: The ignored label, which stays as it is.
 
@@ -56,7 +57,7 @@ def relabel_table(
     stage = protocol.stage(stage_index)
     table = np.full(256, ignore_index, dtype=np.uint8)
     table[: protocol.num_classes + 1] = 0
-    visible = stage.seen if mode == 'eval' or setting == 'sequential' else stage.new
+    visible = stage.new if mode == 'train' and setting != 'sequential' else stage.seen
     channels = protocol.channels(stage)
     for class_id in visible:
         table[class_id] = channels[class_id]

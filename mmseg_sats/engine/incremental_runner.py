@@ -18,7 +18,9 @@ from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import write_json, write_text
+from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.results import (
     comparison_table,
     forgetting_table,
@@ -61,7 +63,8 @@ class IncrementalRunner:
             ``base`` (a checkpoint from which stage 0 is taken) and ``resume``.
 
     Raises:
-        ValueError: an impossible protocol, or a work dir that holds a run already and no ``resume``.
+        ValueError: an impossible protocol or memory, or a work dir that holds a run already and no
+            ``resume``.
         KeyError: the config uses a word that it does not define.
         FileNotFoundError: ``base`` does not exist.
     """
@@ -74,16 +77,16 @@ class IncrementalRunner:
         # In the config that is kept, the method's name no longer depends on the folder it came from.
         self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
         self.cfg.setdefault('memory', 0)
-        if self.cfg.memory != 0:
-            raise ValueError(f'memory={self.cfg.memory!r}: exemplars are not built yet, expected 0')
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
+        check_replay(self.cfg, self.protocol)
         if self.base is not None and not self.base.is_file():
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
         self._check_work_dir()
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
+        check_outside_folder(stages[-1])
         if self.base is None and not (stage_dir(self.work_dir, 0) / 'done').exists():
             check_pretrained(stages[0])
         self._process_settings = join_process_group(self.cfg)
@@ -140,6 +143,7 @@ class IncrementalRunner:
         runner.call_hook('before_run')
         metrics = runner.test_loop.run()
         runner.call_hook('after_stage', stage=stage, metrics=metrics)
+        keep_exemplars(runner.cfg, stage, folder, stage_dir(self.work_dir, stage.index - 1))
         if is_main_process():
             classes = runner.test_dataloader.dataset.metainfo['classes']
             result = stage_results(
@@ -156,8 +160,9 @@ class IncrementalRunner:
         if from_base:
             images = None
         else:
-            train_dataset = DATASETS.build(runner.cfg.train_dataloader.dataset)
-            images = len(train_dataset)
+            # The stage's own: what is replayed is not counted.
+            cfg = stage_dataset_cfg(runner.cfg.train_dataloader.dataset)
+            images = len(DATASETS.build(cfg))
         if path.exists() and self.cfg.get('resume'):
             return images  # stopped between the snapshot and its evaluation
         if from_base:

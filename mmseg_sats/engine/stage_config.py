@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.replay import add_replay
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.suggest import near_match
@@ -96,7 +97,8 @@ def build_stage_config(
     Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
     allows no key in two of a config's bases). Then words are resolved, then come the things that only
-    the stage knows: the heads' sizes, the old model, where weights start, names and folders.
+    the stage knows: the heads' sizes, the old model, where weights start, what is replayed, names and
+    folders.
 
     Args:
         cfg: the run's config.
@@ -109,6 +111,7 @@ def build_stage_config(
 
     Raises:
         KeyError: an undefined word.
+        ValueError: a batch has no room for what is replayed.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
     parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
@@ -130,6 +133,7 @@ def build_stage_config(
     _set_names(result, stage, work_dir)
     if stage.index > 0:
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
+        add_replay(result, stage_dir(work_dir, stage.index - 1))
     return result
 
 

@@ -8,11 +8,13 @@ from mmseg_sats.models.losses import (
     FeatureMSELoss,
     KnowledgeDistillationLoss,
     LocalPODLoss,
+    SelfEntropyLoss,
     SigmoidCrossEntropyLoss,
     SigmoidDistillationLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.old_model_labeler import FusedPseudoLabeler, OldModelPseudoLabeler
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
@@ -29,6 +31,9 @@ __all__ = [
     'SegmentorOutput',
     'SigmoidCrossEntropyLoss',
     'SigmoidDistillationLoss',
+    'FusedPseudoLabeler',
+    'OldModelPseudoLabeler',
+    'SelfEntropyLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
 ]

@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import write_json
+from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 
 
@@ -66,7 +67,8 @@ class PseudoLabelThresholdHook(Hook):
     @staticmethod
     def _dataloader_cfg(runner: Runner) -> dict[str, Any]:
         """The stage's training images, each once, as evaluation would see them."""
-        dataset = copy.deepcopy(runner.cfg.train_dataloader.dataset)
+        # Exemplars keep their labels and outside images have a labeler of their own.
+        dataset = copy.deepcopy(stage_dataset_cfg(runner.cfg.train_dataloader.dataset))
         dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
         train = runner.cfg.train_dataloader
         cfg = dict(

@@ -8,6 +8,7 @@ from mmseg_sats.models.losses.knowledge_distillation import (
     knowledge_distillation,
 )
 from mmseg_sats.models.losses.local_pod import LocalPODLoss, local_pod
+from mmseg_sats.models.losses.self_entropy import SelfEntropyLoss, self_entropy
 from mmseg_sats.models.losses.sigmoid import (
     SigmoidCrossEntropyLoss,
     SigmoidDistillationLoss,
@@ -36,6 +37,8 @@ __all__ = [
     'local_pod',
     'sigmoid_cross_entropy',
     'sigmoid_distillation',
+    'SelfEntropyLoss',
+    'self_entropy',
     'unbiased_cross_entropy',
     'unbiased_distillation',
 ]

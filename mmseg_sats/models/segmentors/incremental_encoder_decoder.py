@@ -21,6 +21,7 @@ from mmseg_sats.models.classifier import (
 )
 from mmseg_sats.models.freeze import freeze, hold_in_eval
 from mmseg_sats.models.image_weights import weighted_images
+from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.suggest import check_choice
@@ -44,8 +45,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
             trained stage is served without it.
         pseudo_labeler: config of an object called as ``labels = pseudo_labeler(labels, teacher_logits)``
-            with (B, H, W) and (B, K_old, H, W); or None. If it has ``image_weights(labels, completed)``
-            and that gives (B,) rather than None, these weigh the images in the segmentation loss.
+            with (B, H, W) and (B, K_old, H, W); or None. It sees the stage's own images alone: exemplars
+            keep their labels. If it has ``image_weights(labels, completed)`` and that gives (B,)
+            rather than None, these weigh the images in the segmentation loss.
+        outside_labeler: the same for images from outside the data set, whose labels are all
+            background; one with ``needs_student`` is called with the student's logits as well.
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
             so that a child config can drop a part.
@@ -68,6 +72,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         *,
         old_model: dict[str, Any] | None = None,
         pseudo_labeler: dict[str, Any] | None = None,
+        outside_labeler: dict[str, Any] | None = None,
         distillation: dict[str, dict[str, Any] | None] | None = None,
         classifier_init: str = 'balanced',
         frozen: Sequence[str] = (),
@@ -80,6 +85,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
         self.classifier_init = classifier_init
         self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
+        self.outside_labeler = MODELS.build(outside_labeler) if outside_labeler else None
         parts = {name: cfg for name, cfg in (distillation or {}).items() if cfg is not None}
         self.distillation = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in parts.items()})
         self._old_model: OldModel | None = None
@@ -115,6 +121,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             self._old_model = OldModel.from_checkpoint(**self._old_model_cfg)
         return self._old_model
 
+    @property
+    def _labelers(self) -> dict[str, Any]:
+        """What labels the images of each source; exemplars need nothing."""
+        labelers = dict(stage=self.pseudo_labeler, outside=self.outside_labeler)
+        return {source: labeler for source, labeler in labelers.items() if labeler is not None}
+
     def _named_heads(self) -> Iterator[tuple[str, nn.Module]]:
         yield 'decode_head', self.decode_head
         if self.with_auxiliary_head:
@@ -136,14 +148,16 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # Stage 0 and methods without a teacher's part never touch the old model.
         taught = self._old_model_cfg is not None and (
-            len(self.distillation) > 0 or self.pseudo_labeler is not None
+            len(self.distillation) > 0 or len(self._labelers) > 0
         )
         with_attention = taught and self._needs_attention
         student, head_inputs = run_segmentor(self, inputs, with_attention)
         teacher = self.old_model(inputs, with_attention) if taught else None
         weights = None
-        if teacher is not None and self.pseudo_labeler is not None:
-            labels, weights = self._pseudo_label(labels, teacher)
+        if teacher is not None:
+            labels, weights = complete_labels(
+                labels, data_samples, self._labelers, student, teacher
+            )
         with weighted_images((head for _, head in self._named_heads()), weights):
             losses = self._segmentation_losses(student, head_inputs, labels)
         if teacher is not None:
@@ -154,14 +168,6 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 }
             )
         return losses
-
-    def _pseudo_label(
-        self, labels: Tensor, teacher: SegmentorOutput
-    ) -> tuple[Tensor, Tensor | None]:
-        """The completed labels (B, H, W), and the images' weights (B,), if there are any."""
-        completed = self.pseudo_labeler(labels, teacher.resized(labels.shape[-2:]))
-        weigh = getattr(self.pseudo_labeler, 'image_weights', None)
-        return completed, weigh(labels, completed) if weigh else None
 
     def _segmentation_losses(
         self, student: SegmentorOutput, head_inputs: tuple[Tensor, ...], labels: Tensor

@@ -1,0 +1,112 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Pseudo-labels on every background pixel: the old model's alone, or fused with the new model's.
+
+Both complete what is background, so one object labels a stage's own images, where annotated classes
+stay, and images from outside, where everything is background.
+"""
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor
+
+
+def old_labels(teacher_logits: Tensor) -> Tensor:
+    """The old model's class at each pixel, background included: (B, H, W) long."""
+    return teacher_logits.argmax(1)
+
+
+def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Old and new model's labels in one map.
+
+    With q the old model's softmax and p the new model's: the old model's label is a = argmax q. The
+    new model speaks for the new classes alone, so all that it gives to background and old classes
+    counts as its background, p_bg = p[0] + sum of p over old classes; its label b is the best of
+    background and new classes. Where one of the two says background, the other's label holds; where
+    both name a class, the more confident one's does: a if q_a >= p_b, else b.
+
+    Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 2022: fusion with
+    conflict reduction.
+
+    Args:
+        teacher_logits: (B, K_old, H, W), background included.
+        student_logits: (B, K, H, W), the old model's channels first.
+
+    Returns:
+        (B, H, W) long.
+
+    Raises:
+        ValueError: the shapes disagree, or the new model has fewer channels than the old one.
+    """
+    num_old = teacher_logits.shape[1]
+    same = teacher_logits.shape[:1] + teacher_logits.shape[2:]
+    if same != student_logits.shape[:1] + student_logits.shape[2:] or (
+        student_logits.shape[1] < num_old
+    ):
+        raise ValueError(
+            'expected (B, K_old, H, W) and (B, K, H, W) with K >= K_old, got '
+            f'{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}'
+        )
+    old_confidence, old = teacher_logits.softmax(1).max(1)
+    p = student_logits.softmax(1)
+    p = torch.cat([p[:, :num_old].sum(1, keepdim=True), p[:, num_old:]], 1)
+    new_confidence, new = p.max(1)
+    new_is_class = new > 0
+    new_wins = new_is_class & ((old == 0) | (new_confidence > old_confidence))
+    return torch.where(new_wins, new + num_old - 1, old)
+
+
+class _BackgroundLabeler:
+    """Gives every pixel of label 0 another model's opinion; other labels stay."""
+
+    needs_pass = False
+    """No thresholds are found before a stage, see ``EntropyPseudoLabeler``."""
+
+    @staticmethod
+    def _fill(labels: Tensor, opinion: Tensor) -> Tensor:
+        return torch.where(labels == 0, opinion.to(labels.dtype), labels)
+
+
+@MODELS.register_module()
+class OldModelPseudoLabeler(_BackgroundLabeler):
+    """The old model's class on every background pixel, whatever its confidence.
+
+    Maracani et al., "RECALL: Replay-based Continual Learning in Semantic Segmentation", ICCV 2021:
+    the labels of replayed images, and the background of the stage's own ("background inpainting").
+    """
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The completed labels.
+
+        Args:
+            labels: (B, H, W) integers; left as they are.
+            teacher_logits: (B, K_old, H, W), the old model's at the labels' size.
+
+        Returns:
+            A new tensor like ``labels``.
+        """
+        return self._fill(labels, old_labels(teacher_logits))
+
+
+@MODELS.register_module()
+class FusedPseudoLabeler(_BackgroundLabeler):
+    """Old and new model's labels on every background pixel, see :func:`fused_labels`."""
+
+    needs_student = True
+    """Called with the new model's logits too."""
+
+    @torch.no_grad()
+    def __call__(
+        self, labels: Tensor, teacher_logits: Tensor, student_logits: Tensor
+    ) -> Tensor:
+        """The completed labels.
+
+        Args:
+            labels: (B, H, W) integers; left as they are.
+            teacher_logits: (B, K_old, H, W), the old model's at the labels' size.
+            student_logits: (B, K, H, W), the new model's.
+
+        Returns:
+            A new tensor like ``labels``.
+        """
+        return self._fill(labels, fused_labels(teacher_logits, student_logits))
