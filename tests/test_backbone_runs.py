@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from yapf.yapflib import yapf_api
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from tests.conftest import CONFIGS
@@ -68,6 +69,12 @@ THIN: dict[str, tuple[str, dict[str, Any], str, str]] = {
     'deeplabv3': ('deeplabv3_r101_voc', RESNET, 'feature', 'ResNetV1c'),
     'fcn': ('r50_fcn_voc', RESNET, 'feature', 'ResNetV1c'),
 }
+
+
+@pytest.fixture(autouse=True)
+def unformatted_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laying out the text of the configs takes most of the time of a small run."""
+    monkeypatch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, True))
 
 
 @pytest.fixture(params=list(THIN))
