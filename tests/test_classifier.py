@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.runner import load_checkpoint
 from mmseg.models.decode_heads import FCNHead, SegmenterMaskTransformerHead
+from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.models.classifier import (
@@ -19,7 +20,14 @@ from mmseg_sats.models.classifier import (
     shape_mismatches,
 )
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
-from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, save_weights
+from tests.small_models import (
+    MIT_CHANNELS,
+    auxiliary_head_cfg,
+    build,
+    images,
+    model_cfg,
+    save_weights,
+)
 
 NUM_OLD = 4
 
@@ -145,6 +153,44 @@ def test_the_segmentor_names_the_head_that_cannot_grow_when_it_is_built() -> Non
     cfg = model_cfg(4, auxiliary_head=[auxiliary_head_cfg(4), mask_transformer])
     with pytest.raises(TypeError, match=rf'auxiliary_head\.1 \({SegmenterMaskTransformerHead.__name__}\)'):
         build(cfg)
+
+
+def head_with_a_second_classifier(kind: str, num_classes: int = 4, **options: Any) -> dict[str, Any]:
+    return dict(type=kind, in_channels=MIT_CHANNELS[3], in_index=3, channels=8, num_classes=num_classes,
+                norm_cfg=dict(type='BN')) | options
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'where'),
+    [
+        (head_with_a_second_classifier('EncHead', in_channels=[32], in_index=[3]), r'se_layer\.weight \(4, 8\)'),
+        (head_with_a_second_classifier('DAHead', pam_channels=4), r'pam_conv_seg\.weight \(4, 8, 1, 1\)'),
+        # 8 channels and 8 classes: what grows is found by building, not by a number that looks alike.
+        (head_with_a_second_classifier('EncHead', 8, in_channels=[32], in_index=[3]), r'se_layer\.weight \(8, 8\)'),
+    ],
+)
+def test_a_head_with_more_per_class_than_its_classifier_is_refused(cfg: dict[str, Any], where: str) -> None:
+    with pytest.raises(TypeError, match=rf'auxiliary_head \({cfg["type"]}\) cannot grow.*{where}'):
+        build(model_cfg(cfg['num_classes'], auxiliary_head=cfg))
+
+
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        head_with_a_second_classifier('EncHead', use_se_loss=False, in_channels=[32], in_index=[3]),
+        head_with_a_second_classifier('ASPPHead', 8, dilations=(1, 2)),
+        head_with_a_second_classifier('FCNHead', 8, num_convs=1),
+    ],
+    ids=lambda cfg: cfg['type'],
+)
+def test_looking_for_what_grows_leaves_the_random_numbers_alone(cfg: dict[str, Any]) -> None:
+    head = MODELS.build(cfg)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    check_head_can_grow('decode_head', head, cfg)
+    assert torch.equal(torch.rand(3), expected)
+    assert cfg['num_classes'] == head.num_classes
 
 
 def load_by_mmengine(model: nn.Module, path: str) -> None:

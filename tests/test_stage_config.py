@@ -1,10 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""One config becomes one per stage: words, merges, sizes and names; and every config of the project does."""
+"""One config becomes one per stage: words, merges, sizes and names."""
 
-import ast
-import functools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.engine.stage_config import (
     STAGE_WORDS,
     build_stage_config,
+    check_pretrained,
     config_words,
     resolve_words,
     stage_dir,
@@ -25,14 +23,7 @@ from mmseg_sats.engine.stage_config import (
 from mmseg_sats.protocol import Protocol
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-FILES = sorted(
-    path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_' and path.stem != path.parent.name
-)
-NUM_CLASSES = {'voc': 20, 'voc_mini': 20, 'shapes': 6}
-
-
-def short(path: Path) -> str:
-    return f'{path.parent.name}/{path.stem}'
+NUM_CLASSES = {'voc': 20, 'shapes': 6}
 
 
 def protocol_of(cfg: Config) -> Protocol:
@@ -206,6 +197,49 @@ def test_weights_start_from_imagenet_only_in_stage_0(shapes_cfg: Callable[..., C
     assert stage_configs(cfg)[0].model.backbone.init_cfg is None
 
 
+@pytest.mark.parametrize('owner', ['model', 'backbone'])
+def test_weights_named_as_mmseg_once_did_are_read_in_stage_0_alone(
+    shapes_cfg: Callable[..., Config], owner: str
+) -> None:
+    cfg = shapes_cfg('sats', pretrained='missing.pth')
+    cfg.model.backbone.pop('init_cfg')
+    (cfg.model if owner == 'model' else cfg.model.backbone).pretrained = '$pretrained'
+    first, *later = stage_configs(cfg)
+    named = first.model if owner == 'model' else first.model.backbone
+    assert named.pretrained == 'missing.pth'
+    with pytest.raises(FileNotFoundError, match=r'missing\.pth do not exist'):
+        check_pretrained(first)
+    for stage_cfg in later:
+        assert 'pretrained' not in stage_cfg.model
+        assert 'pretrained' not in stage_cfg.model.backbone
+
+
+VIT = dict(type='AttentionVisionTransformer', img_size=(32, 48), embed_dims=8, num_layers=1, num_heads=2)
+
+
+def test_a_model_zoo_is_left_to_mmengine_and_a_file_is_looked_at(tmp_path: Path) -> None:
+    init_default_scope('mmseg')
+    resnet = dict(type='ResNetV1c', depth=18, base_channels=4, stem_channels=4)
+
+    def check(backbone: dict, checkpoint: str) -> None:
+        init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+        check_pretrained(Config(dict(model=dict(backbone=dict(backbone, init_cfg=init_cfg)))))
+
+    check(resnet, 'open-mmlab://resnet18_v1c')
+    with pytest.raises(FileNotFoundError, match=r'r18\.pth do not exist. Convert weights .*model_converters'):
+        check(resnet, 'r18.pth')
+    path = str(tmp_path / 'weights.pth')
+    torch.save(MODELS.build(resnet).state_dict() | {'fc.weight': torch.zeros(1)}, path)
+    check(resnet, path)
+    with pytest.raises(ValueError, match=r'weights.pth does not fit AttentionVisionTransformer: .*missing'):
+        check(VIT, path)
+    # mmseg interpolates the position embedding of another image size while it loads.
+    torch.save(MODELS.build(dict(VIT, img_size=(64, 64))).state_dict(), path)
+    check(VIT, path)
+    with pytest.raises(ValueError, match=r'patch_embed.*\(8, 3, 16, 16\) in the checkpoint'):
+        check(dict(VIT, patch_size=8), path)
+
+
 def test_an_undefined_word_of_a_config_is_named(shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg('sats')
     cfg.train_dataloader.batch_size = '$batchsize'
@@ -219,117 +253,3 @@ def test_a_stage_config_is_read_back_from_its_file(tmp_path: Path) -> None:
         path = tmp_path / 'config.py'
         path.write_text(stage_cfg.pretty_text)
         assert Config.fromfile(path)._cfg_dict.to_dict() == stage_cfg._cfg_dict.to_dict()
-
-
-# Top-level words of every config
-
-
-def find(value: Any, key: str) -> Iterator[Any]:
-    """All values at ``key``, at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from find(item, key)
-
-
-def words_left(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [word for item in value for word in words_left(item)]
-    return [value] if isinstance(value, str) and re.match(r'\$\w', value) else []
-
-
-@pytest.mark.parametrize('path', FILES, ids=short)
-def test_overrides_reach_every_stage(path: Path) -> None:
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict(dict(data_root='/other/root', epochs=17, crop_size=160, batch_size=5, seed=123))
-    for stage_cfg in stage_configs(cfg):
-        values = stage_cfg._cfg_dict.to_dict()
-        assert {root for part in ('train_dataloader', 'test_dataloader')
-                for root in find(values[part], 'data_root')} == {'/other/root'}
-        assert stage_cfg.train_cfg.max_epochs == 17
-        for scheduler in stage_cfg.param_scheduler:
-            # An exponential decay has no end.
-            assert scheduler.get('end', 17) == 17
-        assert stage_cfg.model.data_preprocessor.size == (160, 160)
-        crops = list(find(values['train_dataloader'], 'crop_size'))
-        assert all(crop == (160, 160) for crop in crops)
-        assert crops or cfg.dataset == 'shapes'
-        assert stage_cfg.train_dataloader.batch_size == 5
-        assert stage_cfg.randomness.seed == 123
-        assert words_left(values) == []
-
-
-# Every config of the project
-
-
-def parents_of(path: Path) -> list[Path]:
-    """The ``_base_`` files of a config, read as text."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
-            names = ast.literal_eval(node.value)
-            return [path.parent / name for name in ([names] if isinstance(names, str) else names)]
-    return []
-
-
-def levels(path: Path) -> int:
-    assert path.is_file(), path
-    return 1 + max((levels(parent) for parent in parents_of(path)), default=0)
-
-
-@pytest.mark.parametrize('path', FILES, ids=short)
-def test_configs_inherit_over_at_most_three_levels_and_name_their_method(path: Path) -> None:
-    assert 2 <= levels(path) <= 3
-    method = path.parent / f'{path.parent.name}.py'
-    assert method.resolve() in [parent.resolve() for parent in parents_of(path)]
-
-
-@pytest.mark.parametrize('path', FILES, ids=short)
-def test_the_file_name_tells_the_protocol(path: Path) -> None:
-    cfg = Config.fromfile(path)
-    named = re.search(r'_(\d+-\d+)(_disjoint)?(_m)?$', path.stem)
-    assert named[1] == (cfg.split if cfg.protocol == 'joint' else cfg.protocol)
-    assert cfg.setting == ('disjoint' if named[2] else 'overlapped')
-    assert bool(cfg.memory) == bool(named[3])
-    assert f'_{cfg.dataset}_' in path.stem
-    assert (cfg.protocol == 'joint') == (path.parent.name == 'joint')
-
-
-def test_every_method_folder_has_its_method_file_and_configs() -> None:
-    folders = [path for path in CONFIGS.iterdir() if path.is_dir() and path.name != '_base_']
-    assert {'sats', 'finetune', 'joint'} <= {folder.name for folder in folders}
-    for folder in folders:
-        assert (folder / f'{folder.name}.py').is_file()
-        assert any(path.parent == folder for path in FILES), folder
-
-
-@pytest.fixture
-def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Builds models without memory or random numbers."""
-    # The Mix Transformer reads its drop rates out of a tensor, which must exist for that.
-    monkeypatch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
-    with torch.device('meta'):
-        yield
-
-
-@pytest.mark.parametrize('path', FILES, ids=short)
-@pytest.mark.usefixtures('meta_device')
-def test_the_model_of_every_stage_builds_with_its_head(path: Path) -> None:
-    cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    protocol = protocol_of(cfg)
-    depth = list(cfg.model.backbone.num_layers)
-    for stage, stage_cfg in zip(protocol.stages, stage_configs(cfg), strict=True):
-        if 0 < stage.index < len(protocol.stages) - 1:
-            # Depth is the same in all stages; the first and the last are built as they are.
-            stage_cfg.model.backbone.num_layers = [1, 1, 1, 1]
-        model = MODELS.build(stage_cfg.model)
-        head = model.decode_head
-        assert head.conv_seg.out_channels == head.num_classes == model.num_classes
-        assert head.num_classes == model.out_channels == 1 + len(stage.seen)
-        assert (model._old_model_cfg is None) == (stage.index == 0)
-    assert [len(layer[1]) for layer in model.backbone.layers] == depth

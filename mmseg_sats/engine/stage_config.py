@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmseg.models.backbones import MixVisionTransformer
 from mmseg.registry import MODELS
+from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.replay import add_replay
@@ -31,6 +33,8 @@ STAGE_WORDS = {
 STAGE_PARTS = (
     'method_initial_stage', 'method_later_stages', 'initial_stage', 'later_stages',
 )  # fmt: skip
+# Position tables, which ViT and Swin interpolate to the model's image and window while they load.
+RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
 _WORD = re.compile(r'^\$(\w+)$')
 
 
@@ -146,6 +150,8 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     if stage.index > 0 or ('checkpoint' in pretrained and pretrained['checkpoint'] is None):
         model.backbone.init_cfg = None
     if stage.index > 0:
+        for part in (model, model.backbone):
+            part.pop('pretrained', None)
         snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
         model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
 
@@ -164,23 +170,34 @@ def check_pretrained(cfg: Config) -> None:
     mmengine would read whatever the file holds and go on with random weights where names differ.
 
     Args:
-        cfg: the config of stage 0. Weights from a URL or a model zoo are left to mmengine.
+        cfg: the config of stage 0. Weights from a URL or a model zoo (``open-mmlab://resnet101_v1c``)
+            are left to mmengine.
 
     Raises:
         FileNotFoundError: no such file; the message names the command that makes it.
         ValueError: the file cannot be read safely, has another model's names or shapes, or is an
             original SegFormer checkpoint that was not converted.
     """
-    init_cfg = cfg.model.backbone.get('init_cfg') or {}
-    checkpoint = init_cfg.get('checkpoint')
+    backbone_cfg = cfg.model.backbone
+    init_cfg = backbone_cfg.get('init_cfg') or {}
+    checkpoint = (
+        init_cfg.get('checkpoint') or backbone_cfg.get('pretrained') or cfg.model.get('pretrained')
+    )
     if not checkpoint or '://' in checkpoint:
         return
+    unloaded = {key: value for key, value in backbone_cfg.items() if key != 'pretrained'}
+    backbone = MODELS.build(dict(unloaded, init_cfg=None))
     command = f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`'
+    how_to_make = (
+        f'From the original SegFormer checkpoint make them by {command}'
+        if isinstance(backbone, MixVisionTransformer)
+        else "Convert weights with other names by mmsegmentation's tools/model_converters"
+    )
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(
-            f"the encoder's weights {checkpoint} do not exist. From the original SegFormer "
-            f'checkpoint make them by {command}, name others by `--cfg-options pretrained=FILE`, '
-            'or start from random weights by `--cfg-options pretrained=None`'
+            f"the encoder's weights {checkpoint} do not exist. {how_to_make}, name others by "
+            '`--cfg-options pretrained=FILE`, or start from random weights by '
+            '`--cfg-options pretrained=None`'
         )
     prefix = (init_cfg.get('prefix') or '').rstrip('.')
     state_dict = {
@@ -192,11 +209,24 @@ def check_pretrained(cfg: Config) -> None:
             f'{checkpoint} has the original SegFormer names: convert it by {command}, '
             'with the original as ORIGINAL.pth'
         )
-    backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+    problems = _misfits(state_dict, backbone)
+    if problems:
+        raise ValueError(
+            f'{checkpoint} does not fit {type(backbone).__name__}: {"; ".join(problems[:5])}. '
+            f'{how_to_make}'
+        )
+
+
+def _misfits(state_dict: dict[str, Tensor], backbone: nn.Module) -> list[str]:
+    """Tensors of other shapes, and where most are missing, the missing ones."""
+    wrong = [
+        line
+        for line in shape_mismatches(state_dict, backbone)
+        if not line.split(':')[0].endswith(RESIZED_BY_BACKBONE)
+    ]
     own = backbone.state_dict()
-    wrong = shape_mismatches(state_dict, backbone)
     missing = [key for key in own if key not in state_dict]
     # Some backbones add tensors of their own to published weights; most must be there.
     if wrong or 2 * len(missing) > len(own):
-        problems = '; '.join([*wrong, *(f'{key}: missing' for key in missing)][:5])
-        raise ValueError(f'{checkpoint} does not fit {type(backbone).__name__}: {problems}')
+        return [*wrong, *(f'{key}: missing' for key in missing)]
+    return []

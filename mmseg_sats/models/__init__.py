@@ -2,7 +2,12 @@
 """Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
 
 from mmseg_sats.models.attention import AttentionMap
-from mmseg_sats.models.backbones import AttentionMixVisionTransformer
+from mmseg_sats.models.backbones import (
+    AttentionMixVisionTransformer,
+    AttentionPCPVT,
+    AttentionSVT,
+    AttentionVisionTransformer,
+)
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
     FeatureMSELoss,
@@ -22,6 +27,9 @@ from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
 __all__ = [
     'AttentionMap',
     'AttentionMixVisionTransformer',
+    'AttentionPCPVT',
+    'AttentionSVT',
+    'AttentionVisionTransformer',
     'CRPDistillationLoss',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',

@@ -9,7 +9,7 @@ being stored.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -124,7 +124,9 @@ class AttentionMap:
         key: (B, heads, S, d) projected keys.
         scale: the factor of the dot products, d ** -0.5 in the usual attention.
         query_hw: (h, w) of the query grid, L = h * w.
-        key_hw: (h, w) of the key grid, S = h * w.
+        key_hw: (h, w) of the key grid, S = extra_keys + h * w.
+        extra_keys: how many keys stand before those of the grid and lie on no place of the image, e.g.
+            1 for a class token.
 
     Raises:
         ValueError: if the shapes do not agree.
@@ -135,6 +137,7 @@ class AttentionMap:
     scale: float
     query_hw: tuple[int, int]
     key_hw: tuple[int, int]
+    extra_keys: int = 0
 
     def __post_init__(self) -> None:
         query, key = tuple(self.query.shape), tuple(self.key.shape)
@@ -145,7 +148,7 @@ class AttentionMap:
             )
         for name, length, (height, width) in (
             ('query', query[2], self.query_hw),
-            ('key', key[2], self.key_hw),
+            ('key', key[2] - self.extra_keys, self.key_hw),
         ):
             if length != height * width:
                 raise ValueError(f'{name}_hw {(height, width)} does not hold {length} positions')
@@ -162,9 +165,7 @@ class AttentionMap:
 
     def detach(self) -> 'AttentionMap':
         """The same map, cut off from the graph."""
-        return AttentionMap(
-            self.query.detach(), self.key.detach(), self.scale, self.query_hw, self.key_hw
-        )
+        return replace(self, query=self.query.detach(), key=self.key.detach())
 
     def dense(self) -> Tensor:
         """The whole map, (B, heads, L, S)."""

@@ -6,10 +6,13 @@ row per class. Growing happens on the checkpoint, while it is loaded, so every h
 size and nothing else of the model has to know.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
+from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.suggest import check_choice
@@ -44,12 +47,16 @@ CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows], Rows]] = {
 }
 
 
-def check_head_can_grow(name: str, head: nn.Module) -> None:
-    """Raises TypeError if ``head`` does not end in a ``conv_seg`` with one row per class.
+def check_head_can_grow(
+    name: str, head: nn.Module, cfg: Mapping[str, Any] | None = None
+) -> None:
+    """Raises TypeError if ``head`` has more per class than the rows of ``conv_seg``, or not even those.
 
     Args:
         name: the head's name in the segmentor, for the message.
         head: a decode or auxiliary head.
+        cfg: the config it was built from. With it the head is built once more for one class more,
+            which tells what else grows with the classes.
     """
     conv_seg = getattr(head, 'conv_seg', None)
     if not isinstance(conv_seg, nn.Conv2d) or conv_seg.out_channels != head.num_classes:
@@ -57,6 +64,30 @@ def check_head_can_grow(name: str, head: nn.Module) -> None:
             f"{name} ({type(head).__name__}) cannot grow: expected a head on mmseg's BaseDecodeHead whose "
             f'classifier `conv_seg` has one output channel per class ({head.num_classes}), got {conv_seg}'
         )
+    others = [] if cfg is None else _grows_beside_classifier(head, cfg)
+    if others:
+        raise TypeError(
+            f'{name} ({type(head).__name__}) cannot grow: its size depends on the number of classes beside '
+            f'the classifier `conv_seg`, in {", ".join(others)}; expected a head without such parts'
+        )
+
+
+def _grows_beside_classifier(head: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
+    """The tensors of ``head``, its classifier aside, whose shape one class more would change."""
+    cfg = copy.deepcopy(dict(cfg, num_classes=head.num_classes + 1))
+    cfg.pop('out_channels', None)
+    with torch.random.fork_rng(devices=[]):  # The run's random numbers stay as they were.
+        larger = MODELS.build(cfg).state_dict()
+    own = {
+        key: tensor.shape
+        for key, tensor in head.state_dict().items()
+        if not key.startswith('conv_seg.')
+    }
+    return [
+        f'{key} {tuple(shape)}'
+        for key, shape in own.items()
+        if key not in larger or larger[key].shape != shape
+    ]
 
 
 def grow_classifier(

@@ -73,7 +73,8 @@ class OldModel:
             num_classes=num_classes, loss_decode=dict(type='CrossEntropyLoss')
         )
         model_cfg['decode_head'].pop('out_channels', None)
-        model_cfg['backbone'].pop('init_cfg', None)
+        for key in ('init_cfg', 'pretrained'):
+            model_cfg['backbone'].pop(key, None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]

@@ -2,5 +2,15 @@
 """Backbones that name their queries and keys."""
 
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
+from mmseg_sats.models.backbones.attention_twins import AttentionPCPVT, AttentionSVT
+from mmseg_sats.models.backbones.attention_vit import AttentionVisionTransformer
+from mmseg_sats.models.backbones.self_attention import attend_with_map, self_attention
 
-__all__ = ['AttentionMixVisionTransformer']
+__all__ = [
+    'AttentionMixVisionTransformer',
+    'AttentionPCPVT',
+    'AttentionSVT',
+    'AttentionVisionTransformer',
+    'attend_with_map',
+    'self_attention',
+]

@@ -82,6 +82,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self_cfg = copy.deepcopy(
             dict(backbone=backbone, decode_head=decode_head, neck=kwargs.get('neck'))
         )
+        head_cfgs = copy.deepcopy(
+            {'decode_head': decode_head} | _named('auxiliary_head', kwargs.get('auxiliary_head'))
+        )
         super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
         self.classifier_init = classifier_init
         self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
@@ -91,7 +94,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self._old_model: OldModel | None = None
         self._old_model_cfg = dict(old_model, model_cfg=self_cfg) if old_model else None
         for name, head in self._named_heads():
-            check_head_can_grow(name, head)
+            check_head_can_grow(name, head, head_cfgs.get(name))
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
@@ -130,10 +133,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     def _named_heads(self) -> Iterator[tuple[str, nn.Module]]:
         yield 'decode_head', self.decode_head
         if self.with_auxiliary_head:
-            is_list = isinstance(self.auxiliary_head, nn.ModuleList)
-            heads = self.auxiliary_head if is_list else [self.auxiliary_head]
-            for index, head in enumerate(heads):
-                yield (f'auxiliary_head.{index}' if is_list else 'auxiliary_head'), head
+            yield from _named('auxiliary_head', self.auxiliary_head).items()
 
     def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of one batch.
@@ -199,3 +199,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _named(name: str, one_or_more: Any) -> dict[str, Any]:
+    """Heads or their configs by their names in the segmentor; a list numbers them."""
+    if isinstance(one_or_more, list | tuple | nn.ModuleList):
+        return {f'{name}.{index}': item for index, item in enumerate(one_or_more)}
+    return {} if one_or_more is None else {name: one_or_more}

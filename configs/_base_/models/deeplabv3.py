@@ -1,0 +1,56 @@
+"""DeepLabV3 on a dilated ResNet-101, output stride 16 as the systems of the field have it (mmseg's d16)."""
+pretrained = 'open-mmlab://resnet101_v1c'  # or a file
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='IncrementalEncoderDecoder',
+    pseudo_labeler='$pseudo_labeler',
+    distillation='$distillation',
+    classifier_init='$classifier_init',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        size='$crop_size',
+        pad_val=0,
+        seg_pad_val=255),
+    backbone=dict(
+        type='ResNetV1c',
+        depth=101,
+        num_stages=4,
+        out_indices=(0, 1, 2, 3),
+        dilations=(1, 1, 1, 2),
+        strides=(1, 2, 2, 1),
+        norm_cfg='$norm_cfg',
+        norm_eval=False,
+        style='pytorch',
+        contract_dilation=True,
+        init_cfg=dict(type='Pretrained', checkpoint='$pretrained')),
+    decode_head=dict(
+        type='ASPPHead',
+        in_channels=2048,
+        in_index=3,
+        channels=512,
+        dilations=(1, 6, 12, 18),
+        dropout_ratio=0.1,
+        num_classes='$num_classes',
+        norm_cfg='$norm_cfg',
+        align_corners=False,
+        loss_decode='$segmentation_loss'),
+    auxiliary_head=dict(
+        type='FCNHead',
+        in_channels=1024,
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes='$num_classes',
+        norm_cfg='$norm_cfg',
+        align_corners=False,
+        loss_decode='$auxiliary_loss'),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'))
+# On the labels that the decode head sees, at mmseg's weight. A method whose segmentation_loss is no plain
+# cross-entropy sets this one too.
+auxiliary_loss = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)

@@ -1,0 +1,43 @@
+"""UPerNet behind a backbone of four blocks, which the recipe names beside the heads' widths."""
+pretrained = None
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='IncrementalEncoderDecoder',
+    pseudo_labeler='$pseudo_labeler',
+    distillation='$distillation',
+    classifier_init='$classifier_init',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        size='$crop_size',
+        pad_val=0,
+        seg_pad_val=255),
+    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='$pretrained')),
+    decode_head=dict(
+        type='UPerHead',
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=512,
+        dropout_ratio=0.1,
+        num_classes='$num_classes',
+        norm_cfg='$norm_cfg',
+        align_corners=False,
+        loss_decode='$segmentation_loss'),
+    auxiliary_head=dict(
+        type='FCNHead',
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes='$num_classes',
+        norm_cfg='$norm_cfg',
+        align_corners=False,
+        loss_decode='$auxiliary_loss'),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'))
+# On the labels that the decode head sees, at mmseg's weight. A method whose segmentation_loss is no plain
+# cross-entropy sets this one too.
+auxiliary_loss = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)

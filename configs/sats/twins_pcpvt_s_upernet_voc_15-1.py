@@ -1,0 +1,2 @@
+_base_ = ['../_base_/twins_pcpvt_s_upernet_voc.py', './sats.py']
+protocol = '15-1'

@@ -1,0 +1,129 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""From a stock attention module to its output and its ``AttentionMap``: one part for all backbones.
+
+The stock modules go through ``nn.MultiheadAttention.forward``, which builds the dense map and
+throws it away. Here the same parameters feed ``scaled_dot_product_attention``, and the projected
+queries and keys are what is handed out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmseg_sats.models.attention import AttentionMap
+
+GridSize = tuple[int, int]
+
+# Which of a block's layers hand out their attention.
+ATTENTION_LAYERS = {'last': slice(-1, None), 'all': slice(None)}
+
+
+def attend_with_map(
+    module: nn.MultiheadAttention,
+    x: Tensor,
+    hw: GridSize,
+    *,
+    context: Tensor | None = None,
+    key_hw: GridSize | None = None,
+    extra_tokens: int = 0,
+) -> tuple[Tensor, AttentionMap]:
+    """``module(x, context, context)`` without the dense map, and the map as a value.
+
+    Args:
+        module: PyTorch's attention, with one packed projection for queries, keys and values; its
+            ``batch_first`` does not matter.
+        x: (B, extra_tokens + L, C) tokens, which ask.
+        hw: (h, w) of their grid, L = h * w.
+        context: (B, S, C) tokens which are asked; ``x`` itself by default.
+        key_hw: (h, w) of the grid of ``context``, S = h * w; needed beside ``context``.
+        extra_tokens: how many tokens of ``x`` stand before those of the grid, e.g. 1 for a class
+            token. They have no place in the image and so no label: the map has no rows for them.
+            They are keys all the same, since every row's softmax counts them.
+
+    Returns:
+        The output after the output projection (B, extra_tokens + L, C), and the map of the L
+        positions before attention dropout.
+
+    Raises:
+        ValueError: if the module has separate projections, added keys or added zeros.
+    """
+    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+        raise ValueError(
+            'expected an nn.MultiheadAttention with one packed projection and no added keys'
+            f' (kdim, vdim, add_bias_kv, add_zero_attn left alone), got {module}'
+        )
+    if context is None:
+        (query, key, value), key_hw = _project(module, x, range(3)), hw
+    else:
+        (query,) = _project(module, x, range(1))
+        key, value = _project(module, context, range(1, 3))
+    dropout = module.dropout if module.training else 0.0
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    attention = AttentionMap(
+        query[:, :, extra_tokens:],
+        key,
+        module.head_dim**-0.5,
+        tuple(hw),
+        tuple(key_hw),
+        extra_keys=extra_tokens if context is None else 0,
+    )
+    return module.out_proj(out.transpose(1, 2).flatten(2)), attention
+
+
+def self_attention(
+    module: MultiheadAttention,
+    x: Tensor,
+    hw: GridSize,
+    *,
+    identity: Tensor | float,
+    extra_tokens: int = 0,
+) -> tuple[Tensor, AttentionMap]:
+    """mmcv's ``MultiheadAttention``, or mmseg's with spatial reduction, and its map.
+
+    Args:
+        module: ViT's ``MultiheadAttention``, MiT's ``EfficientMultiheadAttention``, Twins'
+            ``GlobalSubsampledAttention``.
+        x: (B, extra_tokens + L, C) normalised tokens.
+        hw: (h, w) of the grid, L = h * w.
+        identity: what the residual connection adds.
+        extra_tokens: as in :func:`attend_with_map`.
+
+    Returns:
+        What ``module(x, identity=identity)`` returns, and the map.
+    """
+    context, key_hw = None, None
+    if getattr(module, 'sr_ratio', 1) > 1:
+        reduced = module.sr(nlc_to_nchw(x, hw))
+        context, key_hw = module.norm(nchw_to_nlc(reduced)), tuple(reduced.shape[2:])
+    out, attention = attend_with_map(
+        module.attn, x, hw, context=context, key_hw=key_hw, extra_tokens=extra_tokens
+    )
+    return identity + module.dropout_layer(module.proj_drop(out)), attention
+
+
+def run_layer(
+    step: Callable[..., tuple[Tensor, AttentionMap]], layer: nn.Module, x: Tensor, *args: Any
+) -> tuple[Tensor, AttentionMap]:
+    """``step(layer, x, *args)``, recomputed in backward where the layer asks so (``with_cp``)."""
+    if getattr(layer, 'with_cp', False) and x.requires_grad:
+        return checkpoint(step, layer, x, *args, use_reentrant=False)
+    return step(layer, x, *args)
+
+
+def _project(module: nn.MultiheadAttention, x: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
+    """The given neighbouring parts (0 query, 1 key, 2 value) of the packed projection.
+
+    One product gives all the parts, and each is a view (B, heads, L, d) into it.
+    """
+    dim = module.embed_dim
+    chosen = slice(parts[0] * dim, (parts[-1] + 1) * dim)
+    bias = None if module.in_proj_bias is None else module.in_proj_bias[chosen]
+    packed = F.linear(x, module.in_proj_weight[chosen], bias)
+    return packed.unflatten(-1, (len(parts), module.num_heads, module.head_dim)).permute(
+        2, 0, 3, 1, 4
+    )
