@@ -1,8 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Data sets seen through the stages of a protocol."""
 
+from mmseg_sats.datasets.folder import FolderDataset
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
 from mmseg_sats.datasets.shapes import ShapesDataset
 from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
-__all__ = ['EvaluateAsIs', 'IncrementalDataset', 'RelabelSegMap', 'ShapesDataset']
+__all__ = ['EvaluateAsIs', 'FolderDataset', 'IncrementalDataset', 'RelabelSegMap', 'ShapesDataset']

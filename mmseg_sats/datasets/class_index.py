@@ -8,7 +8,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import current_process, get_context
@@ -126,6 +126,35 @@ class ClassIndex:
                 f'{labels}); allowed are 0 (background), 1 to {num_classes} and {ignore_index} '
                 f'(ignore). {rows.size} of {len(self)} masks are concerned'
             )
+
+
+def index_by_class(
+    class_index: ClassIndex, label_ids: Mapping[int, int], ignore_index: int = 255
+) -> ClassIndex:
+    """The index of masks that number their classes in their own way, by class id.
+
+    Args:
+        class_index: Which numbers each mask holds.
+        label_ids: Number in the masks to class id.
+        ignore_index: The ignored number, unless ``label_ids`` says what it stands for.
+
+    Raises:
+        ValueError: A mask holds a number that stands for nothing; the message names the mask.
+    """
+    ids = {ignore_index: ignore_index, **label_ids}
+    unknown = np.delete(np.arange(256), list(ids))
+    wrong = class_index.presence[:, unknown]
+    rows = np.flatnonzero(wrong.any(axis=1))
+    if rows.size:
+        raise ValueError(
+            f'{class_index.files[rows[0]]} holds the numbers {unknown[wrong[rows[0]]].tolist()}, which '
+            f'mask_values does not name; known are {sorted(ids)}. {rows.size} of '
+            f'{len(class_index)} masks are concerned'
+        )
+    presence = np.zeros((len(class_index), 256), dtype=bool)
+    for value, class_id in ids.items():
+        presence[:, class_id] |= class_index.presence[:, value]
+    return ClassIndex(class_index.files, np.packbits(presence, axis=1))
 
 
 def select_train(presence: np.ndarray, stage: Stage, setting: str = 'overlapped') -> np.ndarray:

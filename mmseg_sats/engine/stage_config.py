@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.trained_model import take_trained_model
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.suggest import near_match
@@ -107,6 +108,7 @@ def build_stage_config(
         KeyError: an undefined word.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    take_trained_model(merged)
     parts = {name: merged.pop(name, None) or {} for name in ('initial_stage', 'later_stages')}
     merged.merge_from_dict(parts['initial_stage' if stage.index == 0 else 'later_stages'])
     words = config_words(merged) | dict(
