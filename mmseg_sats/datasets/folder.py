@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Anybody's data: a folder of images, a folder of masks, and what the masks' numbers mean."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,28 +68,34 @@ class FolderDataset(BaseSegDataset):
             **options,
         )
 
+    def full_init(self) -> None:
+        """Reads the list of images, each of which must have its mask."""
+        if self._fully_initialized:
+            return
+        super().full_init()
+        masks = [self.get_data_info(i)['seg_map_path'] for i in range(len(self))]
+        missing = [mask for mask in masks if not os.path.isfile(mask)]
+        if missing:
+            raise FileNotFoundError(
+                f'{len(missing)} of {len(masks)} images in {self.data_prefix["img_path"]} have no '
+                f'mask; expected {_some(missing)}'
+            )
+
     def load_data_list(self) -> list[dict]:
-        """One entry per image, sorted by path; every image must have its mask."""
+        """One entry per image, sorted by path, with the mask that it should have."""
         images = _images_by_name(Path(self.data_prefix['img_path']))
         if self.ann_file:
             images = _listed(images, Path(self.ann_file))
         masks = Path(self.data_prefix['seg_map_path'])
-        pairs = [(image, masks / f'{name}{self.seg_map_suffix}') for name, image in images.items()]
-        missing = [str(mask) for _, mask in pairs if not mask.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f'{len(missing)} of {len(pairs)} images in {self.data_prefix["img_path"]} have no '
-                f'mask; expected {_some(missing)}'
-            )
         return [
             dict(
                 img_path=str(image),
-                seg_map_path=str(mask),
+                seg_map_path=str(masks / f'{name}{self.seg_map_suffix}'),
                 label_map=self.label_map,
                 reduce_zero_label=self.reduce_zero_label,
                 seg_fields=[],
             )
-            for image, mask in pairs
+            for name, image in images.items()
         ]
 
 
