@@ -12,11 +12,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # Written last: without it .venv is half-made and is made anew.
 STAMP := $(VENV)/.installed
+# Sphinx comes with the first `make docs`: nothing else waits for it.
+DOCS_STAMP := $(VENV)/.docs-installed
 CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format clean
+.PHONY: help venv demo test test-slow lint format docs clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,8 +40,12 @@ lint: $(STAMP) ## what ruff has to say
 format: $(STAMP) ## what ruff can put right by itself
 	$(PY) -m ruff check --fix .
 
+docs: $(DOCS_STAMP) ## the docs site, docs/_build/index.html; a warning is an error
+	rm -rf docs/api docs/_build
+	$(PY) -W ignore -m sphinx -b html -W --keep-going -q docs docs/_build
+
 clean: ## remove caches and build output (not .venv, not work_dirs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache docs/_build docs/api
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(STAMP): $(REQUIREMENTS)
@@ -70,3 +76,9 @@ $(STAMP): $(REQUIREMENTS)
 	    $(PY) -c 'import cv2'; } || { \
 	    echo "make: OpenCV cannot be imported, see above."; exit 1; } >&2
 	@touch $(STAMP)
+
+$(DOCS_STAMP): $(STAMP) requirements/docs.txt
+	@echo "Installing what the docs need into $(VENV)"
+	@$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) -r requirements/docs.txt || { \
+	    echo "make: installing failed, pip says why above."; exit 1; } >&2
+	@touch $(DOCS_STAMP)

@@ -17,7 +17,7 @@ import setuptools
 from mmseg_sats.version import __version__
 
 ROOT = Path(__file__).parents[1]
-IMPORT_NAMES = {'opencv-python': 'cv2', 'Pillow': 'PIL'}
+IMPORT_NAMES = {'opencv-python': 'cv2', 'pillow': 'PIL'}
 MM_IMPORT_NAMES = {'mmengine', 'mmcv', 'mmseg'}
 
 PYTHON_STUB = """#!/bin/sh
@@ -79,7 +79,7 @@ def test_every_requirement_is_pinned() -> None:
             for line in lines if not line.startswith('#')]
     assert all(pins), 'a constraint is not NAME==VERSION'
     pinned = {pin[1].lower() for pin in pins}
-    for name in ('runtime', 'mm', 'tests', 'dev'):
+    for name in ('runtime', 'mm', 'tests', 'dev', 'onnx', 'voc', 'docs'):
         assert {distribution.lower() for distribution in distributions(name)} <= pinned
 
 

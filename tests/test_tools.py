@@ -19,11 +19,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | {'PATH': path, 'PYTHONPATH': str(ROOT)} | environment,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import write_json
+from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.results import stage_results
 from mmseg_sats.engine.snapshot import load_snapshot
 
@@ -41,8 +42,9 @@ def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     runner = Runner.from_cfg(cfg)
     load_snapshot(runner.model, folder / 'snapshot.pth')
     runner.call_hook('before_run')
-    metrics = runner.test_loop.run()
-    dataset = runner.test_dataloader.dataset
+    # A stage 0 that came from a checkpoint may have no images.
+    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
+    dataset = evaluation_set(cfg)
     classes = dataset.metainfo['classes']
     new = classes[len(classes) - len(dataset.stage.new) :]
     return stage_results(dataset.stage.index, new, None, metrics, classes)

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Data sets seen through the stages of a protocol."""
 
+from mmseg_sats.datasets.folder import FolderDataset
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
 from mmseg_sats.datasets.memory import (
     ClassBalancedMemory,
@@ -17,6 +18,7 @@ from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 __all__ = [
     'ClassBalancedMemory',
     'EvaluateAsIs',
+    'FolderDataset',
     'ImageFolder',
     'IncrementalDataset',
     'MostLabelledMemory',

@@ -8,7 +8,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import current_process, get_context
@@ -126,6 +126,35 @@ class ClassIndex:
                 f'{labels}); allowed are 0 (background), 1 to {num_classes} and {ignore_index} '
                 f'(ignore). {rows.size} of {len(self)} masks are concerned'
             )
+
+
+def index_by_class(
+    class_index: ClassIndex, label_ids: Mapping[int, int], ignore_index: int = 255
+) -> ClassIndex:
+    """The index of masks that number their classes in their own way, by class id.
+
+    Args:
+        class_index: Which numbers each mask holds.
+        label_ids: Number in the masks to class id.
+        ignore_index: The ignored number, unless ``label_ids`` says what it stands for.
+
+    Raises:
+        ValueError: A mask holds a number that stands for nothing; the message names the mask.
+    """
+    ids = {ignore_index: ignore_index, **label_ids}
+    unknown = np.delete(np.arange(256), list(ids))
+    wrong = class_index.presence[:, unknown]
+    rows = np.flatnonzero(wrong.any(axis=1))
+    if rows.size:
+        raise ValueError(
+            f'{class_index.files[rows[0]]} holds the numbers {unknown[wrong[rows[0]]].tolist()}, which '
+            f'mask_values does not name; known are {sorted(ids)}. {rows.size} of '
+            f'{len(class_index)} masks are concerned'
+        )
+    presence = np.zeros((len(class_index), 256), dtype=bool)
+    for value, class_id in ids.items():
+        presence[:, class_id] |= class_index.presence[:, value]
+    return ClassIndex(class_index.files, np.packbits(presence, axis=1))
 
 
 def select_train(presence: np.ndarray, stage: Stage, setting: str = 'overlapped') -> np.ndarray:
@@ -272,10 +301,10 @@ def scan_masks(
         FileNotFoundError: If a mask does not exist.
         ValueError: If a mask is unreadable or not single-channel 8-bit.
     """
-    workers = min(_available_cores(), 16) if workers is None else workers
+    workers = min(available_cores(), 16) if workers is None else workers
     chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
     scan = partial(_scan_chunk, backend=backend)
-    if len(files) < _IN_PROCESS or workers < 2 or not _may_fork():
+    if len(files) < _IN_PROCESS or workers < 2 or not may_fork():
         return _gather(map(scan, chunks), len(files))
     # Forking after torch was imported is safe as long as the children touch neither torch nor
     # OpenMP, which these do not: they decode and count. Spawned ones would first import the whole
@@ -302,8 +331,13 @@ def _scan_chunk(files: Sequence[str], backend: str) -> np.ndarray:
     return np.stack([np.packbits(labels_of(file, backend)) for file in files])
 
 
-def labels_of(file: str, backend: str = 'pillow') -> np.ndarray:
-    """(256,) bool: the labels that one mask holds, decoded as mmseg's ``LoadAnnotations`` does."""
+def read_labels(file: str, backend: str = 'pillow') -> np.ndarray:
+    """(H, W) uint8: one mask, decoded as mmseg's ``LoadAnnotations`` does.
+
+    Raises:
+        FileNotFoundError: If the mask does not exist.
+        ValueError: If it is unreadable or not single-channel 8-bit.
+    """
     expected = 'expected a single-channel 8-bit label image (PNG of mode L or P)'
     try:
         content = Path(file).read_bytes()
@@ -316,16 +350,23 @@ def labels_of(file: str, backend: str = 'pillow') -> np.ndarray:
     if seg is None or seg.ndim != 2 or seg.dtype not in (np.uint8, bool):
         found = 'nothing' if seg is None else f'shape {seg.shape} of {seg.dtype}'
         raise ValueError(f'mask {file}: {expected}, found {found}')
-    return np.bincount(seg.ravel(), minlength=256) > 0
+    return seg
 
 
-def _available_cores() -> int:
+def labels_of(file: str, backend: str = 'pillow') -> np.ndarray:
+    """(256,) bool: the labels that one mask holds, see :func:`read_labels`."""
+    return np.bincount(read_labels(file, backend).ravel(), minlength=256) > 0
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _may_fork() -> bool:
+def may_fork() -> bool:
+    """Whether worker processes may be forked here."""
     # A daemonic process, such as a data loader's worker, may not have children; macOS' own
     # libraries do not survive a fork.
     return sys.platform == 'linux' and not current_process().daemon

@@ -17,13 +17,23 @@ from mmseg_sats.datasets.class_index import (
     EVAL_IMAGES,
     SETTINGS,
     ClassIndex,
+    index_by_class,
     select_eval,
     select_train,
 )
 from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
-from mmseg_sats.datasets.transforms import MODES, RelabelSegMap, relabel_table
+from mmseg_sats.datasets.transforms import (
+    MODES,
+    RelabelSegMap,
+    relabel_table,
+    through_label_ids,
+)
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.suggest import check_choice
+
+
+class NoImagesError(ValueError):
+    """A stage for which no image is left."""
 
 
 @DATASETS.register_module()
@@ -32,7 +42,9 @@ class IncrementalDataset(Dataset):
 
     Label 0 of the masks must be background. Where the wrapped dataset's classes start with
     ``background`` (VOC), label i is ``classes[i]``; otherwise (ADE20K with
-    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front.
+    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front. A
+    wrapped dataset with ``label_ids``, number in the masks to label, may number them otherwise
+    (``FolderDataset``).
 
     Relabelling comes directly behind ``LoadAnnotations`` and so before ``RandomCrop``, whose
     ``cat_max_ratio`` thus judges a crop by the labels that the stage has, and by no others.
@@ -60,7 +72,8 @@ class IncrementalDataset(Dataset):
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
         ValueError: If an option is unknown, the wrapped dataset changes labels itself, the
-            training pipeline loads no masks, a mask holds an impossible label or nothing is left.
+            training pipeline loads no masks, a mask holds an impossible label or nothing is left
+            (``NoImagesError``).
         FileNotFoundError: If the list file or a mask does not exist.
 
     Attributes:
@@ -106,7 +119,9 @@ class IncrementalDataset(Dataset):
         self.table = relabel_table(
             self.protocol, stage, mode, setting, eval_future, ignore_index
         )
-        self.pipeline = Compose(_with_relabelling(transforms, self.table, mode))
+        self._label_ids = getattr(self.dataset, 'label_ids', None)
+        in_masks = through_label_ids(self.table, self._label_ids, ignore_index)
+        self.pipeline = Compose(_with_relabelling(transforms, in_masks, mode))
         self.class_names = names
         self._metainfo = self._stage_metainfo(palette)
         self._fully_initialized = False
@@ -129,10 +144,12 @@ class IncrementalDataset(Dataset):
         _full_init_wrapped(self.dataset)
         files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
         class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
+        if self._label_ids is not None:
+            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
         class_index.check_labels(self.protocol.num_classes, self.ignore_index)
         indices = self._select(class_index.presence)
         if indices.size == 0:
-            raise ValueError(self._nothing_left(len(files)))
+            raise NoImagesError(self._nothing_left(len(files)))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
@@ -158,7 +175,7 @@ class IncrementalDataset(Dataset):
     @property
     @force_full_init
     def presence(self) -> np.ndarray:
-        """(len, 256) bool: the labels, as in the annotation files, that each image holds."""
+        """(len, 256) bool: the labels that each image holds, by annotation id."""
         return np.unpackbits(self._packed_presence, axis=1).astype(bool)
 
     def image_names(self) -> list[str]:

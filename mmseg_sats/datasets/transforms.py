@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Relabelling of masks: annotation ids to the output channels of a stage, by one table look-up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -64,6 +64,27 @@ def relabel_table(
     if mode == 'eval' and eval_future == 'ignore':
         table[list(stage.future)] = ignore_index
     return table
+
+
+def through_label_ids(
+    table: np.ndarray, label_ids: Mapping[int, int] | None, ignore_index: int = 255
+) -> np.ndarray:
+    """The table for masks that number their classes in their own way.
+
+    Args:
+        table: (256,) uint8, see :func:`relabel_table`.
+        label_ids: Number in the masks to class id; None: every number is its class.
+        ignore_index: What numbers without a class become, and what ``table`` leaves as it is.
+
+    Returns:
+        (256,) uint8: what each number in the masks becomes.
+    """
+    if label_ids is None:
+        return table
+    result = np.full(256, ignore_index, dtype=np.uint8)
+    for value, class_id in label_ids.items():
+        result[value] = table[class_id]
+    return result
 
 
 @TRANSFORMS.register_module()

@@ -20,6 +20,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.checkpoint import write_json, write_text
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.results import (
     comparison_table,
@@ -141,11 +142,11 @@ class IncrementalRunner:
         load_snapshot(runner.model, snapshot)
         # As Runner.test does: hooks set up their files, and EMA starts from what was just loaded.
         runner.call_hook('before_run')
-        metrics = runner.test_loop.run()
+        metrics = evaluate_stage(runner, may_be_empty=self._from_base(stage.index))
         runner.call_hook('after_stage', stage=stage, metrics=metrics)
         keep_exemplars(runner.cfg, stage, folder, stage_dir(self.work_dir, stage.index - 1))
         if is_main_process():
-            classes = runner.test_dataloader.dataset.metainfo['classes']
+            classes = evaluation_set(cfg).metainfo['classes']
             result = stage_results(
                 stage.index, classes[len(classes) - len(stage.new) :], images, metrics, classes
             )
@@ -156,7 +157,7 @@ class IncrementalRunner:
 
     def _make_snapshot(self, runner: Runner, path: Path) -> int | None:
         """Trains the stage, or takes stage 0 from ``base``; returns the number of training images."""
-        from_base = self.base is not None and path.parent.name == 'stage_0'
+        from_base = self._from_base(int(path.parent.name.removeprefix('stage_')))
         if from_base:
             images = None
         else:
@@ -166,7 +167,7 @@ class IncrementalRunner:
         if path.exists() and self.cfg.get('resume'):
             return images  # stopped between the snapshot and its evaluation
         if from_base:
-            meta = runner.test_dataloader.dataset.metainfo
+            meta = evaluation_set(runner.cfg).metainfo
             names = [
                 name for name, _ in unwrap(runner.model).named_children() if name.endswith('_head')
             ]
@@ -179,6 +180,9 @@ class IncrementalRunner:
                 save_snapshot(runner, path, _plain_meta(runner.train_dataloader.dataset.metainfo))
         barrier()
         return images
+
+    def _from_base(self, index: int) -> bool:
+        return self.base is not None and index == 0
 
     def _report(self, finished: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the results so far and returns them."""

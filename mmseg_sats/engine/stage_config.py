@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.replay import add_replay
+from mmseg_sats.engine.trained_model import take_trained_model
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.suggest import near_match
@@ -118,6 +119,7 @@ def build_stage_config(
         ValueError: a batch has no room for what is replayed.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    take_trained_model(merged)
     parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
     for owner in ('method_', ''):
         part = 'initial_stage' if stage.index == 0 else 'later_stages'

@@ -1,0 +1,169 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Anybody's data: a folder of images, a folder of masks, and what the masks' numbers mean."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+from mmseg_sats.suggest import near_match
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+BACKGROUND = 'background'
+
+
+@DATASETS.register_module()
+class FolderDataset(BaseSegDataset):
+    """Images of one folder with the masks of another, which may number their classes in their own way.
+
+    An image ``sub/name.jpg`` has the mask ``sub/name.png``; all usual image formats may be mixed.
+
+    Args:
+        classes: All names, background first, then the classes in the order in which they are
+            learned: class i of a protocol is ``classes[i]``.
+        data_root: In front of the two folders below.
+        data_prefix: ``img_path`` and ``seg_map_path``, the two folders.
+        mask_values: Name to number in the masks, for the classes that occur in these masks. Background
+            is 0 where that is nobody's number; 255 is ignored unless it has a name. None or empty: class i has
+            number i.
+        palette: A colour (r, g, b) for each class; drawn from a fixed seed by default.
+        ann_file: A list of the names to use, without suffix; all images by default.
+        seg_map_suffix: What a mask has in the place of its image's suffix.
+        **options: As in mmseg's ``BaseSegDataset``, which refuses others.
+
+    Raises:
+        ValueError: If names or numbers are impossible.
+        FileNotFoundError: If a folder, a listed image or a mask is missing, when the list is read.
+
+    Attributes:
+        label_ids: What each number in the masks stands for, number to class; None: itself.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        data_root: str | None = None,
+        data_prefix: Mapping[str, str] | None = None,
+        mask_values: Mapping[str, int] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        ann_file: str = '',
+        seg_map_suffix: str = '.png',
+        **options: Any,
+    ) -> None:
+        classes = tuple(classes)
+        _check_names(classes)
+        self.label_ids = label_ids(classes, mask_values) if mask_values else None
+        metainfo: dict[str, Any] = dict(classes=classes)
+        if palette is not None:
+            metainfo['palette'] = [list(colour) for colour in palette]
+        super().__init__(
+            metainfo=metainfo,
+            data_root=data_root,
+            data_prefix=dict(data_prefix or dict(img_path='images', seg_map_path='masks')),
+            ann_file=ann_file,
+            seg_map_suffix=seg_map_suffix,
+            **options,
+        )
+
+    def full_init(self) -> None:
+        """Reads the list of images, each of which must have its mask."""
+        if self._fully_initialized:
+            return
+        super().full_init()
+        masks = [self.get_data_info(i)['seg_map_path'] for i in range(len(self))]
+        missing = [mask for mask in masks if not os.path.isfile(mask)]
+        if missing:
+            raise FileNotFoundError(
+                f'{len(missing)} of {len(masks)} images in {self.data_prefix["img_path"]} have no '
+                f'mask; expected {_some(missing)}'
+            )
+
+    def load_data_list(self) -> list[dict]:
+        """One entry per image, sorted by path, with the mask that it should have."""
+        images = _images_by_name(Path(self.data_prefix['img_path']))
+        if self.ann_file:
+            images = _listed(images, Path(self.ann_file))
+        masks = Path(self.data_prefix['seg_map_path'])
+        return [
+            dict(
+                img_path=str(image),
+                seg_map_path=str(masks / f'{name}{self.seg_map_suffix}'),
+                label_map=self.label_map,
+                reduce_zero_label=self.reduce_zero_label,
+                seg_fields=[],
+            )
+            for name, image in images.items()
+        ]
+
+
+def label_ids(classes: Sequence[str], mask_values: Mapping[str, int]) -> dict[int, int]:
+    """Number in a mask to class id.
+
+    Args:
+        classes: Names by class id, background first.
+        mask_values: Name to number; classes without one do not occur in the masks.
+
+    Raises:
+        ValueError: An unknown name, a number outside 0..255, or one number for two names.
+    """
+    ids: dict[int, int] = {}
+    for name, value in mask_values.items():
+        if name not in classes:
+            raise ValueError(
+                f'mask_values names {name!r}, which is no class{near_match(name, classes)}; '
+                f'expected some of {list(classes)}'
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
+            raise ValueError(f'mask_values[{name!r}] is {value!r}, expected a number in 0..255')
+        if value in ids:
+            raise ValueError(
+                f'mask_values gives {value} to {classes[ids[value]]!r} and to {name!r}'
+            )
+        ids[value] = classes.index(name)
+    if 0 not in ids.values():  # background's own number was not given
+        ids.setdefault(0, 0)
+    return ids
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    repeated = sorted({name for name in classes if classes.count(name) > 1})
+    if not classes or classes[0] != BACKGROUND or repeated:
+        found = f'{repeated} twice' if repeated else f'{list(classes[:3])} ...'
+        raise ValueError(
+            f'classes of FolderDataset are {BACKGROUND!r} and then a name for each class, all '
+            f'different; got {found}'
+        )
+
+
+def _images_by_name(folder: Path) -> dict[str, Path]:
+    """The images below a folder by their path in it without suffix, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f'the folder of images {folder} does not exist')
+    images: dict[str, Path] = {}
+    for path in sorted(folder.rglob('*')):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            name = path.relative_to(folder).with_suffix('').as_posix()
+            if name in images:
+                raise ValueError(f'{images[name]} and {path} would share a mask')
+            images[name] = path
+    return images
+
+
+def _listed(images: Mapping[str, Path], list_file: Path) -> dict[str, Path]:
+    """The images that a list names, in its order."""
+    names = [line.strip() for line in list_file.read_text(encoding='utf-8').splitlines()]
+    names = [name for name in names if name]
+    missing = [name for name in names if name not in images]
+    if missing:
+        raise FileNotFoundError(
+            f'{list_file} names {len(missing)} images that are not there: {_some(missing)}'
+        )
+    return {name: images[name] for name in names}
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = '' if len(names) <= most else f' and {len(names) - most} more'
+    return ', '.join(names[:most]) + more

@@ -1,0 +1,187 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""A stage's model for an mmseg without this package: config, checkpoint, and the proof that it fits."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.checkpoint import load_checkpoint_safely, write_text
+from mmseg_sats.engine.snapshot import load_snapshot, write_weights
+
+_PACKAGE = 'mmseg_sats'
+_PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
+
+
+def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
+    """Writes ``config.py`` and ``model.pth`` that stock mmseg runs.
+
+    Args:
+        stage_dir: a finished stage, with ``config.py`` and ``snapshot.pth``.
+        out: the folder to write to, made if needed.
+
+    Returns:
+        The paths of config and checkpoint.
+
+    Raises:
+        FileNotFoundError: the stage lacks a file.
+        ValueError: the model cannot do without this package, or does not compute the same without.
+    """
+    cfg, model = load_stage(stage_dir)
+    stock = stock_config(cfg, model.dataset_meta)
+    check_same_logits(model, stock.model, model.state_dict())
+    out.mkdir(parents=True, exist_ok=True)
+    write_weights(out / 'model.pth', model.state_dict(), dict(dataset_meta=model.dataset_meta))
+    write_text(out / 'config.py', stock.pretty_text)
+    return out / 'config.py', out / 'model.pth'
+
+
+def load_stage(stage_dir: Path) -> tuple[Config, nn.Module]:
+    """A stage's config and its model with the snapshot's weights, in eval mode on the CPU.
+
+    As from ``mmseg.apis.init_model``, but the file is read without running code out of it.
+
+    Raises:
+        FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
+    """
+    for name in ('config.py', 'snapshot.pth'):
+        if not (stage_dir / name).is_file():
+            raise FileNotFoundError(
+                f'{stage_dir / name} does not exist: expected the folder of a finished stage, '
+                'such as WORK_DIR/stage_1'
+            )
+    cfg = Config.fromfile(stage_dir / 'config.py')
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    # What the old model was trained for is over; its snapshot may be gone.
+    cfg.model.pop('old_model', None)
+    for head in ('backbone', 'decode_head'):
+        cfg.model[head].pop('init_cfg', None)
+    model = MODELS.build(cfg.model)
+    load_snapshot(model, stage_dir / 'snapshot.pth')
+    meta = load_checkpoint_safely(stage_dir / 'snapshot.pth')['meta']
+    # Where mmseg.apis look for them.
+    model.cfg, model.dataset_meta = cfg, meta.get('dataset_meta', {})
+    return cfg, model.eval()
+
+
+def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
+    """The config of the same model in mmseg's own words, enough for ``mmseg.apis`` and mmseg's tools.
+
+    Args:
+        cfg: a stage's config.
+        dataset_meta: ``classes`` and ``palette``.
+
+    Raises:
+        ValueError: a part of the model exists in this package alone.
+    """
+    model = _in_stock_words(cfg.model.to_dict())
+    return Config(
+        dict(
+            default_scope='mmseg',
+            model=model,
+            test_pipeline=cfg.test_pipeline,
+            test_dataloader=dict(
+                batch_size=1,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                dataset=dict(
+                    type='BaseSegDataset', metainfo=dataset_meta, pipeline=cfg.test_pipeline
+                ),
+            ),
+            visualizer=dict(
+                type='SegLocalVisualizer',
+                vis_backends=[dict(type='LocalVisBackend')],
+                name='visualizer',
+            ),
+        )
+    )
+
+
+def _in_stock_words(value: Any) -> Any:
+    """A copy in which each of our types is the type of mmseg's that it extends."""
+    if isinstance(value, list | tuple):
+        return type(value)(_in_stock_words(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    cfg = {
+        key: _PLAIN_LOSS if key == 'loss_decode' else _in_stock_words(item)
+        for key, item in value.items()
+        if key not in _own_options(value.get('type'))
+    }
+    own = _own_class(value.get('type'))
+    if own is not None:
+        cfg['type'] = _stock_parent(own).__name__
+    return cfg
+
+
+def _own_class(name: Any) -> type | None:
+    """The class behind a registered name if it is one of this package's."""
+    found = MODELS.get(name) if isinstance(name, str) else None
+    return found if found is not None and found.__module__.split('.')[0] == _PACKAGE else None
+
+
+def _own_options(name: Any) -> set[str]:
+    """The arguments that only our class has, and its parent of mmseg's has not."""
+    own = _own_class(name)
+    if own is None:
+        return set()
+    parent = set(inspect.signature(_stock_parent(own).__init__).parameters)
+    return {
+        key
+        for cls in _own_bases(own)
+        for key in inspect.signature(cls.__init__).parameters
+        if key not in parent
+    }
+
+
+def _own_bases(own: type) -> Iterator[type]:
+    return (cls for cls in own.__mro__ if cls.__module__.split('.')[0] == _PACKAGE)
+
+
+def _stock_parent(own: type) -> type:
+    """The nearest class above ours that mmseg registers."""
+    for cls in own.__mro__:
+        if _own_class(cls.__name__) is None and MODELS.get(cls.__name__) is cls:
+            return cls
+    raise ValueError(
+        f'{own.__name__} extends no part of mmseg: a model with it needs this package to run'
+    )
+
+
+@torch.no_grad()
+def check_same_logits(
+    model: nn.Module, stock_cfg: dict[str, Any], state_dict: dict[str, Tensor]
+) -> None:
+    """Raises ValueError unless stock mmseg computes the same from the same weights.
+
+    Args:
+        model: the stage's model, in eval mode.
+        stock_cfg: config of the same model in mmseg's words.
+        state_dict: the stage's weights.
+    """
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        stock = MODELS.build(stock_cfg)
+    unknown = set(state_dict) ^ set(stock.state_dict())
+    if unknown:
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported: its weights and those of the stock '
+            f'{type(stock).__name__} differ by {sorted(unknown)[:5]}'
+        )
+    stock.load_state_dict(state_dict)
+    # In double precision: what is left of a difference is then none of rounding.
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).double()
+    ours, theirs = (
+        copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
+    )
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported: stock {type(stock).__name__} gives other '
+            f'logits from the same weights ({tuple(ours.shape)} and {tuple(theirs.shape)})'
+        )

@@ -1,0 +1,50 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The model of a run out of the mmseg config that a checkpoint was trained with."""
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
+# What our own stage configs say of a stage, which the next run says anew.
+_OF_A_STAGE = (
+    'old_model', 'pseudo_labeler', 'outside_labeler', 'distillation', 'classifier_init', 'frozen',
+)  # fmt: skip
+
+
+def take_trained_model(cfg: Config) -> None:
+    """Puts the model of ``cfg.model_config`` under ``cfg.model``, in place.
+
+    ``cfg.model`` then needs to hold only what differs from the trained model: the segmentor of the
+    stages, its losses. Without ``model_config`` nothing happens.
+
+    Args:
+        cfg: a run's config; ``model_config`` is the path of an mmseg config or a stage's own.
+
+    Raises:
+        FileNotFoundError: no such config.
+        ValueError: it has no model, or one that is not an ``EncoderDecoder``.
+    """
+    path = cfg.get('model_config')
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'model_config {path} does not exist')
+    model = _read_model(Path(path))
+    own = cfg.get('model') or {}
+    merged = Config(dict(model=model))
+    merged.merge_from_dict(dict(model=dict(own)))
+    cfg.model = merged.model
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    trained = Config.fromfile(path)
+    model = trained.get('model')
+    if model is None or model.get('type') not in SEGMENTORS:
+        found = 'none' if model is None else repr(model.get('type'))
+        raise ValueError(
+            f'model_config {path}: expected a model of type EncoderDecoder (one backbone, one '
+            f'decode head on BaseDecodeHead), found {found}'
+        )
+    return {key: value for key, value in model.to_dict().items() if key not in _OF_A_STAGE}

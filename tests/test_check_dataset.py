@@ -1,0 +1,158 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""check_dataset: the counts, and every kind of fault at once."""
+
+import csv
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmseg_sats.datasets.examination import examine, published_counts
+from mmseg_sats.protocol import Protocol
+from tests.shared import shared_path
+from tests.test_tools import run
+
+CONFIG = """
+_base_ = ['{configs}/_base_/own_data.py', '{configs}/sats/sats.py']
+protocol = '1-1'
+class_names = ['background', 'a', 'b', 'c']
+mask_values = dict(a=10, b=20, c=30)
+data_root = '{root}'
+train_images, train_masks = 'rgb/train', 'labels/train'
+val_images, val_masks = 'rgb/val', 'labels/val'
+"""
+
+
+def write(folder: Path, split: str, name: str, mask: np.ndarray | None, size: tuple = (8, 10)) -> None:
+    for part in ('rgb', 'labels'):
+        (folder / part / split).mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / 'rgb' / split / f'{name}.jpg'), np.full((*size, 3), 90, np.uint8))
+    if mask is not None:
+        cv2.imwrite(str(folder / 'labels' / split / f'{name}.png'), mask)
+
+
+def mask(*numbers: int) -> np.ndarray:
+    """(8, 10) with eight pixels of each number, the rest 0."""
+    array = np.zeros((8, 10), np.uint8)
+    for column, number in enumerate(numbers):
+        array[:, column] = number
+    return array
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    for name, numbers in (('one', (10, 20)), ('two', (20, 255)), ('three', (30, 10))):
+        write(tmp_path, 'train', name, mask(*numbers))
+    write(tmp_path, 'val', 'four', mask(10, 20, 30))
+    path = tmp_path / 'config.py'
+    path.write_text(CONFIG.format(configs=Path(__file__).parents[1] / 'configs', root=tmp_path))
+    return path
+
+
+def check(config: Path) -> tuple[int, list[str]]:
+    done = run(sys.executable, 'tools/check_dataset.py', str(config))
+    assert 'Traceback' not in done.stderr, done.stderr[-3000:]
+    return done.returncode, done.stdout.splitlines()
+
+
+def row(lines: list[str], name: str, table: int) -> list[str]:
+    """The cells of the row that starts with ``name`` in the first (0) or second (1) table."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if '|' in line]
+    heads = [index for index, cells in enumerate(rows) if cells[0] in ('stage', 'class')]
+    part = rows[heads[table] : heads[table + 1] if table == 0 else None]
+    return next(cells for cells in part if cells[0] == name)
+
+
+def test_a_clean_data_set_is_counted(config: Path) -> None:
+    status, lines = check(config)
+    assert status == 0
+    assert lines[-1] == 'no fault found'
+    assert row(lines, '1', 0)[2:] == ['2', '-', '1', '-']  # overlapped: images with b
+    assert row(lines, 'a', 1) == ['a', '0', '2', '16', '1', '8']
+    assert row(lines, 'b', 1) == ['b', '1', '2', '16', '1', '8']
+    assert row(lines, 'c', 1) == ['c', '2', '1', '8', '1', '8']
+
+
+def test_every_fault_is_listed_not_the_first_alone(config: Path, tmp_path: Path) -> None:
+    write(tmp_path, 'train', 'no_mask', None)
+    write(tmp_path, 'train', 'other_size', mask(10), size=(8, 12))
+    write(tmp_path, 'train', 'colours', np.full((8, 10, 3), 30, np.uint8))
+    write(tmp_path, 'train', 'sixteen', np.full((8, 10), 20, np.uint16))
+    write(tmp_path, 'train', 'unknown', mask(10, 77, 78))
+    write(tmp_path, 'train', 'cut', mask(10))
+    whole = (tmp_path / 'labels/train/cut.png').read_bytes()
+    (tmp_path / 'labels/train/cut.png').write_bytes(whole[:40])
+    write(tmp_path, 'train', 'no_image', mask(10))
+    (tmp_path / 'rgb/train/no_image.jpg').write_text('no image')
+    (tmp_path / 'labels/train/three.png').unlink()  # the only one with c
+    write(tmp_path, 'val', 'four', mask(10, 20))
+    status, lines = check(config)
+    assert status == 1
+    wrong = '\n'.join(line for line in lines if line.startswith('wrong: '))
+    for words in (
+        'no_mask.png does not exist',
+        'three.png does not exist',
+        'other_size.png is 10 x 8 pixels',
+        'colours.png: expected a single-channel 8-bit label image (PNG of mode L or P), found shape',
+        'sixteen.png: expected a single-channel 8-bit',
+        'unknown.png holds the numbers [77, 78], which stand for no class',
+        'cut.png is unreadable',
+        'no_image.jpg is unreadable',
+        'no image of stage 2 shows c',
+    ):
+        assert words in wrong, wrong
+    assert lines[-1] == '9 faults'
+    assert 'note: val: no image shows c, its IoU will say nothing' in lines
+    assert row(lines, 'a', 1)[2] == '1'  # what is sound is counted all the same
+
+
+def test_a_list_that_is_not_there_and_shared_images(config: Path, tmp_path: Path) -> None:
+    config.write_text(config.read_text().replace('rgb/val', 'rgb/train').replace('labels/val', 'labels/train'))
+    status, lines = check(config)
+    assert status == 1
+    assert any('3 images are in train and in val' in line for line in lines)
+    config.write_text(config.read_text().replace('rgb/train', 'rgb/nowhere'))
+    status, lines = check(config)
+    assert status == 1
+    assert any('rgb/nowhere does not exist' in line for line in lines)
+
+
+def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmseg_sats.datasets import examination
+
+    pairs = [
+        (str(path), str(tmp_path / 'labels/train' / f'{path.stem}.png'))
+        for path in sorted((tmp_path / 'rgb/train').iterdir())
+    ]
+    pairs.append((pairs[0][0], 'nowhere.png'))
+    one = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
+    monkeypatch.setattr(examination, '_IN_PROCESS', 0)
+    two = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
+    assert (one.images, one.faults) == (two.images, two.faults)
+    assert one.faults == ['mask nowhere.png does not exist']
+    np.testing.assert_array_equal(one.counts, two.counts)
+    assert one.counts.sum(axis=1).tolist() == [80, 80, 80]
+
+
+def test_published_counts() -> None:
+    protocol = Protocol('15-1', 20)
+    images, source = published_counts('voc', protocol, 'train', 'overlapped')
+    assert images == [9568, 487, 299, 491, 500, 548]
+    assert '10582' in source
+    assert published_counts('voc', protocol, 'val')[0][-1] == 1449
+    assert published_counts('voc_mini', protocol, 'val') is None
+    turned = Protocol('15-1', 20, class_order=[*range(20, 0, -1)])
+    assert published_counts('voc', turned, 'train', 'overlapped') is None
+
+
+def test_published_counts_are_the_given_ones() -> None:
+    names = {'voc12aug': 'voc', 'voc12': 'voc', 'ade20k': 'ade20k'}
+    classes = {'voc': 20, 'ade20k': 150}
+    with shared_path('paper/split_counts.csv').open() as file:
+        for line in csv.DictReader(file):
+            dataset, split = names[line['dataset']], line['split'].split()[0]
+            protocol = Protocol(line['protocol'], classes[dataset])
+            images, _ = published_counts(dataset, protocol, split, line['setting'])
+            assert ' '.join(map(str, images)) == line['images per stage']
