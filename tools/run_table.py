@@ -21,6 +21,7 @@ from mmseg_sats.engine.experiments.tables import DATASETS, TABLES
 from mmseg_sats.suggest import check_choice
 
 ROOT = Path(__file__).parents[1]
+OWN_WORDS = dict(protocol='--protocols', seed='--seeds', memory='--memory')
 
 
 def words(text: str) -> list[str]:
@@ -88,6 +89,9 @@ def check_args(args: argparse.Namespace) -> None:
             f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
             'expected table1 or table2'
         )
+    for word, option in OWN_WORDS.items():
+        if any(given.split('=')[0] == word for given in args.cfg_options):
+            raise ValueError(f'--cfg-options {word}=...: it names the runs; give it by {option}')
     for option in ('jobs', 'threads'):
         value = getattr(args, option)
         if value is not None and value < 1:

@@ -13,20 +13,25 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS, init_default_scope
+from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.engine.incremental_runner import IDENTITY
-from mmseg_sats.engine.stage_config import build_protocol, build_stage_config
-from mmseg_sats.protocol import Stage
+from mmseg_sats.engine.stage_config import build_stage_config, config_words, resolve_words
+from mmseg_sats.protocol import Protocol, Stage
 
 Flat = dict[str, Any]
 
 TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
 EVALUATION = ('test_dataloader', 'test_evaluator')
-# What the segmentor leaves alone while there is no old model.
-LATER_PARTS = ('pseudo_labeler', 'distillation', 'classifier_init', 'old_model')
+STAGE_PARTS = ('initial_stage', 'later_stages')
+# What the segmentor leaves alone while there is no old model, but for losses that need none.
+LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
 # What of an IncrementalDataset is said by the classes of the stage.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
-_WORKERS = re.compile(r'(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor)$')
+# Workers, and the loop: max_epochs or max_iters says which.
+_HOW = re.compile(
+    r'(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|train_cfg\.(type|by_epoch))$'
+)
 _ABSENT = object()
 SHOWN = 4
 
@@ -38,45 +43,82 @@ class Fingerprint:
     Attributes:
         run: everything that a figure depends on.
         start: what stage 0's weights depend on; runs with the same may share it.
-        words: the top-level values, for messages.
+        words: the top-level values that these come from, for messages.
+        num_classes: how many foreground classes the data set has.
         num_stages: how many stages there are.
     """
 
     run: Flat
     start: Flat
     words: Flat
+    num_classes: int
     num_stages: int
 
 
-def fingerprint(cfg: Config, seeded_start: bool = False) -> Fingerprint:
+def fingerprint(
+    cfg: Config, num_classes: int | None = None, seeded_start: bool = False
+) -> Fingerprint:
     """The fingerprint of a run's config, ``work_dir`` or not.
 
     Args:
         cfg: the config.
+        num_classes: how many foreground classes there are; by default the data set is asked, which must
+            be where the config says.
         seeded_start: whether runs of different seeds have a stage 0 each. Where there is one stage only,
             they always have: nothing else could differ.
 
     Raises:
         KeyError: the config uses a word that it does not define.
-        ValueError: an impossible protocol.
+        ValueError: an impossible protocol, or a data set that is not there.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg = copy.deepcopy(cfg)
-    protocol = build_protocol(cfg)
+    num_classes = num_classes or _count_classes(cfg)
+    protocol = Protocol(cfg.protocol, num_classes, cfg.get('class_order'), cfg.get('split'))
     run = flatten({key: cfg.get(key) for key in IDENTITY})
+    if cfg.get('memory'):
+        run.update(flatten(cfg.get('memory_selection'), 'memory_selection'))
+    words = flatten({key: cfg.get(key) for key in _used_words(cfg) + STAGE_PARTS if cfg.get(key)})
+    seed = cfg.get('seed')
+    cfg.merge_from_dict(dict(seed=0))  # told above, and wherever else it stands
     for stage in {0: protocol.stages[0], -1: protocol.stages[-1]}.values():
         part = build_stage_config(cfg, protocol, stage, '')
         name = f'stage_{stage.index}'
         run.update(flatten({key: part.get(key) for key in TRAINING + EVALUATION}, name))
-    words = flatten(
-        {key: value for key, value in cfg.items() if key not in TRAINING + EVALUATION}
-    )
     # The memory is empty in stage 0, however large it may become.
     cfg.merge_from_dict(dict(memory=0))
     start = _start(build_stage_config(cfg, protocol, protocol.stages[0], ''), protocol.stages[0])
     if seeded_start or len(protocol.stages) == 1:
-        start['seed'] = cfg.get('seed')
-    return Fingerprint(run, start, words, len(protocol.stages))
+        start['seed'] = seed
+    return Fingerprint(run, start, words, num_classes, len(protocol.stages))
+
+
+def _used_words(cfg: Config) -> tuple[str, ...]:
+    """The top-level values that the stages' training and evaluation are made of."""
+    raw = cfg._cfg_dict.to_dict()
+    used: dict[str, None] = {}
+    unread = [raw.get(key) for key in TRAINING + EVALUATION]
+    while unread:
+        for value in flatten(unread.pop()).values():
+            name = value[1:] if isinstance(value, str) and value.startswith('$') else None
+            if name in raw and name not in used:
+                used[name] = None
+                unread.append(raw[name])
+    return tuple(used)
+
+
+def _count_classes(cfg: Config) -> int:
+    """The number of foreground classes, which only the data set knows."""
+    dataset = resolve_words(
+        cfg.train_dataloader.dataset.to_dict(), config_words(cfg) | dict(stage=0)
+    )
+    try:
+        return DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
+    except AssertionError as error:  # mmseg's VOC and others, and without a word
+        raise ValueError(
+            f'data_root={cfg.get("data_root")!r}: there is no such data; name it by '
+            '--cfg-options data_root=DIR'
+        ) from error
 
 
 def _start(cfg: Config, stage: Stage) -> Flat:
@@ -84,10 +126,18 @@ def _start(cfg: Config, stage: Stage) -> Flat:
     parts = {key: copy.deepcopy(cfg.get(key)) for key in TRAINING}
     for key in LATER_PARTS:
         parts['model'].pop(key, None)
+    losses = parts['model'].get('distillation') or {}
+    parts['model'].distillation = {
+        name: loss for name, loss in losses.items() if loss and not _needs_teacher(loss)
+    }
     dataset = parts['train_dataloader'].dataset
     for key in STAGE_KEYS:
         dataset.pop(key, None)
     return flatten(parts) | dict(new=list(stage.new), future=sorted(stage.future))
+
+
+def _needs_teacher(loss: Mapping[str, Any]) -> bool:
+    return getattr(MODELS.get(loss['type']), 'needs_teacher', True)
 
 
 def flatten(value: Any, path: str = '') -> Flat:
@@ -101,7 +151,7 @@ def flatten(value: Any, path: str = '') -> Flat:
         for key, item in value.items():
             flat.update(flatten(item, f'{path}.{key}'.lstrip('.')))
         return flat
-    if _WORKERS.search(path):
+    if _HOW.search(path):
         return {}
     if isinstance(value, str) and '/' in value:
         value = value.rstrip('/').rpartition('/')[-1]
@@ -140,12 +190,15 @@ def explain(there: Fingerprint, asked: Fingerprint, accept: Sequence[str] = ()) 
     found = differences(there.run, asked.run, accept)
     if not found:
         return ''
+    both = there.words.keys() & asked.words.keys()
     words = {
         path: text
         for path, text in differences(there.words, asked.words, accept).items()
-        if path in there.words and path in asked.words
+        if path in both
     }
-    shown = [f'{path}: {text}' for path, text in {**words, **found}.items()]
+    # epochs=12 shows in the loop and in the schedules too: once is enough.
+    rest = {path: text for path, text in found.items() if text not in words.values()}
+    shown = [f'{path}: {text}' for path, text in {**words, **rest}.items()]
     return '; '.join(shown[:SHOWN]) + (f'; {len(shown) - SHOWN} more' if shown[SHOWN:] else '')
 
 

@@ -40,7 +40,7 @@ class Record:
     @cached_property
     def asked(self) -> Fingerprint:
         """The fingerprint of what is asked."""
-        return fingerprint(self.run.load(), self.seeded_start)
+        return fingerprint(self.run.load(), seeded_start=self.seeded_start)
 
     def stages_done(self) -> int:
         """How many stages are finished."""
@@ -69,7 +69,7 @@ class Record:
         if not (self.folder / 'config.py').exists():
             return ''
         try:
-            there, _ = _read(self.folder, self.seeded_start)
+            there, _ = self._read(self.folder)
         except Exception as error:  # whatever a foreign or cut-off config.py raises
             return f'config.py there cannot be read: {error}'
         return explain(there, self.asked, self.accept) or self._foreign_start()
@@ -78,7 +78,7 @@ class Record:
         """The checkpoint that stage 0 was taken from, by what the run itself wrote down."""
         if not (self.folder / 'config.py').exists():
             return None
-        _, base = _read(self.folder, self.seeded_start)
+        _, base = self._read(self.folder)
         if not base:
             return None
         # Written relative to where the command was given; the run it names lies beside this one.
@@ -93,7 +93,7 @@ class Record:
         owner = base.parents[1]
         if not (owner / 'config.py').exists():
             return '' if 'base' in self.accept else f'stage 0 was taken from {base}, whose config is gone'
-        there, _ = _read(owner, self.seeded_start)
+        there, _ = self._read(owner)
         if 'base' in self.accept or same_start(there, self.asked, self.accept):
             return ''
         return f'stage 0 was taken from {base}, which is trained otherwise'
@@ -108,19 +108,22 @@ class Record:
 
     def _may_start_from(self, owner: Path) -> bool:
         try:
-            there, base = _read(owner, self.seeded_start)
+            there, base = self._read(owner)
             return not base and same_start(there, self.asked, self.accept)
         except Exception:  # a folder that is no run of ours, or one of another version
             return False
 
-
-def _read(folder: Path, seeded_start: bool) -> tuple[Fingerprint, str | None]:
-    """The fingerprint of the config that a run wrote, and the checkpoint that it took stage 0 from."""
-    path = folder / 'config.py'
-    return _read_version(path, path.stat().st_mtime_ns, seeded_start)
+    def _read(self, folder: Path) -> tuple[Fingerprint, str | None]:
+        """The fingerprint of the config that a run wrote, and the checkpoint that it took stage 0 from."""
+        path = folder / 'config.py'
+        version = path.stat().st_mtime_ns
+        # Its data may have moved since: the classes are counted in what is asked.
+        return _read_version(path, version, self.asked.num_classes, self.seeded_start)
 
 
 @lru_cache(maxsize=1024)
-def _read_version(path: Path, version: int, seeded_start: bool) -> tuple[Fingerprint, str | None]:
+def _read_version(
+    path: Path, version: int, num_classes: int, seeded_start: bool
+) -> tuple[Fingerprint, str | None]:
     cfg = Config.fromfile(path)
-    return fingerprint(cfg, seeded_start), cfg.get('base')
+    return fingerprint(cfg, num_classes, seeded_start), cfg.get('base')
