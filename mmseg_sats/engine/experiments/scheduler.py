@@ -88,9 +88,9 @@ class Scheduler:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, when the children have been stopped.
         """
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        status = self.console.status('') if self.console.is_terminal else contextlib.nullcontext()
+        live = self.console.status('') if self.console.is_terminal else contextlib.nullcontext()
         try:
-            with status:
+            with live as status:
                 while self.waiting or self.running:
                     self._reap()
                     self._start_ready()
