@@ -19,6 +19,7 @@ from mmseg_sats.engine.experiments.compare import (
     flatten,
     same_start,
 )
+from mmseg_sats.engine.experiments.plain_loss import as_plain
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FREEZING = dict(custom_hooks=[dict(type='FreezingHookOfATest')])
@@ -120,6 +121,9 @@ def test_accepted_paths_do_not_count() -> None:
         {'pseudo_labeler': None, 'distillation.output.loss_weight': 3.0},
         {'later_stages.lr': 1.0},
         {'later_stages.model.backbone.drop_path_rate': 0.5},
+        # MiB's loss is cross-entropy while there are no old classes.
+        dict(segmentation_loss=dict(
+            _delete_=True, type='UnbiasedCrossEntropyLoss', num_old='$num_old_classes')),
         dict(eval_future='ignore'),
     ],
     ids=str,
@@ -138,6 +142,11 @@ def test_what_matters_only_later_leaves_stage_0_shared(other: dict[str, Any]) ->
         dict(lr=1.0),
         dict(pretrained='mit_b5.pth'),
         dict(segmentation_loss=dict(use_sigmoid=True)),
+        dict(segmentation_loss=dict(loss_weight=2.0)),
+        dict(segmentation_loss=dict(avg_non_ignore=True)),
+        dict(segmentation_loss=dict(class_weight=[0.5] + 15 * [1.0])),
+        dict(segmentation_loss=dict(_delete_=True, type='UnbiasedCrossEntropyLoss', num_old=3)),
+        dict(segmentation_loss=dict(_delete_=True, type='DiceLoss')),
         dict(class_order=[*range(2, 21), 1]),
         dict(setting='disjoint'),
         FREEZING,
@@ -160,6 +169,15 @@ def test_joint_shares_over_protocols_but_not_over_seeds() -> None:
 def test_seeds_may_have_a_stage_0_each() -> None:
     assert not same_start(make(seeded=True), make(seeded=True, seed=1))
     assert same_start(make(seeded=True), make('finetune', seeded=True))
+
+
+def test_a_loss_that_is_cross_entropy() -> None:
+    plain = as_plain(dict(type='CrossEntropyLoss', loss_weight=0.4), 3)
+    assert plain == as_plain(dict(type='UnbiasedCrossEntropyLoss', num_old=1, loss_weight=0.4), 3)
+    assert plain == dict(type='cross-entropy', weight=0.4)
+    other = dict(type='UnbiasedCrossEntropyLoss', num_old=2)
+    assert as_plain(other, 3) == other
+    assert as_plain(dict(type='NoLoss'), 3) == dict(type='NoLoss')
 
 
 def test_flat_configs() -> None:

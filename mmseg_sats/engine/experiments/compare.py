@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
+from mmseg_sats.engine.experiments.plain_loss import as_plain
 from mmseg_sats.engine.incremental_runner import IDENTITY
 from mmseg_sats.engine.stage_config import build_stage_config, config_words, resolve_words
 from mmseg_sats.protocol import Protocol, Stage
@@ -130,10 +131,20 @@ def _start(cfg: Config, stage: Stage) -> Flat:
     parts['model'].distillation = {
         name: loss for name, loss in losses.items() if loss and not _needs_teacher(loss)
     }
+    for head in _heads(parts['model']):
+        losses = head.loss_decode
+        losses = losses if isinstance(losses, list | tuple) else [losses]
+        head.loss_decode = [as_plain(loss, stage.num_seen_labels) for loss in losses]
     dataset = parts['train_dataloader'].dataset
     for key in STAGE_KEYS:
         dataset.pop(key, None)
     return flatten(parts) | dict(new=list(stage.new), future=sorted(stage.future))
+
+
+def _heads(model: ConfigDict) -> list[ConfigDict]:
+    heads = model.get('auxiliary_head') or []
+    heads = [model.decode_head, *(heads if isinstance(heads, list) else [heads])]
+    return [head for head in heads if head.get('loss_decode')]
 
 
 def _needs_teacher(loss: Mapping[str, Any]) -> bool:
