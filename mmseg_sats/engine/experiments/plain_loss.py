@@ -15,8 +15,9 @@ IGNORE = 255
 def as_plain(loss: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """The config of a loss, or of cross-entropy where the loss trains exactly as that does.
 
-    The loss is tried: up to 1e-6 (mmseg adds an epsilon to the divisor) it must be a multiple of the mean over all pixels, ignored ones in the divisor, in
-    value and in every gradient. One that cannot be called like mmseg's is left as it is.
+    The loss is tried: in value and in every gradient it must be a multiple of the mean over all pixels,
+    ignored ones in the divisor, up to the epsilon that mmseg adds there. One that cannot be called like
+    mmseg's is left as it is.
 
     Args:
         loss: the config of a head's ``loss_decode``.
