@@ -17,6 +17,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 import mmseg_sats  # noqa: F401  registers everything
+from mmseg_sats.engine.experiments import scheduler as scheduler_module
 from mmseg_sats.engine.experiments.lock import FileLock
 from mmseg_sats.engine.experiments.plan import make_plan
 from mmseg_sats.engine.experiments.record import Record
@@ -25,9 +26,10 @@ from mmseg_sats.engine.experiments.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 
-# What IncrementalRunner does, without the training. The file `fail` or `hang` names runs that do so.
+# What IncrementalRunner does, without the training. The files `fail`, `hang` and `deaf` (to SIGTERM) name
+# runs that are so, and `go` ends the hanging.
 STAND_IN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 words = sys.argv
 folder = Path(words[words.index('--work-dir') + 1])
@@ -39,6 +41,8 @@ def asked(name):
 text = (here / f'{folder.name}.py').read_text()
 (folder / 'config.py').write_text(text + f'\\nbase = {base!r}\\n')
 print('epoch 1')
+if asked('deaf'):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if asked('fail'):
     sys.exit('ValueError: no such thing')
 stages = 1 if folder.name.startswith('joint') else 2
@@ -223,6 +227,20 @@ def test_ctrl_c_stops_the_children(bench: Bench, number: signal.Signals) -> None
     # And the same again goes on.
     bench.script.with_name('go').touch()
     assert bench.train(bench.records('sats,joint')) == []
+
+
+def test_a_child_that_does_not_stop_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = bench.records('sats')
+    for name in ('hang', 'deaf'):
+        bench.script.with_name(name).write_text('sats_3-1_seed0')
+    monkeypatch.setattr(scheduler_module, 'STOP_SECONDS', 0.2)
+    scheduler = Scheduler([record], bench.script, Console(file=bench.told), poll=0.05)
+    scheduler._start_ready()
+    wait_for(lambda: (record.folder / 'stage_0/done').exists())
+    (job,) = scheduler.running
+    scheduler._stop()
+    assert job.process.returncode == -signal.SIGKILL
+    assert FileLock(record.folder / 'run.lock').acquire()
 
 
 def test_a_run_with_other_values_is_not_gone_on_with(bench: Bench) -> None:

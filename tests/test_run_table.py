@@ -4,7 +4,6 @@
 import csv
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,7 +146,3 @@ def test_a_missing_method_is_named_and_the_rest_reported(
     assert 'left out: configs/sats/segformer_tiny_shapes_2-1.py does not exist' in printed
     assert 'no config' in printed
     assert '1 of 1' in printed
-
-
-def test_the_tool_imports_no_other_tool(main: Main) -> None:
-    assert 'train_incremental' not in sys.modules
