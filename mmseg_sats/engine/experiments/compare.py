@@ -1,0 +1,235 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Whether two configs make the same run, and whether two runs have the same stage 0.
+
+Configs are compared as the stages see them: words resolved, stage by stage, and without what changes no
+weight and no figure (logs, checkpoints, workers, where data lies).
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import HOOKS, init_default_scope
+from mmseg.registry import DATASETS, MODELS
+
+from mmseg_sats.engine.experiments.plain_loss import as_plain
+from mmseg_sats.engine.incremental_runner import IDENTITY
+from mmseg_sats.engine.stage_config import build_stage_config, config_words, resolve_words
+from mmseg_sats.protocol import Protocol, Stage
+
+Flat = dict[str, Any]
+
+TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
+EVALUATION = ('test_dataloader', 'test_evaluator')
+STAGE_PARTS = ('initial_stage', 'later_stages')
+# What the segmentor leaves alone while there is no old model, but for losses that need none.
+LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
+# What of an IncrementalDataset is said by the classes of the stage.
+STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
+# Workers, and the loop: max_epochs or max_iters says which.
+_HOW = re.compile(
+    r'(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|train_cfg\.(type|by_epoch))$'
+)
+_ABSENT = object()
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a config comes to.
+
+    Attributes:
+        run: everything that a figure depends on.
+        start: what stage 0's weights depend on; runs with the same may share it.
+        words: the top-level values that these come from, for messages.
+        num_classes: how many foreground classes the data set has.
+        num_stages: how many stages there are.
+    """
+
+    run: Flat
+    start: Flat
+    words: Flat
+    num_classes: int
+    num_stages: int
+
+
+def fingerprint(
+    cfg: Config, num_classes: int | None = None, seeded_start: bool = False
+) -> Fingerprint:
+    """The fingerprint of a run's config, ``work_dir`` or not.
+
+    Args:
+        cfg: the config.
+        num_classes: how many foreground classes there are; by default the data set is asked, which must
+            be where the config says.
+        seeded_start: whether runs of different seeds have a stage 0 each. Where there is one stage only,
+            they always have: nothing else could differ.
+
+    Raises:
+        KeyError: the config uses a word that it does not define.
+        ValueError: an impossible protocol, or a data set that is not there.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    cfg = copy.deepcopy(cfg)
+    num_classes = num_classes or _count_classes(cfg)
+    protocol = Protocol(cfg.protocol, num_classes, cfg.get('class_order'), cfg.get('split'))
+    run = flatten({key: cfg.get(key) for key in IDENTITY})
+    if cfg.get('memory'):
+        run.update(flatten(cfg.get('memory_selection'), 'memory_selection'))
+    words = flatten({key: cfg.get(key) for key in _used_words(cfg) + STAGE_PARTS if cfg.get(key)})
+    seed = cfg.get('seed')
+    cfg.merge_from_dict(dict(seed=0))  # told above, and wherever else it stands
+    for stage in {0: protocol.stages[0], -1: protocol.stages[-1]}.values():
+        part = build_stage_config(cfg, protocol, stage, '')
+        name = f'stage_{stage.index}'
+        run.update(flatten({key: part.get(key) for key in TRAINING + EVALUATION}, name))
+    # The memory is empty in stage 0, however large it may become.
+    cfg.merge_from_dict(dict(memory=0))
+    start = _start(build_stage_config(cfg, protocol, protocol.stages[0], ''), protocol.stages[0])
+    if seeded_start or len(protocol.stages) == 1:
+        start['seed'] = seed
+    return Fingerprint(run, start, words, num_classes, len(protocol.stages))
+
+
+def _used_words(cfg: Config) -> tuple[str, ...]:
+    """The top-level values that the stages' training and evaluation are made of."""
+    raw = cfg._cfg_dict.to_dict()
+    used: dict[str, None] = {}
+    unread = [raw.get(key) for key in TRAINING + EVALUATION]
+    while unread:
+        for value in flatten(unread.pop()).values():
+            name = value[1:] if isinstance(value, str) and value.startswith('$') else None
+            if name in raw and name not in used:
+                used[name] = None
+                unread.append(raw[name])
+    return tuple(used)
+
+
+def _count_classes(cfg: Config) -> int:
+    """The number of foreground classes, which only the data set knows."""
+    dataset = resolve_words(
+        cfg.train_dataloader.dataset.to_dict(), config_words(cfg) | dict(stage=0)
+    )
+    try:
+        return DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
+    except AssertionError as error:  # mmseg's VOC and others, and without a word
+        raise ValueError(
+            f'data_root={cfg.get("data_root")!r}: there is no such data; name it by '
+            '--cfg-options data_root=DIR'
+        ) from error
+
+
+def _start(cfg: Config, stage: Stage) -> Flat:
+    """What the weights of stage 0 depend on, but for the seed."""
+    parts = {key: copy.deepcopy(cfg.get(key)) for key in TRAINING}
+    for key in LATER_PARTS:
+        parts['model'].pop(key, None)
+    losses = parts['model'].get('distillation') or {}
+    parts['model'].distillation = {
+        name: loss for name, loss in losses.items() if loss and not _needs_teacher(loss)
+    }
+    for head in _heads(parts['model']):
+        losses = head.loss_decode
+        losses = losses if isinstance(losses, list | tuple) else [losses]
+        head.loss_decode = [as_plain(loss, stage.num_seen_labels) for loss in losses]
+    dataset = parts['train_dataloader'].dataset
+    for key in STAGE_KEYS:
+        dataset.pop(key, None)
+    return flatten(parts) | dict(new=list(stage.new), future=sorted(stage.future))
+
+
+def _heads(model: ConfigDict) -> list[ConfigDict]:
+    heads = model.get('auxiliary_head') or []
+    heads = [model.decode_head, *(heads if isinstance(heads, list) else [heads])]
+    return [head for head in heads if head.get('loss_decode')]
+
+
+def _needs_teacher(loss: Mapping[str, Any]) -> bool:
+    return getattr(MODELS.get(loss['type']), 'needs_teacher', True)
+
+
+def flatten(value: Any, path: str = '') -> Flat:
+    """Path to plain value for every leaf of a config; a file stands for its name, wherever it lies."""
+    if path.endswith('custom_hooks'):
+        value = {hook['type']: dict(hook, type=True) for hook in value or ()}
+    if isinstance(value, list | tuple):
+        value = {str(index): item for index, item in enumerate(value)} or None
+    if isinstance(value, Mapping) and value:
+        flat: Flat = {}
+        for key, item in value.items():
+            flat.update(flatten(item, f'{path}.{key}'.lstrip('.')))
+        return flat
+    if _HOW.search(path):
+        return {}
+    if isinstance(value, str) and '/' in value:
+        value = value.rstrip('/').rpartition('/')[-1]
+    return {path: value}
+
+
+def differences(there: Flat, asked: Flat, accept: Sequence[str] = ()) -> dict[str, str]:
+    """Path to ``'6 there, 12 asked'``.
+
+    A value that one config does not have and that is empty in the other (None, 0, '') is no difference,
+    and neither is a hook of this package that only one has: both come with newer versions.
+
+    Args:
+        there: one config, flat.
+        asked: the other.
+        accept: paths, with or without the stage, under which differences do not count.
+    """
+    found = {}
+    for path in {**there, **asked}:
+        one, other = there.get(path, _ABSENT), asked.get(path, _ABSENT)
+        if one == other or _is_accepted(path, accept):
+            continue
+        if _ABSENT in (one, other) and (
+            not (other if one is _ABSENT else one) or _is_added_hook(path, there, asked)
+        ):
+            continue
+        found[path] = f'{_text(one)} there, {_text(other)} asked'
+    return found
+
+
+def explain(there: Fingerprint, asked: Fingerprint, accept: Sequence[str] = ()) -> str:
+    """In words why two fingerprints are not the same run; empty where they are.
+
+    Top-level values that differ come first, since they usually explain the rest.
+    """
+    found = differences(there.run, asked.run, accept)
+    if not found:
+        return ''
+    both = there.words.keys() & asked.words.keys()
+    words = {
+        path: text
+        for path, text in differences(there.words, asked.words, accept).items()
+        if path in both
+    }
+    # epochs=12 shows in the loop and in the schedules too: once is enough.
+    rest = {path: text for path, text in found.items() if text not in words.values()}
+    shown = [f'{path}: {text}' for path, text in {**words, **rest}.items()]
+    return '; '.join(shown[:SHOWN]) + (f'; {len(shown) - SHOWN} more' if shown[SHOWN:] else '')
+
+
+def same_start(one: Fingerprint, other: Fingerprint, accept: Sequence[str] = ()) -> bool:
+    """Whether one run may take stage 0 from the other."""
+    return not differences(one.start, other.start, accept)
+
+
+def _is_accepted(path: str, accept: Sequence[str]) -> bool:
+    short = re.sub(r'^stage_\d+\.', '', path)
+    return any(f'{candidate}.'.startswith(f'{prefix}.') for prefix in accept for candidate in (path, short))
+
+
+def _is_added_hook(path: str, there: Flat, asked: Flat) -> bool:
+    match = re.match(r'((?:.+\.)?custom_hooks\.(\w+))\.', path)
+    if match is None or (f'{match[1]}.type' in there) == (f'{match[1]}.type' in asked):
+        return False
+    hook = HOOKS.get(match[2])
+    return hook is not None and hook.__module__.startswith('mmseg_sats.')
+
+
+def _text(value: Any) -> str:
+    return 'absent' if value is _ABSENT else repr(value)

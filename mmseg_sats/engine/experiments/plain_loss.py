@@ -1,0 +1,50 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Whether a head's loss is cross-entropy under another name, as MiB's is while there are no old classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = 255
+
+
+def as_plain(loss: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """The config of a loss, or of cross-entropy where the loss trains exactly as that does.
+
+    The loss is tried: in value and in every gradient it must be a multiple of the mean over all pixels,
+    ignored ones in the divisor, up to the epsilon that mmseg adds there. One that cannot be called like
+    mmseg's is left as it is.
+
+    Args:
+        loss: the config of a head's ``loss_decode``.
+        num_classes: channels of the head.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, num_classes, 5, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(num_classes, (2, 5, 7), generator=generator)
+    labels[0, 0, :3] = IGNORE
+    try:
+        module = MODELS.build(dict(loss))
+        value, slope = _value_and_gradient(
+            lambda x: module(x, labels, weight=None, ignore_index=IGNORE), logits
+        )
+    except Exception:  # whatever a loss raises that wants more than logits and labels
+        return dict(loss)
+    plain, plain_slope = _value_and_gradient(
+        lambda x: F.cross_entropy(x, labels, ignore_index=IGNORE, reduction='none').mean(), logits
+    )
+    weight = float(value / plain)
+    if not torch.allclose(slope, weight * plain_slope, rtol=1e-6, atol=1e-12):
+        return dict(loss)
+    return dict(type='cross-entropy', weight=round(weight, 6))
+
+
+def _value_and_gradient(loss: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.clone().requires_grad_()
+    value = loss(logits)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach(), gradient

@@ -1,0 +1,180 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""From a table's rows to runs: which config, words and folder each figure of the table comes from."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from mmseg_sats.engine.experiments.tables import DATASETS, SYSTEMS, Part, Row, Table
+from mmseg_sats.protocol import JOINT
+from mmseg_sats.suggest import check_choice
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: its folder in the tables' work dir, ``sats_m_without_attention_15-1_seed0``.
+        config: its config file.
+        words: what ``--cfg-options`` overrides, seed and memory among it.
+    """
+
+    name: str
+    config: Path
+    words: tuple[str, ...]
+
+    def load(self) -> Config:
+        """The config as the run will have it, but for its work dir.
+
+        Raises:
+            ValueError: a word does not fit the config.
+        """
+        cfg = Config.fromfile(self.config)
+        try:
+            cfg.merge_from_dict(parse_words(self.words))
+        except (AssertionError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f'{" ".join(self.words)} does not fit {self.config}: {error}') from error
+        cfg.setdefault('method', self.config.parent.name)
+        cfg.setdefault('memory', 0)
+        return cfg
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row on one protocol, with or without memory: one run for each seed, none where a config is missing."""
+
+    part: Part
+    row: Row
+    protocol: str
+    memory: int
+    runs: tuple[Run, ...] = ()
+
+
+@dataclass
+class Plan:
+    """All cells of a table, and what of it cannot be run since there is no config."""
+
+    cells: list[Cell] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run once, in the table's order."""
+        return list({run.name: run for cell in self.cells for run in cell.runs}.values())
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """``k=v`` words as ``--cfg-options`` reads them.
+
+    Raises:
+        ValueError: a word without ``=``.
+    """
+    wrong = [word for word in words if '=' not in word]
+    if wrong:
+        raise ValueError(f'--cfg-options {" ".join(wrong)}: expected KEY=VALUE')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--words', nargs='*', action=DictAction, default={})
+    return parser.parse_args(['--words', *words]).words
+
+
+def find_systems(configs: Path) -> list[str]:
+    """The systems of the tables, then every other folder of configs."""
+    there = sorted(path.parent.name for path in configs.glob('[a-z]*/[a-z]*.py'))
+    return list(dict.fromkeys([*SYSTEMS, *there]))
+
+
+def memory_sizes(memory: str, dataset: str) -> tuple[int, ...]:
+    """The sizes that ``--memory`` asks for: ``'none'``, ``'memory'`` (the data set's), ``'both'`` or a number.
+
+    Raises:
+        ValueError: none of these.
+    """
+    own = DATASETS[dataset].memory
+    if memory.isdecimal():
+        return (int(memory),)
+    check_choice('--memory', memory, words := dict(none=(0,), memory=(own,), both=(0, own)))
+    return words[memory]
+
+
+def make_plan(
+    table: Table,
+    dataset: str,
+    configs: Path,
+    *,
+    systems: Sequence[str] | None = None,
+    protocols: Sequence[str] | None = None,
+    memories: Sequence[int] = (0,),
+    seeds: Sequence[int] = (0,),
+    words: Sequence[str] = (),
+) -> Plan:
+    """The runs of a table.
+
+    Args:
+        table: which table.
+        dataset: a name of ``DATASETS``.
+        configs: the folder of configs, one folder for each method in it.
+        systems: rows of a table of systems; all by default.
+        protocols: by default those that the paper shows, or all of the data set where it shows none of them.
+        memories: sizes of the memory, 0 without.
+        seeds: seeds.
+        words: further words for ``--cfg-options``.
+
+    Raises:
+        ValueError: a system that neither the tables nor the folder know.
+    """
+    known = find_systems(configs)
+    for system in systems or ():
+        check_choice('--methods', system, known)
+    plan = Plan()
+    for part in table.parts_for(systems or known):
+        for protocol in protocols or _protocols(part, dataset):
+            for memory in memories:
+                for row in part.rows:
+                    config = _find_config(configs, row, dataset, protocol, memory)
+                    if memory and _is_joint(config):
+                        continue  # one stage has no old images to keep
+                    if isinstance(config, str):
+                        plan.missing.append(config)
+                    runs = () if isinstance(config, str) else tuple(
+                        _run(row, config, protocol, memory, seed, words) for seed in seeds
+                    )  # fmt: skip
+                    plan.cells.append(Cell(part, row, protocol, memory, runs))
+    plan.missing = list(dict.fromkeys(plan.missing))
+    return plan
+
+
+def _is_joint(config: Path | str) -> bool:
+    return isinstance(config, Path) and Config.fromfile(config).protocol == JOINT
+
+
+def _protocols(part: Part, dataset: str) -> tuple[str, ...]:
+    own = DATASETS[dataset].protocols
+    return tuple(protocol for protocol in part.protocols if protocol in own) or own
+
+
+def _find_config(
+    configs: Path, row: Row, dataset: str, protocol: str, memory: int
+) -> Path | str:
+    """The row's config file, one made for memory (``_m``) first, or a text that says what is missing."""
+    model = f'{row.model}*' if row.model else DATASETS[dataset].model
+    folder = configs / row.method
+    for end in ('_m', '') if memory else ('',):
+        paths = sorted(folder.glob(f'{model}_{dataset}_{protocol}{end}.py'))
+        if paths:
+            return paths[0]
+    if not folder.is_dir():
+        return f'{configs.name}/{row.method} does not exist'
+    return f'{configs.name}/{row.method}/{model}_{dataset}_{protocol}.py does not exist'
+
+
+def _run(
+    row: Row, config: Path, protocol: str, memory: int, seed: int, words: Sequence[str]
+) -> Run:
+    name = '_'.join(filter(None, (row.method, 'm' if memory else '', row.variant)))
+    own = (f'seed={seed}', f'memory={memory}', *row.options)
+    return Run(f'{name}_{protocol}_seed{seed}', config, (*words, *own))

@@ -1,0 +1,31 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""A split of the training images, on which values are chosen so that the validation images stay unseen."""
+
+from pathlib import Path
+
+from mmseg_sats.checkpoint import write_text
+
+EVERY = 5
+
+
+def write_split(train_list: Path, folder: Path) -> tuple[int, int]:
+    """Every fifth name of a list, sorted, goes into ``held.txt``, the rest into ``fit.txt``.
+
+    Args:
+        train_list: a list of names, one a line.
+        folder: where the two lists go.
+
+    Returns:
+        How many names are in ``fit.txt`` and in ``held.txt``.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+    """
+    if not train_list.is_file():
+        raise FileNotFoundError(f'{train_list}: no such list of training images')
+    names = sorted(train_list.read_text().split())
+    held, fit = names[::EVERY], [name for index, name in enumerate(names) if index % EVERY]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / 'held.txt', '\n'.join(held) + '\n')
+    write_text(folder / 'fit.txt', '\n'.join(fit) + '\n')
+    return len(fit), len(held)

@@ -1,0 +1,148 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""tools/run_table.py from end to end, a few iterations each."""
+
+import csv
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[1]
+Main = Callable[..., int]
+
+
+@pytest.fixture(scope='module')
+def main() -> Main:
+    spec = importlib.util.spec_from_file_location('run_table', ROOT / 'tools/run_table.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *words: module.main([str(word) for word in words])
+
+
+@pytest.fixture(scope='module')
+def words(shapes_root: Path) -> list[str]:
+    return [
+        f'data_root={shapes_root}', 'epochs=1', 'num_shapes=4', 'image_size=64', 'crop_size=64',
+        'train_images=24', 'val_images=12', 'batch_size=4', 'train_dataloader.num_batch_per_epoch=1',
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def trained(main: Main, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work dir with SATS and FT on 3-1 with four classes: two stages each."""
+    out = tmp_path_factory.mktemp('tables')
+    patch = pytest.MonkeyPatch()
+    # The package that is tested, in the children too.
+    patch.setenv('PYTHONPATH', str(ROOT))
+    options = ['--out', out, '--threads', 1, '--cfg-options', *words]
+    code = main('table1', '--dataset', 'shapes', '--methods', 'sats,finetune', '--memory', 'none', *options)
+    patch.undo()
+    logs = ''.join(path.read_text()[-2000:] for path in out.glob('*/log.txt'))
+    assert code == 0, logs
+    return out
+
+
+def call(main: Main, out: Path, words: list[str], *more: str) -> int:
+    options = ['--dataset', 'shapes', '--memory', 'none', '--out', out, *more]
+    return main('table1', '--methods', 'sats,finetune', *options, '--cfg-options', *words)
+
+
+def times(out: Path) -> dict[Path, int]:
+    """When each file of the runs was written."""
+    return {path: path.stat().st_mtime_ns for path in out.glob('*_seed*/**/*') if path.is_file()}
+
+
+def test_both_runs_are_whole_and_share_stage_0(trained: Path) -> None:
+    start = trained / 'sats_3-1_seed0/stage_0/snapshot.pth'
+    assert Config.fromfile(trained / 'sats_3-1_seed0/config.py').base is None
+    assert Config.fromfile(trained / 'finetune_3-1_seed0/config.py').base == str(start)
+    one, other = (
+        json.loads((trained / f'{method}_3-1_seed0/results.json').read_text())
+        for method in ('sats', 'finetune')
+    )
+    assert len(one['stages']) == len(other['stages']) == 2
+    assert one['stages'][0]['iou'] == other['stages'][0]['iou']
+    assert (one['method'], other['method']) == ('sats', 'finetune')
+
+
+def test_the_second_call_trains_nothing(
+    main: Main, trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = times(trained)
+    assert call(main, trained, words) == 0
+    assert times(trained) == before
+    printed = capsys.readouterr().out
+    assert 'started' not in printed
+    assert printed.count('1 of 1') == 2
+
+
+def test_the_table_says_what_results_json_says(
+    main: Main, trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(main, trained, words, '--report') == 0
+    printed = capsys.readouterr().out
+    written = (trained / 'table1.md').read_text()
+    assert written in printed
+    with (trained / 'table1.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['run'] for row in rows] == ['sats_3-1_seed0', 'finetune_3-1_seed0']
+    for row in rows:
+        results = json.loads((trained / row['run'] / 'results.json').read_text())
+        final = results['final'] | {key: results[key] for key in ('average_all', 'forgetting')}
+        assert {key: float(row[key]) for key in final} == final
+        line = next(line for line in written.splitlines() if line.startswith(f'| {row["method"]:^8} '))
+        cells = [word.strip() for word in line.strip('|').split('|')]
+        assert cells[2:8] == [f'{value:.2f}' for value in final.values()]
+
+
+def test_another_option_is_noticed(
+    main: Main, trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = times(trained)
+    assert call(main, trained, [*words, 'epochs=2']) == 1
+    assert times(trained) == before
+    printed = capsys.readouterr().out
+    assert f'{trained}/sats_3-1_seed0 holds another run (epochs: 1 there, 2 asked)' in printed
+    assert printed.count('0 of 1 (another run)') == 2
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['tabel1'], "table='tabel1' is unknown (did you mean 'table1'?)"),
+        (['table1', '--dataset', 'vocmini'], "did you mean 'voc_mini'?"),
+        (['table1', '--methods', 'sats,plopp'], "'plopp' is unknown (did you mean 'plop'?)"),
+        (['table3', '--methods', 'mib'], '--methods mib: the rows of table3 are variants of SATS'),
+        (['table1', '--jobs', '0'], '--jobs 0: expected 1 or more'),
+        (['table1', '--memory', 'al'], "--memory='al' is unknown"),
+        (['table1', '--cfg-options', 'seed=3'], '--cfg-options seed=...: it names the runs; give it by --seeds'),
+        (['table1', '--cfg-options', 'epochs'], '--cfg-options epochs: expected KEY=VALUE'),
+        (['table1', '--dataset', 'voc', '--methods', 'sats', '--cfg-options', 'data_root=/none'],
+         "data_root='/none': there is no such data"),
+        (['table1', '--dataset', 'shapes', '--methods', 'sats', '--cfg-options', 'train_cfg.max_epochs=$epoch'],
+         "the config defines no 'epoch' (did you mean 'epochs'?)"),
+        (['table1', '--dataset', 'shapes', '--write-split', 'x'], 'has no train_list'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    main: Main, argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as told:
+        main(*argv)
+    assert message in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_method_is_named_and_the_rest_reported(
+    main: Main, trained: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['--dataset', 'shapes', '--memory', 'none', '--protocols', '3-1,2-1', '--out', trained]
+    assert main('table1', '--methods', 'sats', *options, '--report', '--cfg-options', *words) == 0
+    printed = capsys.readouterr().out
+    assert 'left out: configs/sats/segformer_tiny_shapes_2-1.py does not exist' in printed
+    assert 'no config' in printed
+    assert '1 of 1' in printed

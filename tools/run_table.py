@@ -1,0 +1,220 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Trains what a table still lacks and prints it beside the published figures.
+
+python tools/run_table.py table1 --dataset voc_mini --methods finetune,mib,plop,ssul,sats [--report]
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+import mmseg_sats  # noqa: F401  registers everything
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.engine.experiments.plan import Plan, make_plan, memory_sizes
+from mmseg_sats.engine.experiments.record import Record
+from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
+from mmseg_sats.engine.experiments.scheduler import Scheduler
+from mmseg_sats.engine.experiments.split import write_split
+from mmseg_sats.engine.experiments.tables import DATASETS, TABLES
+from mmseg_sats.suggest import check_choice
+
+ROOT = Path(__file__).parents[1]
+OWN_WORDS = dict(protocol='--protocols', seed='--seeds', memory='--memory')
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [word.strip() for word in text.split(',') if word.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of numbers."""
+    return [int(word) for word in words(text)]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description='Train what a table still lacks, and print it beside the published figures'
+    )
+    parser.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
+    parser.add_argument('--dataset', help=f"{', '.join(DATASETS)} (default: the paper's)")
+    parser.add_argument(
+        '--methods', type=words, metavar='A,B', help='rows of table1 and table2 (default: all)'
+    )
+    parser.add_argument('--protocols', type=words, metavar='15-1,...', help="default: the paper's")
+    parser.add_argument(
+        '--memory', metavar='N|none|both', help="exemplars (default: as in the paper's table)"
+    )
+    parser.add_argument('--seeds', type=numbers, default=[0], metavar='0,1,2')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
+    parser.add_argument(
+        '--threads', type=int, help='threads of each run (default: the cores over the jobs)'
+    )
+    parser.add_argument(
+        '--out', type=Path, help='one folder for each run (default: work_dirs/DATASET)'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='K=V', help='override config values of all runs'
+    )
+    parser.add_argument('--report', action='store_true', help='train nothing')
+    parser.add_argument(
+        '--stage-0-per-seed', action='store_true', help='runs of different seeds share no stage 0'
+    )
+    parser.add_argument(
+        '--accept', type=words, default=[], metavar='PATH,PATH',
+        help='config paths in which a run that is there may differ from what is asked',
+    )  # fmt: skip
+    parser.add_argument(
+        '--write-split', type=Path, metavar='DIR',
+        help='only split the training images into DIR/fit.txt and DIR/held.txt',
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Checks what argparse cannot, and fills in what the table says.
+
+    Raises:
+        ValueError: an unknown name, or options that do not go together.
+    """
+    check_choice('table', args.table, TABLES)
+    table = TABLES[args.table]
+    args.dataset = args.dataset or table.dataset
+    check_choice('--dataset', args.dataset, DATASETS)
+    if args.methods and table.parts:
+        raise ValueError(
+            f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
+            'expected table1 or table2'
+        )
+    for word, option in OWN_WORDS.items():
+        if any(given.split('=')[0] == word for given in args.cfg_options):
+            raise ValueError(f'--cfg-options {word}=...: it names the runs; give it by {option}')
+    for option in ('jobs', 'threads'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f'--{option} {value}: expected 1 or more')
+    args.out = args.out or Path('work_dirs') / args.dataset
+
+
+def read_plan(args: argparse.Namespace) -> Plan:
+    """The table's runs.
+
+    Raises:
+        ValueError: an unknown method, or a memory that is none.
+    """
+    table = TABLES[args.table]
+    return make_plan(
+        table,
+        args.dataset,
+        ROOT / 'configs',
+        systems=args.methods,
+        protocols=args.protocols,
+        memories=memory_sizes(args.memory or table.memory, args.dataset),
+        seeds=args.seeds,
+        words=args.cfg_options,
+    )
+
+
+def check_records(plan: Plan, args: argparse.Namespace) -> dict[str, Record]:
+    """The runs' records, by name; a config that cannot be run is found before any is.
+
+    Raises:
+        ValueError: a config, or a word for it, is wrong.
+    """
+    records = {
+        run.name: Record(args.out, run, args.stage_0_per_seed, args.accept) for run in plan.runs
+    }
+    for name, record in records.items():
+        try:
+            record.asked  # noqa: B018  reads and resolves the config
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{name} ({record.run.config}): {error}') from error
+    return records
+
+
+def split_training_images(plan: Plan, folder: Path) -> str:
+    """Writes the split of the first run's training images; returns what to say."""
+    if not plan.runs:
+        raise ValueError('--write-split: there is no config to take the training images from')
+    cfg = plan.runs[0].load()
+    if not cfg.get('train_list'):
+        raise ValueError(f'--write-split: {plan.runs[0].config} has no train_list')
+    fit, held = write_split(Path(cfg.data_root) / cfg.train_list, folder)
+    return f'{folder}/fit.txt: {fit} images, {folder}/held.txt: {held} images'
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Trains and reports; returns the exit status."""
+    check_args(args)
+    plan = read_plan(args)
+    if args.write_split:
+        print(split_training_images(plan, args.write_split))
+        return 0
+    records = check_records(plan, args)
+    conflicts = {name: text for name, record in records.items() if (text := record.conflict())}
+    todo = [
+        record
+        for name, record in records.items()
+        if name not in conflicts and record.results() is None
+    ]
+    notes = [f'left out: {text}' for text in plan.missing]
+    notes += [
+        f'{args.out / name} holds another run ({text}): choose another --out, or remove it'
+        for name, text in conflicts.items()
+    ]
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    failed: list[str] = []
+    if todo and not args.report:
+        scheduler = Scheduler(
+            todo, ROOT / 'tools/train_incremental.py', console, jobs=args.jobs, threads=args.threads
+        )
+        failed = scheduler.run()
+    report(args, plan, records, notes)
+    if failed:
+        console.print(f'failed: {", ".join(failed)}', markup=False, highlight=False, soft_wrap=True)
+    return 1 if failed or conflicts else 0
+
+
+def report(
+    args: argparse.Namespace, plan: Plan, records: dict[str, Record], notes: Sequence[str]
+) -> None:
+    """Prints the table, and writes it beside the runs as markdown and CSV."""
+    table = TABLES[args.table]
+    lines = make_lines(
+        args.table, plan.cells, records, read_published(ROOT / 'benchmarks/published.csv')
+    )
+    if any(line.published for line in lines):
+        notes = [
+            f'Published: {table.dataset}, centre crops. {args.dataset} is measured as its config says; '
+            'figures compare only where data, weights, schedule and crop are the same.',
+            *notes,
+        ]
+    if args.accept:
+        notes = [f'Differences accepted in: {", ".join(args.accept)}.', *notes]
+    text = f'## {table.title}, on {args.dataset}\n\nIoU means in percent.\n\n{markdown(lines)}'
+    text += ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / f'{args.table}.md', text)
+    write_text(args.out / f'{args.table}.csv', to_csv(args.table, lines))
+    print(f'written: {args.out / args.table}.md and .csv')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line, trains, reports; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        return run(args, Console())
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on where it was')
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f'run_table.py: {error}') from error
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
