@@ -171,6 +171,22 @@ def test_initial_and_later_stages_are_merged_where_they_belong(shapes_cfg: Calla
     assert not {'initial_stage', 'later_stages', 'runner_type'} & set(first)
 
 
+def test_a_method_has_stage_parts_of_its_own_and_the_recipe_wins(shapes_cfg: Callable[..., Config]) -> None:
+    cfg = shapes_cfg('finetune')
+    cfg.merge_from_dict(
+        dict(
+            method_initial_stage=dict(epochs=5, seed=9),
+            method_later_stages=dict(lr=0.7, model=dict(frozen=('backbone',))),
+            initial_stage=dict(epochs=7),
+            later_stages=dict(lr=0.5),
+        )
+    )
+    first, second, *_ = stage_configs(cfg)
+    assert (first.epochs, first.seed, 'frozen' in first.model) == (7, 9, False)
+    assert (second.lr, second.model.frozen) == (0.5, ('backbone',))
+    assert not [key for key in second if key.startswith('method_')]
+
+
 def test_all_auxiliary_heads_get_the_stages_size(shapes_cfg: Callable[..., Config]) -> None:
     head = dict(type='FCNHead', num_classes=99)
     for auxiliary in (head, [head, dict(head)]):

@@ -27,6 +27,9 @@ STAGE_WORDS = {
     'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
     'crop_wh': 'the crop as (w, h), which CenterCrop wants',
 }
+STAGE_PARTS = (
+    'method_initial_stage', 'method_later_stages', 'initial_stage', 'later_stages',
+)  # fmt: skip
 _WORD = re.compile(r'^\$(\w+)$')
 
 
@@ -90,9 +93,10 @@ def build_stage_config(
 ) -> Config:
     """The config of one stage.
 
-    ``initial_stage`` or ``later_stages`` (partial configs) are merged in first, then words are
-    resolved, then come the things that only the stage knows: the heads' sizes, the old model, where
-    weights start, names and folders.
+    Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
+    method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
+    allows no key in two of a config's bases). Then words are resolved, then come the things that only
+    the stage knows: the heads' sizes, the old model, where weights start, names and folders.
 
     Args:
         cfg: the run's config.
@@ -107,8 +111,10 @@ def build_stage_config(
         KeyError: an undefined word.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
-    parts = {name: merged.pop(name, None) or {} for name in ('initial_stage', 'later_stages')}
-    merged.merge_from_dict(parts['initial_stage' if stage.index == 0 else 'later_stages'])
+    parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
+    for owner in ('method_', ''):
+        part = 'initial_stage' if stage.index == 0 else 'later_stages'
+        merged.merge_from_dict(parts[owner + part])
     words = config_words(merged) | dict(
         stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
     )

@@ -2,7 +2,7 @@
 """The segmentor that learns a stage: mmseg's EncoderDecoder beside its frozen predecessor."""
 
 import copy
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mmseg_sats.models.classifier import (
     grow_classifier,
     shape_mismatches,
 )
+from mmseg_sats.models.freeze import freeze, hold_in_eval
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.suggest import check_choice
@@ -47,12 +48,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
             so that a child config can drop a part.
         classifier_init: how new classifier rows start, ``'balanced'`` (MiB) or ``'random'``.
+        frozen: patterns of the parts that are not trained and whose running statistics stay, e.g.
+            ``('backbone',)``; see ``mmseg_sats.models.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
             ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``, which refuses others.
 
     Raises:
         TypeError: a head cannot grow.
-        ValueError: a part asks for attention that the backbone cannot give.
+        ValueError: a part asks for attention that the backbone cannot give, or ``frozen`` names
+            nothing in the model.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         pseudo_labeler: dict[str, Any] | None = None,
         distillation: dict[str, dict[str, Any] | None] | None = None,
         classifier_init: str = 'balanced',
+        frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         check_choice('classifier_init', classifier_init, CLASSIFIER_INITS)
@@ -80,6 +85,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for name, head in self._named_heads():
             check_head_can_grow(name, head)
         self._check_attention()
+        freeze(self, frozen)
+        self.frozen = tuple(frozen)
+
+    def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
+        """As in ``nn.Module``, but what is frozen stays in eval mode."""
+        super().train(mode)
+        hold_in_eval(self, self.frozen)
+        return self
 
     def _check_attention(self) -> None:
         if self._needs_attention and not hasattr(self.backbone, 'forward_with_attention'):
