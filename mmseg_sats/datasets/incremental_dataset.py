@@ -52,6 +52,9 @@ class IncrementalDataset(Dataset):
         cache_dir: Folder of the class index, see :meth:`ClassIndex.load_or_scan`.
         ignore_index: The ignored label of the masks.
         pipeline: Transforms in place of the wrapped dataset's own.
+        label_transforms: Transforms that stand directly behind the relabelling, in training: they
+            see the stage's labels and change them, as :class:`MarkUnknown` does. One that has
+            ``check_images(paths)`` is asked before training.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
 
     Raises:
@@ -82,11 +85,14 @@ class IncrementalDataset(Dataset):
         cache_dir: str | None = None,
         ignore_index: int = 255,
         pipeline: Sequence[dict | Callable] | None = None,
+        label_transforms: Sequence[dict | Callable] = (),
         lazy_init: bool = False,
     ) -> None:
         check_choice('mode', mode, MODES)
         check_choice('setting', setting, SETTINGS)
         check_choice('eval_images', eval_images, EVAL_IMAGES)
+        if label_transforms and mode == 'eval':
+            raise ValueError("IncrementalDataset: label_transforms are for training, got mode='eval'")
         self.mode = mode
         self.setting = setting
         self.eval_images = eval_images
@@ -99,7 +105,9 @@ class IncrementalDataset(Dataset):
         self.table = relabel_table(
             self.protocol, stage, mode, setting, eval_future, ignore_index
         )
-        self.pipeline = Compose(_with_relabelling(transforms, self.table, mode))
+        self._label_transforms = _built(label_transforms)
+        chain = [RelabelSegMap(self.table), *self._label_transforms]
+        self.pipeline = Compose(_with_relabelling(transforms, chain, mode))
         self.class_names = names
         self._metainfo = self._stage_metainfo(palette)
         self._fully_initialized = False
@@ -133,6 +141,14 @@ class IncrementalDataset(Dataset):
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
         self._fully_initialized = True
+        self._check_label_transforms()
+
+    def _check_label_transforms(self) -> None:
+        checks = [t.check_images for t in self._label_transforms if hasattr(t, 'check_images')]
+        if checks:
+            paths = [self.get_data_info(i)['img_path'] for i in range(len(self))]
+            for check in checks:
+                check(paths)
 
     @property
     @force_full_init
@@ -232,8 +248,12 @@ def _build_wrapped(
     if pipeline is None:
         # An instance may be wrapped once per stage: its own transforms stay as they are.
         return dataset, copy.deepcopy(dataset.pipeline.transforms)
-    return dataset, [
-        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in pipeline
+    return dataset, _built(pipeline)
+
+
+def _built(transforms: Sequence[dict | Callable]) -> list[Callable]:
+    return [
+        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in transforms
     ]
 
 
@@ -266,11 +286,11 @@ def _classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
 
 
 def _with_relabelling(
-    transforms: Sequence[Callable], table: np.ndarray, mode: str
+    transforms: Sequence[Callable], chain: Sequence[Callable], mode: str
 ) -> list[Callable]:
-    """The transforms with a :class:`RelabelSegMap` behind every ``LoadAnnotations``."""
+    """The transforms with ``chain``, a :class:`RelabelSegMap` first, behind every ``LoadAnnotations``."""
     result = list(transforms)
-    num_found = sum(_insert(branch, table) for branch in (result, *_branches(result)))
+    num_found = sum(_insert(branch, chain) for branch in (result, *_branches(result)))
     if mode == 'train' and num_found == 0:
         names = [type(t).__name__ for t in transforms]
         raise ValueError(
@@ -292,8 +312,8 @@ def _branches(transforms: Sequence[Callable]) -> Iterator[list]:
                 yield from _branches([inner])
 
 
-def _insert(transforms: list, table: np.ndarray) -> int:
-    """Put the relabelling into one list, in place; returns how many loaders it found."""
+def _insert(transforms: list, chain: Sequence[Callable]) -> int:
+    """Put the relabelling and what follows it into one list, in place; returns how many loaders it found."""
     places = [i for i, t in enumerate(transforms) if isinstance(t, LoadAnnotations)]
     for place in reversed(places):
         if getattr(transforms[place], 'reduce_zero_label', None):
@@ -301,7 +321,7 @@ def _insert(transforms: list, table: np.ndarray) -> int:
                 'IncrementalDataset: LoadAnnotations(reduce_zero_label=True) shifts all ids '
                 'before they are looked up; remove reduce_zero_label'
             )
-        transforms.insert(place + 1, RelabelSegMap(table))
+        transforms[place + 1 : place + 1] = chain
     return len(places)
 
 
