@@ -15,7 +15,6 @@ from mmseg_sats.protocol import UNKNOWN_LABEL
 from mmseg_sats.suggest import check_choice
 
 _SIDE = 64
-_TIMES_MEAN = 3.0
 
 
 def spectral_residual(image: np.ndarray) -> np.ndarray:
@@ -28,13 +27,15 @@ def spectral_residual(image: np.ndarray) -> np.ndarray:
         image: (H, W, 3) uint8 BGR, or (H, W) uint8.
 
     Returns:
-        (H, W) float32, not negative.
+        (H, W) float32, not negative; 0 for an image of one colour.
     """
     grey = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     height, width = grey.shape
     scale = _SIDE / min(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    if small.min() == small.max():
+        return np.zeros_like(grey, dtype=np.float32)
     spectrum = np.fft.fft2(small)
     log_amplitude = np.log(np.abs(spectrum) + 1e-8).astype(np.float32)
     residual = log_amplitude - cv2.blur(log_amplitude, (3, 3))
@@ -44,9 +45,13 @@ def spectral_residual(image: np.ndarray) -> np.ndarray:
 
 
 def _salient_by_spectral_residual(image: np.ndarray) -> np.ndarray:
-    """Where the saliency exceeds three times its mean (the paper's threshold), (H, W) bool."""
+    """Where the saliency exceeds its mean, (H, W) bool.
+
+    The paper's three times the mean looks for the seed of an object; on VOC it would leave the unknown
+    class 4 % of the pixels and 7 % of those of objects, where the mean gives 35 % and 49 %.
+    """
     saliency = spectral_residual(image)
-    return saliency > _TIMES_MEAN * saliency.mean()
+    return saliency > saliency.mean()
 
 
 _COMPUTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
