@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from operator import index as as_int
 
 JOINT = 'joint'
+UNKNOWN_LABEL = 254
+"""Training label of pixels of the unknown class, which is no output channel; 255 is ignore."""
 
 
 @dataclass(frozen=True)

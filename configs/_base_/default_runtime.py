@@ -19,8 +19,8 @@ default_hooks = dict(
     # Two: mmengine removes the older one before the next is written.
     checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'))
-# Does nothing in a stage without pseudo-labels.
-custom_hooks = [dict(type='PseudoLabelThresholdHook')]
+# They do nothing in a stage without pseudo-labels, and in a model without prototypes.
+custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='PrototypeHook')]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends='$vis_backends', name='visualizer')
 log_processor = dict(by_epoch=True)

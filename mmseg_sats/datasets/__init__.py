@@ -12,6 +12,7 @@ from mmseg_sats.datasets.memory import (
 from mmseg_sats.datasets.outside import ImageFolder, OutsideDataset, Unlabelled
 from mmseg_sats.datasets.replay import ReplayDataset
 from mmseg_sats.datasets.replay_sampler import ReplayBatchSampler
+from mmseg_sats.datasets.saliency import MarkUnknown
 from mmseg_sats.datasets.shapes import ShapesDataset
 from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
@@ -21,6 +22,7 @@ __all__ = [
     'FolderDataset',
     'ImageFolder',
     'IncrementalDataset',
+    'MarkUnknown',
     'MostLabelledMemory',
     'OutsideDataset',
     'RandomMemory',

@@ -66,6 +66,9 @@ class IncrementalDataset(Dataset):
         cache_dir: Folder of the class index, see :meth:`ClassIndex.load_or_scan`.
         ignore_index: The ignored label of the masks.
         pipeline: Transforms in place of the wrapped dataset's own.
+        label_transforms: Transforms that stand directly behind the relabelling, in training: they
+            see the stage's labels and change them, as :class:`MarkUnknown` does. One that has
+            ``check_images(paths)`` is asked before training.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
 
@@ -98,6 +101,7 @@ class IncrementalDataset(Dataset):
         cache_dir: str | None = None,
         ignore_index: int = 255,
         pipeline: Sequence[dict | Callable] | None = None,
+        label_transforms: Sequence[dict | Callable] = (),
         lazy_init: bool = False,
         exemplars: str | None = None,
     ) -> None:
@@ -106,6 +110,8 @@ class IncrementalDataset(Dataset):
             raise ValueError(f"mode='memory' goes with exemplars, got {mode!r} and {exemplars!r}")
         check_choice('setting', setting, SETTINGS)
         check_choice('eval_images', eval_images, EVAL_IMAGES)
+        if label_transforms and mode == 'eval':
+            raise ValueError("IncrementalDataset: label_transforms are for training, got mode='eval'")
         self.mode = mode
         self.setting = setting
         self.eval_images = eval_images
@@ -121,7 +127,9 @@ class IncrementalDataset(Dataset):
         )
         self._label_ids = getattr(self.dataset, 'label_ids', None)
         in_masks = through_label_ids(self.table, self._label_ids, ignore_index)
-        self.pipeline = Compose(_with_relabelling(transforms, in_masks, mode))
+        self._label_transforms = _built(label_transforms)
+        chain = [RelabelSegMap(in_masks), *self._label_transforms]
+        self.pipeline = Compose(_with_relabelling(transforms, chain, mode))
         self.class_names = names
         self._metainfo = self._stage_metainfo(palette)
         self._fully_initialized = False
@@ -154,6 +162,14 @@ class IncrementalDataset(Dataset):
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
         self._fully_initialized = True
+        self._check_label_transforms()
+
+    def _check_label_transforms(self) -> None:
+        checks = [t.check_images for t in self._label_transforms if hasattr(t, 'check_images')]
+        if checks:
+            paths = [self.get_data_info(i)['img_path'] for i in range(len(self))]
+            for check in checks:
+                check(paths)
 
     def _select(self, presence: np.ndarray) -> np.ndarray:
         if self.mode == 'train':
@@ -270,8 +286,12 @@ def _build_wrapped(
     if pipeline is None:
         # An instance may be wrapped once per stage: its own transforms stay as they are.
         return dataset, copy.deepcopy(dataset.pipeline.transforms)
-    return dataset, [
-        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in pipeline
+    return dataset, _built(pipeline)
+
+
+def _built(transforms: Sequence[dict | Callable]) -> list[Callable]:
+    return [
+        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in transforms
     ]
 
 
@@ -304,11 +324,11 @@ def _classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
 
 
 def _with_relabelling(
-    transforms: Sequence[Callable], table: np.ndarray, mode: str
+    transforms: Sequence[Callable], chain: Sequence[Callable], mode: str
 ) -> list[Callable]:
-    """The transforms with a :class:`RelabelSegMap` behind every ``LoadAnnotations``."""
+    """The transforms with ``chain``, a :class:`RelabelSegMap` first, behind every ``LoadAnnotations``."""
     result = list(transforms)
-    num_found = sum(_insert(branch, table) for branch in (result, *_branches(result)))
+    num_found = sum(_insert(branch, chain) for branch in (result, *_branches(result)))
     if mode != 'eval' and num_found == 0:
         names = [type(t).__name__ for t in transforms]
         raise ValueError(
@@ -330,8 +350,8 @@ def _branches(transforms: Sequence[Callable]) -> Iterator[list]:
                 yield from _branches([inner])
 
 
-def _insert(transforms: list, table: np.ndarray) -> int:
-    """Put the relabelling into one list, in place; returns how many loaders it found."""
+def _insert(transforms: list, chain: Sequence[Callable]) -> int:
+    """Put the relabelling and what follows it into one list, in place; returns how many loaders it found."""
     places = [i for i, t in enumerate(transforms) if isinstance(t, LoadAnnotations)]
     for place in reversed(places):
         if getattr(transforms[place], 'reduce_zero_label', None):
@@ -339,7 +359,7 @@ def _insert(transforms: list, table: np.ndarray) -> int:
                 'IncrementalDataset: LoadAnnotations(reduce_zero_label=True) shifts all ids '
                 'before they are looked up; remove reduce_zero_label'
             )
-        transforms.insert(place + 1, RelabelSegMap(table))
+        transforms[place + 1 : place + 1] = chain
     return len(places)
 
 

@@ -13,16 +13,23 @@ from mmseg_sats.models.losses import (
     FeatureMSELoss,
     KnowledgeDistillationLoss,
     LocalPODLoss,
+    OneVsRestLoss,
+    PrototypeAttractionLoss,
+    PrototypeMatchingLoss,
+    RepulsionLoss,
     SelfEntropyLoss,
     SigmoidCrossEntropyLoss,
     SigmoidDistillationLoss,
+    SparsityLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
 from mmseg_sats.models.old_model_labeler import FusedPseudoLabeler, OldModelPseudoLabeler
 from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
+from mmseg_sats.models.sigmoid_pseudo_labeler import SigmoidPseudoLabeler
 
 __all__ = [
     'AttentionMap',
@@ -31,6 +38,7 @@ __all__ = [
     'AttentionSVT',
     'AttentionVisionTransformer',
     'CRPDistillationLoss',
+    'ClassPrototypes',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',
     'IncrementalEncoderDecoder',
@@ -42,6 +50,12 @@ __all__ = [
     'FusedPseudoLabeler',
     'OldModelPseudoLabeler',
     'SelfEntropyLoss',
+    'OneVsRestLoss',
+    'PrototypeAttractionLoss',
+    'PrototypeMatchingLoss',
+    'RepulsionLoss',
+    'SigmoidPseudoLabeler',
+    'SparsityLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
 ]

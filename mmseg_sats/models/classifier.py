@@ -20,7 +20,7 @@ from mmseg_sats.suggest import check_choice
 Rows = tuple[Tensor, Tensor]
 
 
-def _balanced(old: Rows, fresh: Rows) -> Rows:
+def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     """MiB's balanced initialisation (Cermelli et al., CVPR 2020, eq. (9) and (10)).
 
     New classes take over the background's weight, and background and new classes share its
@@ -34,16 +34,25 @@ def _balanced(old: Rows, fresh: Rows) -> Rows:
     return torch.cat([weight, new_weight]), torch.cat([bias, bias[:1].expand(num_new)])
 
 
-def _random(old: Rows, fresh: Rows) -> Rows:
+def _random(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     """New rows keep the initial values that the head gave them."""
     weight, bias = (rows.clone() for rows in fresh)
     weight[: old[0].shape[0]], bias[: old[1].shape[0]] = old
     return weight, bias
 
 
-CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows], Rows]] = {
+def _from_unknown(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+    """New classes begin as the unknown class, of which they were a part (SSUL, section 3.2)."""
+    if unknown is None:
+        raise ValueError("classifier_init='unknown' needs a checkpoint with an unknown class")
+    num_new = fresh[0].shape[0] - old[0].shape[0]
+    return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, unknown, strict=True))
+
+
+CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
     'balanced': _balanced,
     'random': _random,
+    'unknown': _from_unknown,
 }
 
 
@@ -103,10 +112,11 @@ def grow_classifier(
         prefix: the head's prefix in ``state_dict``, e.g. ``'decode_head.'``.
         head: the head that will be loaded; gives the final number of rows.
         num_old: channels of the old model, background included.
-        init: ``'balanced'`` (MiB) or ``'random'`` (the head's own initial values).
+        init: ``'balanced'`` (MiB), ``'random'`` (the head's own initial values) or ``'unknown'``
+            (SSUL: the rows ``{prefix}conv_seg.unknown.*`` of the checkpoint).
 
     Raises:
-        ValueError: ``init`` is unknown.
+        ValueError: there is no such ``init``, or it needs an unknown class that is not there.
     """
     check_choice('classifier_init', init, CLASSIFIER_INITS)
     keys = [f'{prefix}conv_seg.weight', f'{prefix}conv_seg.bias']
@@ -116,8 +126,11 @@ def grow_classifier(
     if conv_seg.out_channels == num_old:
         return
     old = tuple(state_dict[key] for key in keys)
-    fresh = tuple(p.detach().to(old[0].device) for p in (conv_seg.weight, conv_seg.bias))
-    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, fresh)
+    own = conv_seg.state_dict()
+    fresh = tuple(own[kind].to(old[0].device) for kind in ('weight', 'bias'))
+    unknown_keys = [f'{prefix}conv_seg.unknown.{kind}' for kind in ('weight', 'bias')]
+    unknown = tuple(state_dict[key] for key in unknown_keys if key in state_dict) or None
+    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, fresh, unknown)
 
 
 def add_background(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:

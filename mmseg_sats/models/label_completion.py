@@ -43,9 +43,9 @@ def complete_labels(
             continue
         # The usual batch is of one source: no copies.
         at = slice(None) if len(rows) == len(sources) else rows
-        logits = [teacher.resized(size)[at]]
+        logits = [teacher.labelling_logits(size)[at]]
         if getattr(labeler, 'needs_student', False):
-            logits.append(student.resized(size).detach()[at])
+            logits.append(student.labelling_logits(size).detach()[at])
         own = labeler(labels[at], *logits)
         completed = completed.clone()
         completed[at] = own

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.unknown import split_classifier
 
 
 def run_segmentor(
@@ -36,8 +37,11 @@ def run_segmentor(
         features = model.backbone(inputs)
     head_inputs = model.neck(features) if model.with_neck else features
     logits = model.decode_head(head_inputs)
+    unknown = None
+    if logits.shape[1] > model.out_channels:  # see split_classifier
+        logits, unknown = logits[:, : model.out_channels], logits[:, model.out_channels :]
     return SegmentorOutput(
-        logits, tuple(features), tuple(attentions), model.align_corners
+        logits, tuple(features), tuple(attentions), model.align_corners, unknown
     ), head_inputs
 
 
@@ -56,7 +60,7 @@ class OldModel:
 
     @classmethod
     def from_checkpoint(
-        cls, model_cfg: dict[str, Any], num_classes: int, checkpoint: str
+        cls, model_cfg: dict[str, Any], num_classes: int, checkpoint: str, unknown: bool = False
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -64,18 +68,21 @@ class OldModel:
             model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
             num_classes: channels of the old model, background included.
             checkpoint: path of the snapshot.
+            unknown: whether it has an unknown class.
 
         Raises:
             ValueError: the snapshot lacks tensors or holds them in another shape.
         """
         model_cfg = copy.deepcopy(model_cfg)
-        model_cfg['decode_head'].update(
-            num_classes=num_classes, loss_decode=dict(type='CrossEntropyLoss')
-        )
+        # ConfigDict.update would merge the losses' arguments instead of replacing them.
+        model_cfg['decode_head']['num_classes'] = num_classes
+        model_cfg['decode_head']['loss_decode'] = dict(type='CrossEntropyLoss')
         model_cfg['decode_head'].pop('out_channels', None)
         for key in ('init_cfg', 'pretrained'):
             model_cfg['backbone'].pop(key, None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
+        if unknown:
+            split_classifier(model.decode_head, num_classes)
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]
         wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)

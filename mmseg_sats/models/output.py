@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.prototypes import ClassPrototypes
 
 
 @dataclass(eq=False)
@@ -19,13 +20,36 @@ class SegmentorOutput:
         features: one (B, C_j, h_j, w_j) per block of the backbone.
         attentions: one map per block, empty where the backbone has none.
         align_corners: how the head's logits are resized.
+        unknown: (B, 1, h, w), logits of the unknown class, where the model has one.
+        prototypes: the classes' mean features, where the model gathers them.
     """
 
     logits: Tensor
     features: tuple[Tensor, ...]
     attentions: tuple[AttentionMap, ...] = ()
     align_corners: bool = False
+    unknown: Tensor | None = None
+    prototypes: ClassPrototypes | None = None
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def trained_logits(self) -> Tensor:
+        """All that the segmentation loss trains: (B, K, h, w), or K + 1 with the unknown class last."""
+        return self.logits if self.unknown is None else torch.cat([self.logits, self.unknown], 1)
+
+    def labelling_logits(self, size: tuple[int, int]) -> Tensor:
+        """Logits (B, K, H, W) at ``size`` for pseudo-labels.
+
+        A pixel that is unknown is none of the classes: background's channel holds the larger of
+        background's and the unknown class's logit.
+        """
+        logits = self.resized(size)
+        if self.unknown is None:
+            return logits
+        unknown = F.interpolate(
+            self.unknown, logits.shape[2:], mode='bilinear', align_corners=self.align_corners
+        )
+        return torch.cat([torch.maximum(logits[:, :1], unknown), logits[:, 1:]], dim=1)
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """Logits resized bilinearly to ``size`` (H, W): (B, K, H, W), computed once per size.

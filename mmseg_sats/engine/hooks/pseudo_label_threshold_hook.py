@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from mmseg_sats.checkpoint import write_json
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
+from mmseg_sats.protocol import UNKNOWN_LABEL
 
 
 @HOOKS.register_module()
@@ -54,30 +55,32 @@ class PseudoLabelThresholdHook(Hook):
         labeler = model.pseudo_labeler
         labeler.reset(model.old_model.model.num_classes)
         device = next(model.parameters()).device
-        for batch in Runner.build_dataloader(self._dataloader_cfg(runner)):
+        for batch in Runner.build_dataloader(training_images_once(runner)):
             data = model.data_preprocessor(batch, False)
             labels = torch.stack(
                 [sample.gt_sem_seg.data for sample in data['data_samples']]
             ).squeeze(1)
+            # As in training, unknown pixels count as background here.
+            labels = labels.masked_fill(labels == UNKNOWN_LABEL, 0)
             output = model.old_model(data['inputs'])
-            labeler.update(labels.to(device).long(), output.resized(labels.shape[-2:]))
+            labeler.update(labels.to(device).long(), output.labelling_logits(labels.shape[-2:]))
         all_reduce(labeler.histograms)
         labeler.compute()
 
-    @staticmethod
-    def _dataloader_cfg(runner: Runner) -> dict[str, Any]:
-        """The stage's training images, each once, as evaluation would see them."""
-        # Exemplars keep their labels and outside images have a labeler of their own.
-        dataset = copy.deepcopy(stage_dataset_cfg(runner.cfg.train_dataloader.dataset))
-        dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
-        train = runner.cfg.train_dataloader
-        cfg = dict(
-            dataset=dataset,
-            batch_size=1,
-            num_workers=train.get('num_workers', 0),
-            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-        )
-        if 'num_batch_per_epoch' in train:
-            # mmengine then trains on the first so many images alone.
-            cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
-        return cfg
+
+def training_images_once(runner: Runner) -> dict[str, Any]:
+    """Config of a loader of the stage's training images, each once, as evaluation would see them."""
+    # Exemplars keep their labels and outside images have a labeler of their own.
+    dataset = copy.deepcopy(stage_dataset_cfg(runner.cfg.train_dataloader.dataset))
+    dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
+    train = runner.cfg.train_dataloader
+    cfg = dict(
+        dataset=dataset,
+        batch_size=1,
+        num_workers=train.get('num_workers', 0),
+        sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+    )
+    if 'num_batch_per_epoch' in train:
+        # mmengine then trains on the first so many images alone.
+        cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
+    return cfg

@@ -8,6 +8,17 @@ from mmseg_sats.models.losses.knowledge_distillation import (
     knowledge_distillation,
 )
 from mmseg_sats.models.losses.local_pod import LocalPODLoss, local_pod
+from mmseg_sats.models.losses.one_vs_rest import OneVsRestLoss, one_vs_rest
+from mmseg_sats.models.losses.sdr_loss import (
+    PrototypeAttractionLoss,
+    PrototypeMatchingLoss,
+    RepulsionLoss,
+    SparsityLoss,
+    prototype_attraction,
+    prototype_matching,
+    repulsion,
+    sparsity,
+)
 from mmseg_sats.models.losses.self_entropy import SelfEntropyLoss, self_entropy
 from mmseg_sats.models.losses.sigmoid import (
     SigmoidCrossEntropyLoss,
@@ -39,6 +50,16 @@ __all__ = [
     'sigmoid_distillation',
     'SelfEntropyLoss',
     'self_entropy',
+    'OneVsRestLoss',
+    'PrototypeAttractionLoss',
+    'PrototypeMatchingLoss',
+    'RepulsionLoss',
+    'SparsityLoss',
+    'one_vs_rest',
+    'prototype_attraction',
+    'prototype_matching',
+    'repulsion',
+    'sparsity',
     'unbiased_cross_entropy',
     'unbiased_distillation',
 ]

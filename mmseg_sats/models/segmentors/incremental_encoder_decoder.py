@@ -24,6 +24,9 @@ from mmseg_sats.models.image_weights import weighted_images
 from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.unknown import fold_unknown, split_classifier
+from mmseg_sats.protocol import UNKNOWN_LABEL
 from mmseg_sats.suggest import check_choice
 
 
@@ -33,7 +36,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     The loss of a stage is ``segmentation_loss(student, labels) + sum_d d(student, teacher, labels)``;
     the segmentation loss is the heads' own ``loss_decode``, on labels that the pseudo-labeler may have
-    completed. Without an old model (stage 0) only the segmentation loss is left.
+    completed. Without an old model (stage 0) the segmentation loss is left, and those losses that say
+    ``needs_teacher = False``.
 
     A checkpoint whose classifiers have ``old_model.num_classes`` rows grows while it is loaded. Any other
     difference in shape raises, where mmengine would only log it and leave random weights.
@@ -53,7 +57,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
             so that a child config can drop a part.
-        classifier_init: how new classifier rows start, ``'balanced'`` (MiB) or ``'random'``.
+        classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
+            ``'unknown'`` (SSUL).
+        unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
+            training is ``UNKNOWN_LABEL``. The heads' losses see it as one more class, the last.
+        prototypes: config of the :class:`ClassPrototypes` that are gathered in training for losses
+            that ask for them; or None.
         frozen: patterns of the parts that are not trained and whose running statistics stay, e.g.
             ``('backbone',)``; see ``mmseg_sats.models.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
@@ -75,6 +84,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         outside_labeler: dict[str, Any] | None = None,
         distillation: dict[str, dict[str, Any] | None] | None = None,
         classifier_init: str = 'balanced',
+        unknown: bool = False,
+        prototypes: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -92,9 +103,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         parts = {name: cfg for name, cfg in (distillation or {}).items() if cfg is not None}
         self.distillation = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in parts.items()})
         self._old_model: OldModel | None = None
-        self._old_model_cfg = dict(old_model, model_cfg=self_cfg) if old_model else None
+        self._old_model_cfg = (
+            dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
+        )
+        self.prototypes = self._build_prototypes(prototypes)
+        self.unknown = unknown
         for name, head in self._named_heads():
             check_head_can_grow(name, head, head_cfgs.get(name))
+            if unknown:
+                split_classifier(head, old_model['num_classes'] if old_model else 1)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
@@ -112,6 +129,19 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'expected a backbone with forward_with_attention (e.g. AttentionMixVisionTransformer), '
                 "or source='feature' in CRPDistillationLoss"
             )
+
+    def _build_prototypes(self, cfg: dict[str, Any] | None) -> ClassPrototypes | None:
+        wanting = [
+            name
+            for name, part in self.distillation.items()
+            if getattr(part, 'needs_prototypes', False)
+        ]
+        if cfg is None and wanting:
+            raise ValueError(
+                f'distillation {", ".join(wanting)}: asks for prototypes, which the model does not '
+                "gather; expected prototypes=dict(type='ClassPrototypes')"
+            )
+        return MODELS.build(dict(cfg, num_classes=self.num_classes)) if cfg is not None else None
 
     @property
     def _needs_attention(self) -> bool:
@@ -146,6 +176,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             Name to scalar; names that hold ``loss`` are summed by mmengine.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
+        # To all parts but the heads' own losses, unknown pixels are background.
+        unknown = labels == UNKNOWN_LABEL
+        labels = labels.masked_fill(unknown, 0)
         # Stage 0 and methods without a teacher's part never touch the old model.
         taught = self._old_model_cfg is not None and (
             len(self.distillation) > 0 or len(self._labelers) > 0
@@ -158,23 +191,37 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             labels, weights = complete_labels(
                 labels, data_samples, self._labelers, student, teacher
             )
+        # What got a class, or was found unsure, is not unknown any more.
+        targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
         with weighted_images((head for _, head in self._named_heads()), weights):
-            losses = self._segmentation_losses(student, head_inputs, labels)
-        if teacher is not None:
-            losses.update(
-                {
-                    f'loss_{name}': part(student, teacher, labels)
-                    for name, part in self.distillation.items()
-                }
-            )
+            losses = self._segmentation_losses(student, head_inputs, targets)
+        if self.prototypes is not None:
+            self.prototypes.update(student.features, labels)
+            student.prototypes = self.prototypes
+        losses.update(
+            {
+                f'loss_{name}': part(student, teacher, labels)
+                for name, part in self.distillation.items()
+                if teacher is not None or not getattr(part, 'needs_teacher', True)
+            }
+        )
         return losses
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Logits (B, K, H, W) at the size of the images; with an unknown class scores, see fold_unknown."""
+        logits = super().encode_decode(inputs, batch_img_metas)
+        return fold_unknown(logits) if self.unknown else logits
+
+    def _forward(self, inputs: Tensor, data_samples: SampleList | None = None) -> Tensor:
+        """Logits (B, K, h, w) of the classes, as stock mmseg gives them, without the unknown class."""
+        return super()._forward(inputs, data_samples)[:, : self.out_channels]
 
     def _segmentation_losses(
         self, student: SegmentorOutput, head_inputs: tuple[Tensor, ...], labels: Tensor
     ) -> dict[str, Tensor]:
-        """The heads' own losses on the completed labels (B, H, W), under mmseg's usual names."""
+        """The heads' own losses on the completed labels (B, H, W), K where unknown, by mmseg's names."""
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
-        losses = add_prefix(self.decode_head.loss_by_feat(student.logits, samples), 'decode')
+        losses = add_prefix(self.decode_head.loss_by_feat(student.trained_logits, samples), 'decode')
         for name, head in self._named_heads():
             if name != 'decode_head':
                 prefix = name.replace('auxiliary_head', 'aux').replace('.', '_')

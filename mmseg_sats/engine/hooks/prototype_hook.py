@@ -1,0 +1,109 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Carries the classes' prototypes from stage to stage, and through a resumed run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.snapshot import unwrap
+from mmseg_sats.models.prototypes import ClassPrototypes
+
+KEY = 'prototypes'
+
+
+@HOOKS.register_module()
+class PrototypeHook(Hook):
+    """Keeps a model's :class:`ClassPrototypes` beside its snapshots, which stay those of mmseg.
+
+    A stage begins with the prototypes that the previous one left in ``prototypes.npz`` beside its
+    snapshot, and leaves its own there. mmengine's checkpoints hold them under a key of their own, so
+    that a resumed run goes on with what it had. A stage that was not trained but taken from a
+    checkpoint has none: they are gathered in one pass of its model over the stage's training images.
+
+    Does nothing for a model without prototypes.
+
+    Args:
+        file_name: name of that file.
+    """
+
+    def __init__(self, file_name: str = 'prototypes.npz') -> None:
+        self.file_name = file_name
+        self._resumed = False
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Puts the prototypes into mmengine's checkpoint."""
+        prototypes = self._prototypes(runner)
+        if prototypes is not None:
+            checkpoint[KEY] = prototypes.state_dict()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Takes them out again when a run is resumed."""
+        prototypes = self._prototypes(runner)
+        if prototypes is not None and KEY in checkpoint:
+            prototypes.load_state_dict(checkpoint[KEY])
+            self._resumed = True
+
+    def before_train(self, runner: Runner) -> None:
+        """Starts from the previous stage's prototypes, unless the run is resumed."""
+        prototypes = self._prototypes(runner)
+        old_model = runner.cfg.model.get('old_model')
+        if prototypes is None or self._resumed or not old_model:
+            return
+        path = Path(old_model.checkpoint).parent / self.file_name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: the previous stage's prototypes, which a stage with "
+                'PrototypeHook leaves beside its snapshot'
+            )
+        prototypes.load_state_dict(_read(path))
+
+    def after_train(self, runner: Runner) -> None:
+        """Leaves the prototypes for the next stage."""
+        prototypes = self._prototypes(runner)
+        if prototypes is not None and is_main_process():
+            _write(Path(runner.work_dir) / self.file_name, prototypes)
+
+    def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
+        """Gathers the prototypes of a stage that was not trained."""
+        prototypes = self._prototypes(runner)
+        if prototypes is not None and not (Path(runner.work_dir) / self.file_name).exists():
+            self._gather(runner, prototypes)
+            self.after_train(runner)
+
+    @torch.no_grad()
+    def _gather(self, runner: Runner, prototypes: ClassPrototypes) -> None:
+        model = unwrap(runner.model).eval()
+        total = 0
+        for batch in Runner.build_dataloader(training_images_once(runner)):
+            data = model.data_preprocessor(batch, False)
+            labels = torch.stack([sample.gt_sem_seg.data for sample in data['data_samples']])
+            total += prototypes.sums_of(model.backbone(data['inputs']), labels.squeeze(1).long())
+        # Once, since ranks may have one image more or less.
+        all_reduce(total)
+        prototypes.add(total)
+        runner.logger.info('prototypes gathered in one pass over the training images')
+
+    @staticmethod
+    def _prototypes(runner: Runner) -> ClassPrototypes | None:
+        return getattr(unwrap(runner.model), 'prototypes', None)
+
+
+def _write(path: Path, prototypes: ClassPrototypes) -> None:
+    arrays = {name: value.numpy() for name, value in prototypes.state_dict().items()}
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in ('sums', 'counts')}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f'{path} does not hold prototypes: {error}') from error

@@ -1,0 +1,239 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""SDR's losses on the encoder's features: matching, attraction, repulsion, sparsity.
+
+Michieli and Zanuttigh, "Continual Semantic Segmentation via Repulsion-Attraction of Sparse and
+Disentangled Latent Representations", CVPR 2021, section 4. Labels are brought to the features' grid by
+nearest neighbour. In all of them a class counts as much as another, however many pixels it has; but in
+sparsity a pixel counts as much as another.
+"""
+
+from typing import ClassVar, Protocol
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels_of
+
+
+class HasFeatures(Protocol):
+    """What these losses need of a segmentor's output."""
+
+    features: tuple[Tensor, ...]
+    prototypes: ClassPrototypes | None
+
+    def labelling_logits(self, size: tuple[int, int]) -> Tensor:
+        """The logits, bilinearly resized to ``size`` (H, W)."""
+
+
+def _prepare(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features in at least float32, and labels on their grid."""
+    if features.dim() != 4 or labels.dim() != 3 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f'features must be (B, C, h, w) and labels (B, H, W), '
+            f'got {tuple(features.shape)} and {tuple(labels.shape)}'
+        )
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features, labels_on_grid(labels, features.shape[2:])
+
+
+def _mean(terms: list[Tensor], features: Tensor) -> Tensor:
+    """The mean of the terms, 0 where there are none."""
+    return torch.stack(terms).mean() if terms else features.new_zeros(())
+
+
+def _classes_with_prototype(labels: Tensor, known: Tensor) -> list[int]:
+    known = known.tolist()
+    return [label for label in labels.unique().tolist() if label < len(known) and known[label]]
+
+
+def prototype_matching(
+    features: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor
+) -> Tensor:
+    """The mean feature of each class against its prototype: mean_c mean_k (mean_c(f)_k - p_ck)^2.
+
+    Args:
+        features: (B, C, h, w).
+        labels: (B, H, W) long; classes without a prototype are left out.
+        prototypes: (K, C), see :class:`ClassPrototypes`. No gradient flows into it.
+        known: (K,) bool, which of them there are.
+
+    Returns:
+        The mean over the classes, a scalar; 0 without any.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    features, labels = _prepare(features, labels)
+    prototypes = prototypes.detach().to(features)
+    return _mean(
+        [
+            (pixels_of(features, labels == c).mean(0) - prototypes[c]).square().mean()
+            for c in _classes_with_prototype(labels, known)
+        ],
+        features,
+    )
+
+
+def prototype_attraction(
+    features: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor
+) -> Tensor:
+    """Each feature against its class's prototype: mean_c mean_{n in c} mean_k (f_nk - p_ck)^2.
+
+    Arguments, result and errors are those of :func:`prototype_matching`.
+    """
+    features, labels = _prepare(features, labels)
+    prototypes = prototypes.detach().to(features)
+    return _mean(
+        [
+            (pixels_of(features, labels == c) - prototypes[c]).square().mean()
+            for c in _classes_with_prototype(labels, known)
+        ],
+        features,
+    )
+
+
+def repulsion(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """The batch's class means against each other: mean_{i != j} 1 / ||mean_i(f) - mean_j(f)||.
+
+    Args:
+        features: (B, C, h, w).
+        labels: (B, H, W) long; background is a class here as any other.
+        ignore_index: label of the pixels that are left out.
+
+    Returns:
+        The mean over the pairs, a scalar; 0 with fewer than two classes. Pairs at distance 0, which
+        have no direction to go, are left out.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    features, labels = _prepare(features, labels)
+    present = [c for c in labels.unique().tolist() if c != ignore_index]
+    means = [pixels_of(features, labels == c).mean(0) for c in present]
+    # The mean over i < j is that over i != j.
+    squares = [
+        (means[i] - means[j]).square().sum() for i in range(len(means)) for j in range(i)
+    ]
+    return _mean([square.rsqrt() for square in squares if square > 0], features)
+
+
+def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """How evenly a pixel's channels are used: mean_n sum_k exp(g_nk) / sum_k g_nk, g = f / max f.
+
+    The maximum is taken over all channels and pixels of the pixel's class in the batch. The paper's
+    features come out of a ReLU; where an encoder's do not, their positive part is taken, since the sum
+    in the denominator could be 0 or negative.
+
+    Args:
+        features: (B, C, h, w).
+        labels: (B, H, W) long; background is a class here as any other.
+        ignore_index: label of the pixels that are left out.
+
+    Returns:
+        The mean over the pixels, a scalar; 0 without any. Pixels without a positive feature are left
+        out.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    features, labels = _prepare(features, labels)
+    ratios = []
+    for c in labels.unique().tolist():
+        positive = pixels_of(features, labels == c).relu()
+        positive = positive[positive.sum(1) > 0]
+        if c != ignore_index and len(positive):
+            scaled = positive / positive.max()
+            ratios.append(scaled.exp().sum(1) / scaled.sum(1))
+    return torch.cat(ratios).mean() if ratios else features.new_zeros(())
+
+
+class _FeatureLoss(nn.Module):
+    """What the four modules share."""
+
+    needs_attention: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    needs_prototypes: ClassVar[bool] = False
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'loss_weight={self.loss_weight}'
+
+
+@MODELS.register_module()
+class PrototypeMatchingLoss(_FeatureLoss):
+    """:func:`prototype_matching` of the background pixels that the old model calls an old class.
+
+    Args:
+        loss_weight: factor of the loss, 0.01 published.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    needs_prototypes: ClassVar[bool] = True
+
+    def forward(self, student: HasFeatures, teacher: HasFeatures, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; labels (B, H, W)."""
+        prototypes = student.prototypes
+        old = teacher.labelling_logits(labels.shape[-2:]).argmax(1).masked_fill(labels != 0, 0)
+        feature = student.features[prototypes.block]
+        # Where the labels are not background, `old` is, which has no prototype.
+        loss = prototype_matching(feature, old, prototypes.means, prototypes.known)
+        return self.loss_weight * loss
+
+
+@MODELS.register_module()
+class PrototypeAttractionLoss(_FeatureLoss):
+    """:func:`prototype_attraction` of the labelled classes.
+
+    Args:
+        loss_weight: factor of the loss, 0.001 published.
+    """
+
+    needs_prototypes: ClassVar[bool] = True
+
+    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; labels (B, H, W)."""
+        prototypes = student.prototypes
+        feature = student.features[prototypes.block]
+        loss = prototype_attraction(feature, labels, prototypes.means, prototypes.known)
+        return self.loss_weight * loss
+
+
+@MODELS.register_module()
+class RepulsionLoss(_FeatureLoss):
+    """:func:`repulsion` of the labelled classes, background included.
+
+    Args:
+        loss_weight: factor of the loss, 0.001 published.
+        block: which of the encoder's feature maps; -1 is the last.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, block: int = -1) -> None:
+        super().__init__(loss_weight)
+        self.block = block
+
+    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; labels (B, H, W)."""
+        return self.loss_weight * repulsion(student.features[self.block], labels)
+
+
+@MODELS.register_module()
+class SparsityLoss(_FeatureLoss):
+    """:func:`sparsity` of all pixels that are not ignored.
+
+    Args:
+        loss_weight: factor of the loss, 0.001 published.
+        block: which of the encoder's feature maps; -1 is the last.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, block: int = -1) -> None:
+        super().__init__(loss_weight)
+        self.block = block
+
+    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; labels (B, H, W)."""
+        return self.loss_weight * sparsity(student.features[self.block], labels)

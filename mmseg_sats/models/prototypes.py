@@ -1,0 +1,111 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Prototypes: the running mean of each class's features, over all pixels seen so far.
+
+Michieli and Zanuttigh, "Continual Semantic Segmentation via Repulsion-Attraction of Sparse and
+Disentangled Latent Representations", CVPR 2021 (SDR), section 4.1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.dist import all_reduce
+from mmseg.registry import MODELS
+from torch import Tensor
+
+
+def labels_on_grid(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels (B, H, W) resized to ``size`` (h, w) by nearest neighbour."""
+    if labels.shape[1:] == size:
+        return labels
+    return F.interpolate(labels[:, None].float(), tuple(size), mode='nearest')[:, 0].to(labels.dtype)
+
+
+def pixels_of(features: Tensor, where: Tensor) -> Tensor:
+    """The feature vectors (N, C) of features (B, C, h, w) at the N places of a (B, h, w) mask."""
+    return features.permute(0, 2, 3, 1)[where]
+
+
+@MODELS.register_module()
+class ClassPrototypes:
+    """Mean features of the foreground classes, exact at any size of batch and number of ranks.
+
+    Background has none: in a stage's labels it stands for old and future classes too.
+
+    A plain object, so nothing of it enters a model's ``state_dict``: ``PrototypeHook`` carries it to
+    the next stage and through a resumed run.
+
+    Args:
+        num_classes: K, background included.
+        block: which of the encoder's feature maps; -1 is the last.
+    """
+
+    def __init__(self, num_classes: int, block: int = -1) -> None:
+        self.num_classes = num_classes
+        self.block = block
+        self._sums = torch.zeros(num_classes, 0, dtype=torch.float64)
+        self._counts = torch.zeros(num_classes, dtype=torch.float64)
+
+    @property
+    def known(self) -> Tensor:
+        """(K,) bool: the classes of which a pixel was seen."""
+        return self._counts > 0
+
+    @property
+    def means(self) -> Tensor:
+        """(K, C) float32: the prototypes, 0 where there is none yet."""
+        return (self._sums / self._counts.clamp(min=1)[:, None]).float()
+
+    @torch.no_grad()
+    def update(self, features: Sequence[Tensor], labels: Tensor) -> None:
+        """Takes in a batch, on all ranks together: :meth:`sums_of`, reduced, and :meth:`add`."""
+        batch = self.sums_of(features, labels)
+        all_reduce(batch)
+        self.add(batch)
+
+    @torch.no_grad()
+    def sums_of(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """A batch's sum of features and number of pixels of each class.
+
+        Args:
+            features: the encoder's maps (B, C_j, h_j, w_j).
+            labels: (B, H, W) long; background and labels from K on (ignore) are left out.
+
+        Returns:
+            (K, C + 1) float64, the number in the last column.
+        """
+        feature = features[self.block]
+        labels = labels_on_grid(labels, feature.shape[2:])
+        where = (labels > 0) & (labels < self.num_classes)
+        one_hot = F.one_hot(labels[where], self.num_classes).double()
+        # A product in float64 gives the same sums each time, on a GPU too; and AMP lets it be.
+        sums = one_hot.T @ pixels_of(feature, where).double()
+        return torch.cat([sums, one_hot.sum(0)[:, None]], 1)
+
+    def add(self, sums: Tensor) -> None:
+        """Adds (K, C + 1) sums of :meth:`sums_of`."""
+        self._sums, self._counts = self._sums.to(sums.device), self._counts.to(sums.device)
+        if not self._sums.shape[1]:
+            self._sums = torch.zeros_like(sums[:, :-1])
+        self._sums += sums[:, :-1]
+        self._counts += sums[:, -1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``sums`` (K, C) and ``counts`` (K,), float64, on the CPU."""
+        return dict(sums=self._sums.cpu().clone(), counts=self._counts.cpu().clone())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from the values of :meth:`state_dict`, of this stage or of an earlier one.
+
+        Raises:
+            ValueError: it knows more classes than this object.
+        """
+        sums, counts = state['sums'].double(), state['counts'].double()
+        missing = self.num_classes - counts.shape[0]
+        if missing < 0 or sums.shape[0] != counts.shape[0]:
+            raise ValueError(
+                f'prototypes of {sums.shape[0]} classes with {counts.shape[0]} counts do not fit '
+                f'{self.num_classes} classes'
+            )
+        self._sums = F.pad(sums, (0, 0, 0, missing)).clone()
+        self._counts = F.pad(counts, (0, missing)).clone()

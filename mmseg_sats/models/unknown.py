@@ -1,0 +1,94 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""SSUL's unknown class, and a classifier in pieces that are frozen and trained apart.
+
+Cha et al., "SSUL: Semantic Segmentation with Unknown Label for Exemplar-based Class-Incremental
+Learning", NeurIPS 2021, sections 3.2 and 3.3.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SplitClassifier(nn.Module):
+    """``conv_seg`` in pieces: background, old classes, new classes, and the unknown class.
+
+    Each piece is a 1x1 convolution with parameters of its own. A frozen one has no gradient, so no
+    optimizer step, momentum or weight decay reaches a single bit of it, and one may have a learning
+    rate of its own: no part of one tensor could have either.
+
+    Its ``state_dict`` is that of mmseg's ``conv_seg``, one ``weight`` and ``bias`` with a row per
+    class in channel order, plus ``unknown.weight`` and ``unknown.bias``. So a snapshot loads into
+    stock mmseg, and into a classifier that is cut elsewhere. (An EMA with ``update_buffers=True``
+    averages the tensors of ``state_dict``, which are copies here: leave it at mmengine's False.)
+
+    Args:
+        channels: channels of the features.
+        num_classes: K, background included, the unknown class not.
+        num_old: channels of the old model, background included; 1 in stage 0.
+    """
+
+    def __init__(self, channels: int, num_classes: int, num_old: int) -> None:
+        super().__init__()
+        self.in_channels = channels
+        self.out_channels = num_classes
+        sizes = dict(background=1, old=num_old - 1, new=num_classes - num_old)
+        self.sizes = {name: size for name, size in sizes.items() if size}
+        for name, size in self.sizes.items():
+            self.add_module(name, nn.Conv2d(channels, size, 1))
+        self.unknown = nn.Conv2d(channels, 1, 1)
+        self._register_state_dict_hook(_join_pieces)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K + 1, h, w) of features (B, channels, h, w); the unknown class is the last."""
+        pieces = [self.get_submodule(name) for name in (*self.sizes, 'unknown')]
+        weight = torch.cat([piece.weight for piece in pieces])
+        return nn.functional.conv2d(x, weight, torch.cat([piece.bias for piece in pieces]))
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        # The pieces are loaded after this, by their own names.
+        for kind in ('weight', 'bias'):
+            rows = state_dict.get(f'{prefix}{kind}')
+            if rows is not None and rows.shape[0] == self.out_channels:
+                del state_dict[f'{prefix}{kind}']
+                cut = rows.split(list(self.sizes.values()))
+                names = [f'{prefix}{name}.{kind}' for name in self.sizes]
+                state_dict.update(zip(names, cut, strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _join_pieces(
+    module: SplitClassifier, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
+) -> None:
+    for kind in ('weight', 'bias'):
+        rows = [state_dict.pop(f'{prefix}{name}.{kind}') for name in module.sizes]
+        state_dict[f'{prefix}{kind}'] = torch.cat(rows)
+
+
+def split_classifier(head: nn.Module, num_old: int) -> None:
+    """Exchanges the ``conv_seg`` of an mmseg head for a :class:`SplitClassifier`.
+
+    Args:
+        head: a head on ``BaseDecodeHead``; from now on it gives one channel more than its classes.
+        num_old: channels of the old model, background included; 1 in stage 0.
+    """
+    conv_seg = head.conv_seg
+    head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old)
+
+
+def fold_unknown(logits: Tensor) -> Tensor:
+    """Scores of the classes, by the rule of SSUL's evaluation.
+
+    Args:
+        logits: (B, K + 1, H, W), the unknown class last.
+
+    Returns:
+        (B, K, H, W): each class's sigmoid; background's plus the unknown class's in channel 0.
+    """
+    scores = logits.sigmoid()
+    background = scores[:, :1] + scores[:, -1:]
+    return torch.cat([background, scores[:, 1:-1]], dim=1)
