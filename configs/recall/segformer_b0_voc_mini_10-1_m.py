@@ -1,0 +1,6 @@
+_base_ = ['../_base_/segformer_b0_voc_mini.py', './recall.py']
+protocol = '10-1'
+memory = 40
+# A folder of images: --cfg-options outside_root=FOLDER
+outside_root = None
+outside_dataset = dict(type='ImageFolder', root='$outside_root')
