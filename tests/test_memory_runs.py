@@ -17,7 +17,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.datasets.exemplars import read_exemplars
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine import PseudoLabelThresholdHook
-from mmseg_sats.engine.replay import keep_exemplars
+from mmseg_sats.engine.replay import check_replay, keep_exemplars
 from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.protocol import Protocol
 from tests.conftest import CONFIGS
@@ -209,6 +209,36 @@ def test_mixed_in_instead_of_half(shapes_cfg: MakeConfig, tmp_path: Path) -> Non
     keep_all(cfg, tmp_path / 'run')
     loader = Runner.build_dataloader(stage_cfg(cfg, 1, tmp_path / 'run').train_dataloader, seed=0)
     assert len(loader) == -(-len(loader.dataset) // 8)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        path
+        for pattern in ('*/*_m.py', 'recall/segformer*.py', 'st_cil/segformer*.py')
+        for path in sorted(CONFIGS.glob(pattern))
+    ],
+    ids=lambda path: f'{path.parent.name}/{path.stem}',
+)
+def test_the_configs_replay_from_stage_1_on(path: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(path)
+    classes = 6 if 'shapes' in path.stem else 20
+    if 'ade20k' in path.stem:
+        classes = 150
+    protocol = Protocol(cfg.protocol, classes)
+    check_replay(cfg, protocol)
+    first, second = (
+        build_stage_config(cfg, protocol, stage, tmp_path) for stage in protocol.stages[:2]
+    )
+    assert first.train_dataloader.dataset.type == 'IncrementalDataset'
+    replayed = second.train_dataloader.dataset
+    assert second.train_dataloader.batch_sampler.share == 0.5
+    if path.stem.endswith('_m'):
+        assert replayed.memory == cfg.memory > 0
+        assert replayed.exemplars == str(tmp_path / 'stage_0/exemplars.json')
+    if path.parent.name in ('recall', 'st_cil'):
+        assert replayed.outside.dataset.type in ('ImageFolder', 'ShapesDataset')
+        assert second.model.outside_labeler == cfg.outside_labeler
 
 
 # Refused before training
