@@ -142,12 +142,15 @@ def test_a_run_stopped_before_its_memory_was_kept_goes_on(
 def test_outside_images_in_a_whole_run(
     method: str, shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
-    cfg = shapes_cfg(method, train_images=16, val_images=6, memory=6 if method == 'recall' else 0)
+    # Two iterations a stage; RECALL with a memory beside, which shares the replayed half.
+    memory = 6 if method == 'recall' else 0
+    cfg = shapes_cfg(method, val_images=6, batch_size=4, memory=memory)
+    cfg.train_dataloader.num_batch_per_epoch = 2
     results = RUNNERS.build(cfg).train()
     assert [len(stage['iou']) for stage in results['stages']] == [4, 5, 6, 7]
     assert 'outside_labeler' not in stage_of(tmp_path / 'run', 0).model
     dataset = DATASETS.build(stage_of(tmp_path / 'run', 1).train_dataloader.dataset)
-    sources = {'stage', 'outside'} | ({'memory'} if method == 'recall' else set())
+    sources = {'stage', 'outside'} | ({'memory'} if memory else set())
     assert set(dataset.parts) == sources
     own, other = (
         dataset[dataset.ranges[name][0]]['data_samples'].img_path for name in ('stage', 'outside')
@@ -155,7 +158,7 @@ def test_outside_images_in_a_whole_run(
     assert 'seed0' in own
     assert 'seed1' in other
     kept = read_exemplars(tmp_path / 'run/stage_3/exemplars.json')
-    assert len(kept.exemplars) == (6 if method == 'recall' else 0)
+    assert len(kept.exemplars) == memory
 
 
 # The same for every method
@@ -180,6 +183,17 @@ def test_a_run_keeps_what_a_dry_run_says(
     texts = [(finished / f'stage_{index}/exemplars.json').read_text() for index in range(4)]
     assert keep_all(shapes_cfg('sats', memory=MEMORY), tmp_path / 'dry') == texts
     assert keep_all(shapes_cfg('sats', memory=MEMORY, seed=1), tmp_path / 'other') != texts
+
+
+def test_a_memory_of_another_class_order_is_refused(
+    shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    keep_all(shapes_cfg('sats', memory=MEMORY), tmp_path / 'run')
+    cfg = shapes_cfg('sats', memory=MEMORY, class_order=[6, 5, 4, 3, 2, 1])
+    other = Protocol('3-1', 6, cfg.class_order)
+    stage = build_stage_config(cfg, other, other.stages[1], tmp_path / 'run')
+    with pytest.raises(ValueError, match=r'stage_0/exemplars.json is of another run: .*not seen'):
+        keep_exemplars(stage, other.stages[1], tmp_path, tmp_path / 'run/stage_0')
 
 
 @pytest.mark.parametrize('selection', ['RandomMemory', 'ReservoirMemory', 'MostLabelledMemory'])
