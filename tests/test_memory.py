@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mmseg.registry import TASK_UTILS
 
+from mmseg_sats.datasets.class_index import select_train
 from mmseg_sats.datasets.memory import (
     NONE,
     Candidates,
@@ -19,6 +20,8 @@ from mmseg_sats.datasets.memory import (
     reservoir_rows,
     round_robin,
 )
+from mmseg_sats.protocol import Protocol
+from tests.shared import shared_path
 
 NOTHING = np.zeros(0, dtype=np.int64)
 SELECTIONS = ['ClassBalancedMemory', 'RandomMemory', 'ReservoirMemory', 'MostLabelledMemory']
@@ -160,6 +163,25 @@ def test_no_selection_is_over_budget_in_any_stage(selection: str, size: int) -> 
         kept, stands_for = len(rows), classes
     assert kept == min(size, kept)
     assert kept > 0 or size == 0
+
+
+@pytest.mark.parametrize('name', ['15-1', '10-1', '5-3'])
+def test_the_memory_of_voc_is_balanced_after_every_stage(name: str) -> None:
+    with np.load(shared_path('facts/voc12aug_class_presence.npz'), allow_pickle=False) as facts:
+        presence = facts['train'].astype(bool)
+    kept = stands_for = NOTHING
+    for stage in Protocol(name).stages:
+        new = np.setdiff1d(select_train(presence, stage, 'overlapped'), kept)
+        rows = np.concatenate([kept, new])
+        candidates = Candidates(presence[rows][:, list(stage.seen)], stands_for)
+        picked, stands_for = ClassBalancedMemory(100).select(candidates, stage.index)
+        found = counts(stands_for, len(stage.seen))
+        assert sum(found) == 100
+        assert max(found) - min(found) <= 1
+        if stage.index:
+            # At the worst every new class takes its share out of the memory.
+            assert len(set(rows[picked]) & set(kept)) >= 100 - len(stage.new) * max(found)
+        kept = rows[picked]
 
 
 class Greedy(ExemplarMemory):

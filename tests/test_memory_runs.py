@@ -17,7 +17,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.datasets.exemplars import read_exemplars
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine import PseudoLabelThresholdHook
-from mmseg_sats.engine.replay import keep_exemplars
+from mmseg_sats.engine.replay import check_replay, keep_exemplars
 from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.protocol import Protocol
 from tests.conftest import CONFIGS
@@ -142,12 +142,15 @@ def test_a_run_stopped_before_its_memory_was_kept_goes_on(
 def test_outside_images_in_a_whole_run(
     method: str, shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
-    cfg = shapes_cfg(method, train_images=16, val_images=6, memory=6 if method == 'recall' else 0)
+    # Two iterations a stage; RECALL with a memory beside, which shares the replayed half.
+    memory = 6 if method == 'recall' else 0
+    cfg = shapes_cfg(method, val_images=6, batch_size=4, memory=memory)
+    cfg.train_dataloader.num_batch_per_epoch = 2
     results = RUNNERS.build(cfg).train()
     assert [len(stage['iou']) for stage in results['stages']] == [4, 5, 6, 7]
     assert 'outside_labeler' not in stage_of(tmp_path / 'run', 0).model
     dataset = DATASETS.build(stage_of(tmp_path / 'run', 1).train_dataloader.dataset)
-    sources = {'stage', 'outside'} | ({'memory'} if method == 'recall' else set())
+    sources = {'stage', 'outside'} | ({'memory'} if memory else set())
     assert set(dataset.parts) == sources
     own, other = (
         dataset[dataset.ranges[name][0]]['data_samples'].img_path for name in ('stage', 'outside')
@@ -155,7 +158,7 @@ def test_outside_images_in_a_whole_run(
     assert 'seed0' in own
     assert 'seed1' in other
     kept = read_exemplars(tmp_path / 'run/stage_3/exemplars.json')
-    assert len(kept.exemplars) == (6 if method == 'recall' else 0)
+    assert len(kept.exemplars) == memory
 
 
 # The same for every method
@@ -180,6 +183,17 @@ def test_a_run_keeps_what_a_dry_run_says(
     texts = [(finished / f'stage_{index}/exemplars.json').read_text() for index in range(4)]
     assert keep_all(shapes_cfg('sats', memory=MEMORY), tmp_path / 'dry') == texts
     assert keep_all(shapes_cfg('sats', memory=MEMORY, seed=1), tmp_path / 'other') != texts
+
+
+def test_a_memory_of_another_class_order_is_refused(
+    shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    keep_all(shapes_cfg('sats', memory=MEMORY), tmp_path / 'run')
+    cfg = shapes_cfg('sats', memory=MEMORY, class_order=[6, 5, 4, 3, 2, 1])
+    other = Protocol('3-1', 6, cfg.class_order)
+    stage = build_stage_config(cfg, other, other.stages[1], tmp_path / 'run')
+    with pytest.raises(ValueError, match=r'stage_0/exemplars.json is of another run: .*not seen'):
+        keep_exemplars(stage, other.stages[1], tmp_path, tmp_path / 'run/stage_0')
 
 
 @pytest.mark.parametrize('selection', ['RandomMemory', 'ReservoirMemory', 'MostLabelledMemory'])
@@ -209,6 +223,36 @@ def test_mixed_in_instead_of_half(shapes_cfg: MakeConfig, tmp_path: Path) -> Non
     keep_all(cfg, tmp_path / 'run')
     loader = Runner.build_dataloader(stage_cfg(cfg, 1, tmp_path / 'run').train_dataloader, seed=0)
     assert len(loader) == -(-len(loader.dataset) // 8)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        path
+        for pattern in ('*/*_m.py', 'recall/segformer*.py', 'st_cil/segformer*.py')
+        for path in sorted(CONFIGS.glob(pattern))
+    ],
+    ids=lambda path: f'{path.parent.name}/{path.stem}',
+)
+def test_the_configs_replay_from_stage_1_on(path: Path, tmp_path: Path) -> None:
+    cfg = Config.fromfile(path)
+    classes = 6 if 'shapes' in path.stem else 20
+    if 'ade20k' in path.stem:
+        classes = 150
+    protocol = Protocol(cfg.protocol, classes)
+    check_replay(cfg, protocol)
+    first, second = (
+        build_stage_config(cfg, protocol, stage, tmp_path) for stage in protocol.stages[:2]
+    )
+    assert first.train_dataloader.dataset.type == 'IncrementalDataset'
+    replayed = second.train_dataloader.dataset
+    assert second.train_dataloader.batch_sampler.share == 0.5
+    if path.stem.endswith('_m'):
+        assert replayed.memory == cfg.memory > 0
+        assert replayed.exemplars == str(tmp_path / 'stage_0/exemplars.json')
+    if path.parent.name in ('recall', 'st_cil'):
+        assert replayed.outside.dataset.type in ('ImageFolder', 'ShapesDataset')
+        assert second.model.outside_labeler == cfg.outside_labeler
 
 
 # Refused before training

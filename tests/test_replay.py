@@ -110,6 +110,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     [
         ('{"format": ', 'no file of exemplars'),
         ('[1, 2]', 'no file of exemplars'),
+        (
+            '{"format": "mmseg_sats exemplars 1", "stage": 0, "selection": "x", "size": 1, "seed": 0, "offered": 1, '
+            '"exemplars": [{"image": "a.jpg", "stands_for": "cow", "holds": ["cat"]}]}',
+            r"a.jpg stands for 'cow' but holds \['cat'\]",
+        ),
+        (
+            '{"format": "mmseg_sats exemplars 1", "stage": 0, "selection": "x", "size": -1, "seed": 0, "offered": 1, '
+            '"exemplars": []}',
+            'size=-1, expected a whole number',
+        ),
         ('{"format": "something else"}', "format 'something else', expected 'mmseg_sats exemplars 1'"),
     ],
 )

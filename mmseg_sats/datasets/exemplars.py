@@ -110,6 +110,11 @@ def _parse(content: Mapping) -> Exemplars:
         Exemplar(str(item['image']), item['stands_for'], tuple(item['holds']))
         for item in content['exemplars']
     ]
+    for item in items:
+        if item.stands_for is not None and item.stands_for not in item.holds:
+            raise ValueError(
+                f'{item.image} stands for {item.stands_for!r} but holds {list(item.holds)}'
+            )
     return Exemplars(selection=str(content['selection']), exemplars=tuple(items), **numbers)
 
 

@@ -74,8 +74,10 @@ def round_robin(
     """
     turns = _Turns(_queues(presence, stands_for, rng))
     classes = [int(c) for c in rng.permutation(presence.shape[1])]
+    own = [int((stands_for == c).sum()) for c in range(presence.shape[1])]
     while classes and len(turns.owner) < size:
-        for c in list(classes):
+        # In a last, incomplete round it is old exemplars that stay.
+        for c in sorted(classes, key=lambda c: len(turns.picked[c]) >= own[c]):
             if len(turns.owner) == size:
                 break
             if not turns.take(c, {c}):

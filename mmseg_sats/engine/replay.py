@@ -178,6 +178,12 @@ def _select(
         files = [item.image for item in old.exemplars] + [files[row] for row in new]
     presence = presence[:, list(stage.seen)]
     names = [dataset.class_names[label] for label in stage.seen]
+    unseen = {item.stands_for for item in old.exemplars} - {None, *names}
+    if unseen:
+        raise ValueError(
+            f'{old_file} is of another run: its exemplars stand for {sorted(unseen)}, which stage '
+            f'{stage.index} has not seen; expected {names}'
+        )
     stands_for = [
         NONE if item.stands_for is None else names.index(item.stands_for) for item in old.exemplars
     ]
