@@ -69,10 +69,10 @@ class OldModel:
             ValueError: the snapshot lacks tensors or holds them in another shape.
         """
         model_cfg = copy.deepcopy(model_cfg)
-        model_cfg['decode_head'].update(
-            num_classes=num_classes, loss_decode=dict(type='CrossEntropyLoss')
-        )
-        model_cfg['decode_head'].pop('out_channels', None)
+        head = model_cfg['decode_head']
+        # By item: mmengine's ConfigDict.update would mix the two losses' arguments.
+        head['num_classes'], head['loss_decode'] = num_classes, dict(type='CrossEntropyLoss')
+        head.pop('out_channels', None)
         model_cfg['backbone'].pop('init_cfg', None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
