@@ -20,6 +20,15 @@ def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.undo()
 
 
+@pytest.fixture(scope='session', autouse=True)
+def unformatted_configs() -> None:
+    """mmengine lays out a config by yapf about seven times a stage, half of a short run's time."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **options: (text, True))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope='session')
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the shapes are drawn, once a session."""

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import (
+    MMDistributedDataParallel,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import RUNNERS
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.freeze import freeze, hold_in_eval, is_frozen
@@ -80,6 +85,25 @@ def test_a_frozen_encoder_builds_no_graph() -> None:
     # Already here, so a DDP wrapper expects no gradient of it.
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert not any(feature.requires_grad for feature in model.backbone(images()))
+
+
+def test_a_ddp_wrapper_waits_for_no_gradient_of_what_is_frozen(tmp_path: Path) -> None:
+    """Without ``find_unused_parameters``, a second step raises where a gradient was missing."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    try:
+        model = build(model_cfg(4, True, frozen=('backbone',)))
+        wrapped = MMDistributedDataParallel(model, device_ids=None)
+        wrapper = build_optim_wrapper(wrapped, dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        wrapped.train()
+        for _ in range(2):
+            losses = wrapped(images(), samples(labels()), mode='loss')
+            wrapper.update_params(model.parse_losses(losses)[0])
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved
+        assert all(name.startswith('decode_head.') for name in moved)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_layers_that_are_exchanged_after_building_stay_in_eval() -> None:

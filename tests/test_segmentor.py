@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import ConfigDict
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmseg.models import EncoderDecoder
@@ -169,6 +170,13 @@ def test_the_old_model_needs_no_auxiliary_heads(tmp_path: Path) -> None:
     assert not any('auxiliary' in key for key in model.old_model.model.state_dict())
     torch.testing.assert_close(model.old_model(images()).logits, old.eval()(images(), mode='tensor'))
     train_a_little(model.train(), steps=1)
+
+
+def test_the_old_model_needs_nothing_of_the_students_loss(snapshot: str) -> None:
+    cfg = model_cfg(6, old_model=dict(checkpoint=snapshot, num_classes=NUM_OLD), **SATS)
+    cfg['decode_head'] = ConfigDict(cfg['decode_head'])  # as a config file gives it
+    cfg['decode_head'].loss_decode = ConfigDict(type='UnbiasedCrossEntropyLoss', num_old=NUM_OLD)
+    train_a_little(build(cfg).train(), steps=1)
 
 
 def test_the_old_model_of_a_sync_bn_student_runs_on_a_cpu(snapshot: str) -> None:

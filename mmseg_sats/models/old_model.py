@@ -74,10 +74,10 @@ class OldModel:
             ValueError: the snapshot lacks tensors or holds them in another shape.
         """
         model_cfg = copy.deepcopy(model_cfg)
-        # ConfigDict.update would merge the losses' arguments instead of replacing them.
-        model_cfg['decode_head']['num_classes'] = num_classes
-        model_cfg['decode_head']['loss_decode'] = dict(type='CrossEntropyLoss')
-        model_cfg['decode_head'].pop('out_channels', None)
+        head = model_cfg['decode_head']
+        # By item: mmengine's ConfigDict.update would mix the two losses' arguments.
+        head['num_classes'], head['loss_decode'] = num_classes, dict(type='CrossEntropyLoss')
+        head.pop('out_channels', None)
         for key in ('init_cfg', 'pretrained'):
             model_cfg['backbone'].pop(key, None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
