@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """ViT and Twins with attention are the stock ones, and their attention is the stock one's."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from mmseg_sats.models.backbones import (
     attend_with_map,
 )
 from mmseg_sats.models.losses import crp_loss
+from mmseg_sats.models.old_model import run_segmentor
+from tests.small_models import CROSS_ENTROPY
 from tests.test_attention_mit import images, parameter_gradients, stock_attention
 
 VIT: dict[str, Any] = dict(
@@ -223,3 +226,39 @@ def test_attend_with_map_is_torchs_attention() -> None:
     torch.testing.assert_close(out, expected)
     assert attention.extra_keys == 0
     torch.testing.assert_close(attention.dense(), weights[:, :, 1:])
+
+
+def test_keys_without_a_place_are_pooled_like_any_other() -> None:
+    _, own = make_pair('vit', VIT)
+    attention = own.forward_with_attention(images(48, 80))[1][1].detach()
+    assert (attention.query_hw, attention.key_hw, attention.extra_keys) == ((3, 5), (3, 5), 1)
+    labels = torch.tensor([[0, 1, 1, 2, 255]] * 3).expand(2, -1, -1)
+    means, image, label = attention.pool(labels)
+    assert means.shape == (4, 2, 1 + 15)
+    dense = attention.dense()
+    for mean, i, c in zip(means, image, label, strict=True):
+        expected = dense[i, :, (labels[i] == c).flatten()].mean(1)
+        torch.testing.assert_close(mean, expected)
+    with pytest.raises(ValueError, match=r'key_hw \(3, 5\) does not hold 16 positions'):
+        replace(attention, extra_keys=0)
+
+
+def test_features_behind_a_neck_are_the_backbones() -> None:
+    init_default_scope('mmseg')
+    head = dict(type='UPerHead', in_channels=[8] * 3, in_index=[0, 1, 2], channels=8, num_classes=4,
+                norm_cfg=dict(type='BN'), loss_decode=CROSS_ENTROPY)
+    neck = dict(type='MultiLevelNeck', in_channels=[16] * 3, out_channels=8, scales=[2, 1, 0.5])
+    model = MODELS.build(
+        dict(type='IncrementalEncoderDecoder', backbone=dict(VIT, type='AttentionVisionTransformer'),
+             neck=neck, decode_head=head, distillation=dict(attention=dict(
+                 type='CRPDistillationLoss', source='both', blocks=(0, 1, 2))))
+    ).eval()
+    with torch.no_grad():
+        output, head_inputs = run_segmentor(model, images(64, 96), with_attention=True)
+        expected = model.backbone(images(64, 96))
+        for feature, theirs, after in zip(output.features, expected, head_inputs, strict=True):
+            assert torch.equal(feature, theirs)
+            assert after.shape[1] == 8
+        assert torch.equal(output.logits, model(images(64, 96), mode='tensor'))
+    grids = [attention.query_hw for attention in output.attentions]
+    assert grids == [tuple(feature.shape[2:]) for feature in output.features] == [(4, 6)] * 3

@@ -196,7 +196,7 @@ class IncrementalRunner:
         cfg = resolve_words(cfg.to_dict(), config_words(self.cfg) | dict(stage=0))
         num_classes = DATASETS.build(dict(cfg, lazy_init=True)).protocol.num_classes
         return Protocol(
-            self.cfg.protocol, num_classes, self.cfg.get('class_order'), self.cfg.get('split')
+            self.cfg.protocol, num_classes, cfg.get('class_order'), self.cfg.get('split')
         )
 
     def _stage_config(self, stage: Stage) -> Config:
