@@ -12,7 +12,7 @@ from mmseg_sats.version import __version__  # noqa: E402
 
 project = 'mmseg_sats'
 author = 'mmseg_sats contributors'
-copyright = author  # noqa: A001  Sphinx's own word
+copyright = author
 release = version = __version__
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.apidoc']
@@ -40,7 +40,7 @@ apidoc_modules = [
 ]
 
 
-def _bars_are_bars(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001
+def _bars_are_bars(app, what, name, obj, options, lines: list[str]) -> None:
     """Lets docstrings write |C| for the size of a set, which reStructuredText takes for a substitution."""
     for row, line in enumerate(lines):
         parts = re.split(r'(``.*?``)', line)
@@ -49,6 +49,6 @@ def _bars_are_bars(app, what, name, obj, options, lines: list[str]) -> None:  # 
         )
 
 
-def setup(app) -> None:  # noqa: ANN001
+def setup(app) -> None:
     """Called by Sphinx."""
     app.connect('autodoc-process-docstring', _bars_are_bars, priority=400)

@@ -13,9 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mmseg_sats.datasets.class_index import (
-    ClassIndex,
     available_cores,
-    index_by_class,
     may_fork,
     read_labels,
     select_eval,
