@@ -57,7 +57,8 @@ def test_the_workflow_and_the_hooks_call_make_targets() -> None:
 def test_issue_templates_say_what_they_are_for() -> None:
     for path in (ROOT / '.github/ISSUE_TEMPLATE').glob('*.md'):
         head = yaml.safe_load(path.read_text(encoding='utf-8').split('---')[1])
-        assert head['name'] and head['about'], path
+        assert head['name'], path
+        assert head['about'], path
 
 
 def test_the_citation_has_the_version() -> None:
