@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_sats.engine import onnx_export
 from mmseg_sats.engine.export import check_same_logits, export_stage, load_stage, stock_config
+from tests.foreign import code_blocks
 from tests.stage_folder import CLASSES, PALETTE, make_stage
 from tests.test_tools import run
 
@@ -144,6 +147,22 @@ def test_onnxruntime_gives_the_same_logits_at_other_sizes(
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata['classes']) == CLASSES
     assert json.loads(metadata['mean']) == pytest.approx([123.675, 116.28, 103.53])
+    follow_the_page(stage, tmp_path)
+
+
+def follow_the_page(stage: Path, folder: Path) -> None:
+    """docs/serving.md's own lines see the same classes in a photograph as mmseg does."""
+    photo = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / 'photo.jpg'), photo)
+    (folder / 'exported').mkdir()
+    (folder / 'model.onnx').rename(folder / 'exported/model.onnx')
+    lines = code_blocks(Path(__file__).parents[1] / 'docs/serving.md', 'python')[1]
+    found: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(lines, found)
+        expected = inference_model(load_stage(stage)[1], 'photo.jpg').pred_sem_seg.data[0].numpy()
+    assert (found['labels'] == expected).mean() > 0.999  # ties may fall either way
 
 
 def test_onnx_that_differs_is_not_written(

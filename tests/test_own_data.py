@@ -14,6 +14,7 @@ from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.datasets.shapes_drawing import draw_scene
+from mmseg_sats.engine.trained_model import take_trained_model
 from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.test_tools import run
@@ -91,6 +92,8 @@ def test_the_page_word_by_word(yard: Path) -> None:
     for command in done:
         more = ['--cfg-options', *SMALL] if 'train_incremental' in command else []
         follow(yard, command, *more)
+    # Not on the page: evaluating again passes over stage 0 as the run did.
+    follow(yard, 'python tools/test_incremental.py work_dirs/yard')
     results = json.loads((yard / 'work_dirs/yard/results.json').read_text())
     first, second = results['stages']
     assert first['images'] is None
@@ -166,6 +169,22 @@ def test_a_model_of_another_kind_is_named(yard: Path, monkeypatch: pytest.Monkey
     (yard / 'old/cascade.py').write_text("model = dict(type='CascadeEncoderDecoder')")
     with pytest.raises(ValueError, match=r"cascade\.py: expected .* found 'CascadeEncoderDecoder'"):
         RUNNERS.build(config(yard, monkeypatch, model_config='old/cascade.py'))
+
+
+def test_preprocessing_and_imports_come_along(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Config.fromfile(yard / 'old/config.py')
+    preprocessor = trained.model.pop('data_preprocessor')
+    trained.dump(yard / 'old/config.py')
+    with pytest.raises(ValueError, match='has no data_preprocessor'):
+        RUNNERS.build(config(yard, monkeypatch))
+    trained.merge_from_dict(
+        dict(data_preprocessor=preprocessor, custom_imports=dict(imports=['json', 'mmseg_sats']))
+    )
+    trained.dump(yard / 'old/config.py')
+    cfg = config(yard, monkeypatch)
+    take_trained_model(cfg)
+    assert cfg.model.data_preprocessor.std == [255.0] * 3
+    assert cfg.custom_imports.imports == ['mmseg_sats', 'json']
 
 
 def test_names_in_another_order_are_refused(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,9 @@ def test_setup_takes_version_and_packages_from_the_tree(setup_arguments: dict[st
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / 'mmseg_sats').rglob('*.py')}
     packages = {'.'.join(folder.parts) for folder in folders}
     assert set(setup_arguments['packages']) == packages
+    kept = {path for glob in setup_arguments['package_data']['mmseg_sats']
+            for path in (ROOT / 'mmseg_sats').glob(glob)}
+    assert kept == set((ROOT / 'mmseg_sats').rglob('*.csv'))
     assert 'mmseg_sats.models.losses' in packages
 
 
@@ -147,6 +150,17 @@ def test_make_installs_once_and_again_only_for_new_requirements(checkout: Path) 
     os.utime(checkout / 'requirements' / 'constraints.txt', (later, later))
     assert make(checkout, 'venv').returncode == 0
     assert 'install' in calls(checkout)[0]
+
+
+def test_make_docs_brings_its_own_requirements_and_nobody_else_waits(checkout: Path) -> None:
+    assert make(checkout, 'test').returncode == 0
+    assert not any('docs.txt' in call for call in calls(checkout))
+    assert make(checkout, 'docs').returncode == 0
+    done = calls(checkout)
+    assert done[0].endswith('-r requirements/docs.txt')
+    assert done[1] == '-W ignore -m sphinx -b html -W --keep-going -q docs docs/_build'
+    assert make(checkout, 'docs').returncode == 0
+    assert len(calls(checkout)) == 1
 
 
 def test_make_passes_words_on(checkout: Path) -> None:
@@ -238,7 +252,7 @@ def test_a_machine_without_display_libraries_gets_headless_opencv(checkout: Path
 
 def test_make_alone_says_what_there_is(checkout: Path) -> None:
     told = make(checkout).stdout
-    for target in ('demo', 'test', 'test-slow', 'lint', 'format', 'clean'):
+    for target in ('demo', 'test', 'test-slow', 'lint', 'format', 'docs', 'clean'):
         assert f'make {target} ' in told
     assert not (checkout / '.venv').exists()
 

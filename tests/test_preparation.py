@@ -138,11 +138,11 @@ def test_an_interrupted_call_goes_on(sources: voc_preparation.VocSources, tmp_pa
 def test_a_wrong_count_a_damaged_and_a_missing_archive(
     sources: voc_preparation.VocSources, tmp_path: Path
 ) -> None:
+    wrong = dataclasses.replace(sources, train_aug=VOC.train_aug)
     with pytest.raises(ValueError, match='train_aug has 4 images, expected 10582'):
-        wrong = dataclasses.replace(sources, train_aug=VOC.train_aug)
         prepare_voc(tmp_path, tmp_path / 'data', wrong)
-    with pytest.raises(ValueError, match=r'benchmark.tgz has the MD5 sum .*Download it again from https'):
-        wrong = dataclasses.replace(sources, sbd=VOC.sbd)
+    wrong = dataclasses.replace(sources, sbd=VOC.sbd)
+    with pytest.raises(ValueError, match=r'benchmark.tgz has the MD5 sum .*Download it again from'):
         prepare_voc(tmp_path, tmp_path / 'data', wrong)
     (tmp_path / VOC.voc.name).unlink()
     with pytest.raises(FileNotFoundError, match=r'VOCtrainval.*does not exist. Download it from http'):

@@ -100,13 +100,14 @@ def main() -> int:
             failed += 1
             console.print(str(error), style='red', markup=False, soft_wrap=True)
             continue
-        write_atomically(out / name, lambda file, png=_png(overlay): file.write(png))
+        _write_png(out / name, overlay)
     print(f'{len(images) - failed} of {len(images)} images: overlays in {out}')
     return 1 if failed else 0
 
 
-def _png(picture: np.ndarray) -> bytes:
-    return cv2.imencode('.png', picture)[1].tobytes()
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    png = cv2.imencode('.png', picture)[1].tobytes()
+    write_atomically(path, lambda file: file.write(png))
 
 
 if __name__ == '__main__':

@@ -31,15 +31,19 @@ def take_trained_model(cfg: Config) -> None:
         return
     if not Path(path).is_file():
         raise FileNotFoundError(f'model_config {path} does not exist')
-    model = _read_model(Path(path))
-    own = cfg.get('model') or {}
-    merged = Config(dict(model=model))
-    merged.merge_from_dict(dict(model=dict(own)))
-    cfg.model = merged.model
-
-
-def _read_model(path: Path) -> dict[str, Any]:
     trained = Config.fromfile(path)
+    merged = Config(dict(model=_model_of(trained, path)))
+    merged.merge_from_dict(dict(model=dict(cfg.get('model') or {})))
+    cfg.model = merged.model
+    # What registers the model's parts must come along into every stage's config.
+    imports = (trained.get('custom_imports') or {}).get('imports') or []
+    if imports:
+        own = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+        own = dict(own, imports=list(dict.fromkeys([*own['imports'], *imports])))
+        cfg.custom_imports = own
+
+
+def _model_of(trained: Config, path: Path) -> dict[str, Any]:
     model = trained.get('model')
     if model is None or model.get('type') not in SEGMENTORS:
         found = 'none' if model is None else repr(model.get('type'))
@@ -47,4 +51,13 @@ def _read_model(path: Path) -> dict[str, Any]:
             f'model_config {path}: expected a model of type EncoderDecoder (one backbone, one '
             f'decode head on BaseDecodeHead), found {found}'
         )
-    return {key: value for key, value in model.to_dict().items() if key not in _OF_A_STAGE}
+    model = {key: value for key, value in model.to_dict().items() if key not in _OF_A_STAGE}
+    # mmengine takes it from the top level where the model has none of its own.
+    if not model.get('data_preprocessor'):
+        model['data_preprocessor'] = dict(trained.get('data_preprocessor') or {})
+    if not model['data_preprocessor']:
+        raise ValueError(
+            f'model_config {path} has no data_preprocessor: expected the mean and standard deviation '
+            'that the model was trained with'
+        )
+    return model

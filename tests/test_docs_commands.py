@@ -1,0 +1,170 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Every command in the README and the docs: its tool exists, and takes the words that it is given."""
+
+import argparse
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md')), *sorted((ROOT / 'docs').glob('*.md'))]
+COMMAND = r'(?:[A-Z_]+=\S+ +)*(?:python3?|bash|make|pip|source|git|pre-commit|cd) '
+# Commands that no parser of ours can judge, by their first words.
+NOT_PARSED = {
+    'pip': "pip's own command line; what is installed is tested in test_packaging.py",
+    'python -m pip': "pip's own command line",
+    'python -m pytest': "pytest's own command line",
+    'source': "the shell's own",
+    'cd': "the shell's own",
+    'git': "git's own command line",
+    'pre-commit': "pre-commit's own command line; its hooks are make targets",
+}
+# Words that stand for more of the same.
+PLACEHOLDER = re.compile(r'^(\.\.\.|…)$')
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """Commands in indented blocks, in fenced shell blocks and in inline code; && parts them."""
+    text = re.sub(r'\\\n\s*', ' ', text)
+    python_blocks = re.compile(r'^```python\n.*?^```', re.M | re.S)
+    text = python_blocks.sub('', text)
+    lines = re.findall(rf'^(?: {{4}}|\t)\$? ?({COMMAND}.*)$', text, re.M)
+    for block in re.findall(r'^```(?:bash|shell|sh|console)\n(.*?)^```', text, re.M | re.S):
+        lines += re.findall(rf'^\$? ?({COMMAND}.*)$', block, re.M)
+    without_blocks = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S)
+    without_blocks = re.sub(r'^(?: {4}|\t).*$', '', without_blocks, flags=re.M)
+    inline = re.findall(r'`([^`\n]+)`', without_blocks)
+    lines += [code for code in inline if re.match(COMMAND, code)]
+    for line in lines:
+        yield from (part.strip() for part in line.split('&&'))
+
+
+FOUND = [
+    pytest.param(command, id=f'{page.relative_to(ROOT)}: {command[:70]}')
+    for page in PAGES
+    if page.exists()
+    for command in commands_in(page.read_text(encoding='utf-8'))
+]
+
+
+class _Parser(Exception):  # noqa: N818  carries what was looked for
+    """A tool's parser, caught before it reads the command line."""
+
+
+@cache
+def parser_of(script: Path) -> argparse.ArgumentParser:
+    """The argument parser of a tool, without running the tool."""
+    spec = importlib.util.spec_from_file_location(f'{script.stem}_for_docs', script)
+    module = importlib.util.module_from_spec(spec)
+
+    def caught(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Parser(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'path', [str(script.parent), *sys.path])
+        spec.loader.exec_module(module)
+        for name in ('parse_args', 'parse_known_args'):
+            patch.setattr(argparse.ArgumentParser, name, caught)
+        try:
+            module.main()
+        except _Parser as found:
+            return found.args[0]
+    raise AssertionError(f'{script.name} reads no command line')
+
+
+def words_of(command: str) -> list[str]:
+    """The words after variables; a synopsis' [optional] parts count as given, of a|b the first."""
+    words = shlex.split(re.sub(r'[\[\]](?!\S*\.jpg)', ' ', command), comments=True)
+    words = [re.sub(r'^([\w-]+)(\|[\w-]+)+$', r'\1', word) for word in words]
+    while re.match(r'^[A-Z_]+=', words[0]):
+        words = words[1:]
+    # One capital letter stands for a number (--stage K), or for anything at all.
+    words = ['1' if re.fullmatch('[A-Z]', word) else word for word in words]
+    return [word for word in words if not PLACEHOLDER.match(word)]
+
+
+def parse(script: Path, words: list[str], command: str) -> argparse.Namespace:
+    parser = parser_of(script)
+    given = [option.split('=')[0] for option in words if option.startswith('--')]
+    unknown = [option for option in given if option not in parser._option_string_actions]
+    assert not unknown, f'{script.name} has no {unknown}: {command}'
+    try:
+        return parser.parse_args(words)
+    except SystemExit:
+        # A mention that names the tool alone, as prose does, gives no arguments to judge.
+        if words:
+            raise AssertionError(f'{script.name} does not take: {command}') from None
+        return argparse.Namespace()
+
+
+def check_config(args: argparse.Namespace) -> None:
+    """A config of ours that is named exists, and has the values that --cfg-options change."""
+    path = getattr(args, 'config', None)
+    if path is None or not path.startswith('configs/'):
+        return
+    assert (ROOT / path).is_file(), f'{path} does not exist'
+    cfg = Config.fromfile(ROOT / path)
+    for key in getattr(args, 'cfg_options', None) or {}:
+        assert key.split('.')[0] in cfg, f'{path} has no {key}'
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M))
+
+
+@pytest.mark.parametrize('command', FOUND)
+def test_the_command_is_one_that_there_is(command: str) -> None:
+    words = words_of(command)
+    if any(words[: len(start.split())] == start.split() for start in NOT_PARSED):
+        return
+    if words[0] == 'make':
+        targets = [word for word in words[1:] if '=' not in word]
+        assert set(targets) <= make_targets(), command
+        return
+    script = ROOT / words[1]
+    assert script.is_file(), f'{words[1]} does not exist: {command}'
+    arguments = words[2:]
+    if script.suffix == '.sh':
+        # CONFIG GPUS args, and PARTITION JOB CONFIG args: the rest goes to the training script.
+        arguments = {
+            'dist_train.sh': lambda w: [w[0], *w[2:]],
+            'slurm_train.sh': lambda w: w[2:],
+        }[script.name](arguments)
+        script = ROOT / 'tools/train_incremental.py'
+    check_config(parse(script, arguments, command))
+
+
+def test_commands_were_found() -> None:
+    scripts = {param.values[0].split()[1] for param in FOUND if len(param.values[0].split()) > 1}
+    assert {'tools/train_incremental.py', 'tools/export.py', 'demo'} <= scripts
+    assert len(FOUND) > 20
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py --workdir D',
+        'python tools/nothing.py',
+        'make nothing',
+        'python tools/train_incremental.py configs/sats/none.py',
+        'python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py --cfg-options epoch=3',
+        'bash tools/dist_train.sh configs/sats/segformer_b2_voc_15-1.py 4 --launch slurm',
+    ],
+)
+def test_a_command_that_drifted_is_noticed(command: str) -> None:
+    with pytest.raises(AssertionError):
+        test_the_command_is_one_that_there_is(command)
+
+
+def test_every_tool_is_mentioned() -> None:
+    text = '\n'.join(page.read_text(encoding='utf-8') for page in PAGES if page.exists())
+    tools = [path.relative_to(ROOT).as_posix() for path in (ROOT / 'tools').iterdir() if path.is_file()]
+    called_by_make = {'tools/demo.py'}
+    assert not [tool for tool in tools if tool not in text and tool not in called_by_make]
