@@ -4,6 +4,8 @@ default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
 seed = 0
 memory = 0
+# At the end of the run, WORK_DIR/report: photographs and pictures of attention in it; None writes none.
+report = dict(images=4, attention=2)
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,

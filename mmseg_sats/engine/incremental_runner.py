@@ -19,6 +19,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import write_json, write_text
 from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.report import check_report, report_at_end
 from mmseg_sats.engine.results import (
     comparison_table,
     forgetting_table,
@@ -76,6 +77,7 @@ class IncrementalRunner:
         self.cfg.setdefault('memory', 0)
         if self.cfg.memory != 0:
             raise ValueError(f'memory={self.cfg.memory!r}: exemplars are not built yet, expected 0')
+        check_report(self.cfg.get('report'))
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
@@ -112,6 +114,7 @@ class IncrementalRunner:
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
+            report_at_end(self.work_dir, self.cfg.get('report'))
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:

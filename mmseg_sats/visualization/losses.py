@@ -16,6 +16,11 @@ def loss_names(run: RunRecord) -> list[str]:
     return list(dict.fromkeys(name for stage in run.stages for name in stage.loss_means))
 
 
+def short_name(name: str) -> str:
+    """``'decode.loss_ce'`` as ``'ce'``: what people call the part."""
+    return name.removeprefix('decode.').replace('loss_', '')
+
+
 def loss_series(
     stages: Sequence[StageRecord], names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -60,8 +65,8 @@ def draw_losses(run: RunRecord) -> Figure | None:
         # Step by step: a log line is a mean over the iterations before it.
         edges = np.concatenate([[start], iterations[here]])
         heights = np.concatenate([values[:, here][:, :1], values[:, here]], axis=1)
-        ax.stackplot(edges, heights, colors=colours, step='pre',
-                     labels=names if start == min(starts) else ())
+        labels = [short_name(name) for name in names] if start == 0 else ()
+        ax.stackplot(edges, heights, colors=colours, step='pre', labels=labels)
         ax.text((start + end) / 2, 1.01, str(stage.index), ha='center', va='bottom',
                 color=MUTED, transform=ax.get_xaxis_transform())
     for end in ends[:-1]:

@@ -22,11 +22,13 @@ class PanelRow:
     Args:
         name: its file's name.
         classes: names of the classes in its truth.
+        shown: names of the classes in its truth or in a prediction.
         tiles: caption to RGB (h, w, 3) uint8: the photograph, its truth, then each run.
     """
 
     name: str
     classes: list[str]
+    shown: set[str]
     tiles: dict[str, np.ndarray]
 
 
@@ -80,11 +82,18 @@ def _row(
     image = sample_image(sample)
     tiles = {'photograph': fit(image, longest)}
     tiles['truth'] = fit(overlay(image, labels, first.palette), longest)
+    present = _names(first, labels)
+    shown = set(present)
     for label, model in models.items():
         prediction = model.predict(sample).numpy()
         tiles[label] = fit(overlay(image, prediction, model.palette), longest)
-    present = [first.classes[c] for c in np.unique(labels) if 0 < c < len(first.classes)]
-    return PanelRow(Path(sample['data_samples'].img_path).name, present, tiles)
+        shown.update(_names(model, prediction))
+    return PanelRow(Path(sample['data_samples'].img_path).name, present, shown, tiles)
+
+
+def _names(model: StageModel, labels: np.ndarray) -> list[str]:
+    """Names of the foreground classes in labels (H, W)."""
+    return [model.classes[c] for c in np.unique(labels) if 0 < c < len(model.classes)]
 
 
 def sample_image(sample: dict[str, Any]) -> np.ndarray:

@@ -8,6 +8,7 @@ import argparse
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ def write_report(
     page = dict(
         runs=runs,
         curves=album.draw(
-            'miou_by_stage', 'mIoU after each stage, one line per run', lambda: curves.draw_curves(runs)
+            'miou_by_stage', 'mIoU after each stage, one line per run', partial(curves.draw_curves, runs)
         ),
         old_new=album.draw(
             'old_and_new', 'Base and later classes after the last stage, bars per run',
-            lambda: curves.draw_old_new(runs),
+            partial(curves.draw_old_new, runs),
         ),
         sweeps=_sweeps(album, runs),
         losses=_losses(album, runs),
@@ -119,7 +120,7 @@ def _heatmaps(album: _Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
         album.draw(
             f'iou_by_class_{i}',
             f'IoU of every class after every stage of {run.label}',
-            lambda run=run: heatmap.draw_heatmap(run, stage_palette(run.stages[-1].folder)),
+            partial(heatmap.draw_heatmap, run, stage_palette(run.stages[-1].folder)),
         )
         for i, run in enumerate(runs)
     ]
@@ -130,7 +131,7 @@ def _losses(album: _Album, runs: Sequence[RunRecord]) -> list[theme.Picture | No
         album.draw(
             f'losses_{i}',
             f'The parts of the loss of {run.label}, stacked, over all stages',
-            lambda run=run: losses.draw_losses(run),
+            partial(losses.draw_losses, run),
         )
         for i, run in enumerate(runs)
     ]
@@ -139,7 +140,7 @@ def _losses(album: _Album, runs: Sequence[RunRecord]) -> list[theme.Picture | No
 def _sweeps(album: _Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
     return [
         album.draw(
-            f'sweep_{i}', f'mIoU against {sweep.key}', lambda sweep=sweep: curves.draw_sweep(sweep)
+            f'sweep_{i}', f'mIoU against {sweep.key}', partial(curves.draw_sweep, sweep)
         )
         for i, sweep in enumerate(find_sweeps(runs))
     ]
@@ -149,7 +150,7 @@ def _costs(album: _Album, runs: Sequence[RunRecord]) -> theme.Picture | None:
     if all(stage.seconds is None for run in runs for stage in run.stages):
         return None
     return album.draw(
-        'costs', 'Minutes of training and memory, per stage and run', lambda: curves.draw_costs(runs)
+        'costs', 'Minutes of training and memory, per stage and run', partial(curves.draw_costs, runs)
     )
 
 
@@ -172,12 +173,10 @@ def _photographs(
     if images:
         rows = panel.panel_rows(models, samples[:images])
         parts['panel'] = album.draw(
-            'photographs', 'Photographs with truth and predictions', lambda: panel.draw_panel(rows)
+            'photographs', 'Photographs with truth and predictions', partial(panel.draw_panel, rows)
         )
         parts['rows'] = [_row_tiles(row) for row in rows]
-        shown = dict.fromkeys(name for row in rows for name in row.classes)
-        colours = dict(zip(first.classes, first.palette, strict=True))
-        parts['legend'] = [(name, '#{:02x}{:02x}{:02x}'.format(*colours[name])) for name in shown]
+        parts['legend'] = _legend(models, rows)
     if attention:
         parts['attention'] = _attention(album, runs, models, samples[:attention])
     return parts
@@ -198,6 +197,19 @@ def _models(album: _Album, runs: Sequence[RunRecord]) -> dict[str, StageModel]:
         except _ABSENT as error:
             album.notes.append(f'{run.label} has no photographs: {error}.')
     return models
+
+
+def _legend(
+    models: Mapping[str, StageModel], rows: Sequence[panel.PanelRow]
+) -> list[tuple[str, str]]:
+    """Name and colour of every class that truth or a prediction of the panel shows."""
+    shown = {name for row in rows for name in row.shown}
+    colours = {
+        name: '#{:02x}{:02x}{:02x}'.format(*colour)
+        for model in models.values()
+        for name, colour in zip(model.classes, model.palette, strict=True)
+    }
+    return [(name, colour) for name, colour in colours.items() if name in shown]
 
 
 def _row_tiles(row: panel.PanelRow) -> dict[str, Any]:
@@ -247,14 +259,10 @@ def _attention_pictures(
         image = panel.sample_image(sample)
         name = Path(sample['data_samples'].img_path).name
         what = f'{new.classes[channel]} in {name}'
-        figure = album.draw(
-            f'attention_{i}',
-            f'Attention from {what}: old and new model of the last stage of {run.label}',
-            lambda views=views, image=image, what=what, where=labels.numpy() == channel: (
-                attention_view.draw_attention(image, views, what, where)
-            ),
-        )
-        yield figure
+        where = labels.numpy() == channel
+        draw = partial(attention_view.draw_attention, image, views, what, where)
+        alt = f'Attention from {what}: old and new model of the last stage of {run.label}'
+        yield album.draw(f'attention_{i}', alt, draw)
 
 
 def _number(value: float | None, run: int, key: str, form: str = '{:.2f}') -> Markup:
@@ -284,7 +292,11 @@ def _render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        number=_number, best=_best, loss_names=losses.loss_names, repr=repr, enumerate=enumerate
+        number=_number,
+        best=_best,
+        loss_names=losses.loss_names,
+        short_name=losses.short_name,
+        repr=repr,
     )
     return environment.get_template('report.html.j2').render(page)
 

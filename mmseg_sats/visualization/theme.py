@@ -44,6 +44,8 @@ DASHES = ('-', '--', ':', '-.')
 ON_DARK_CELL, ON_LIGHT_CELL = '#ffffff', '#000000'
 WIDTH = 4.4  # inches: a column of a paper, and a phone's screen at the size of its text
 
+# Metadata of matplotlib's SVG names addresses; the page holds none.
+_NO_METADATA = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
 _STYLE = {
     'font.family': ['DejaVu Sans'],
     'font.size': 8.5,
@@ -142,7 +144,7 @@ def finish(figure: Figure, out: Path, name: str, alt: str) -> Picture:
         name: file name without suffix.
         alt: what the picture shows, for those who cannot see it.
     """
-    svg = _render(figure, 'svg', dict(transparent=True, metadata=dict(Date=None)))
+    svg = _render(figure, 'svg', dict(transparent=True, metadata=_NO_METADATA))
     paper = dict(facecolor='white', transparent=False)
     for suffix, options in (('png', dict(paper, dpi=200)), ('pdf', paper)):
         content = _render(figure, suffix, options)
