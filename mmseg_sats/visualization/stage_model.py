@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import mmcv
+import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.datasets.class_index import labels_of
 
 
 @dataclass(eq=False)
@@ -93,6 +97,50 @@ def stage_palette(folder: Path) -> dict[str, list[int]]:
         return {}
     meta = load_checkpoint_safely(path)['meta'].get('dataset_meta', {})
     return dict(zip(meta.get('classes', ()), meta.get('palette', ()), strict=True))
+
+
+def previous_stage(folder: str | Path) -> Path:
+    """The folder of the stage before, beside it.
+
+    Raises:
+        ValueError: stage 0 has no old model, or the folder is no ``stage_k``.
+    """
+    folder = Path(folder).resolve()
+    number = folder.name.removeprefix('stage_')
+    if not number.isdigit() or folder.name == number:
+        raise ValueError(f'{folder}: expected the folder of a stage, stage_1 or later')
+    if number == '0':
+        raise ValueError(f'{folder}: stage 0 has no old model; expected stage_1 or later')
+    return folder.parent / f'stage_{int(number) - 1}'
+
+
+def load_sample(stage: StageModel, image: str | Path) -> dict[str, Any]:
+    """An image file as the stage's test pipeline packs it, without labels.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not an image.
+    """
+    if not Path(image).is_file():
+        raise FileNotFoundError(f'image {image} does not exist')
+    steps = [step for step in stage.cfg.test_pipeline if step['type'] != 'LoadAnnotations']
+    try:
+        return Compose(steps)(dict(img_path=str(image)))
+    except (OSError, AttributeError, AssertionError, cv2.error) as error:
+        raise ValueError(f'{image} cannot be read as an image: {error}') from error
+
+
+def mask_channels(stage: StageModel, mask: str | Path) -> Tensor:
+    """An annotation file's labels as the stage's channels, (H, W) long.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a single-channel 8-bit image.
+    """
+    labels_of(str(mask))
+    seg = mmcv.imread(str(mask), flag='unchanged', backend='pillow')
+    dataset = DATASETS.build(dict(copy.deepcopy(stage.cfg.test_dataloader.dataset), lazy_init=True))
+    return torch.from_numpy(dataset.table[seg.astype(np.uint8)]).long()
 
 
 def eval_dataset(cfg: Config) -> Any:

@@ -68,7 +68,6 @@ _STYLE = {
     'savefig.facecolor': 'none',
     'svg.fonttype': 'path',
     'svg.hashsalt': 'mmseg_sats',
-    'pdf.fonttype': 42,
 }
 
 
@@ -144,17 +143,21 @@ def finish(figure: Figure, out: Path, name: str, alt: str) -> Picture:
         name: file name without suffix.
         alt: what the picture shows, for those who cannot see it.
     """
-    svg = _render(figure, 'svg', dict(transparent=True, metadata=_NO_METADATA))
+    # Laid out once, not once for every format.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine('none')
+    svg = render(figure, 'svg', dict(transparent=True, metadata=_NO_METADATA))
     paper = dict(facecolor='white', transparent=False)
     for suffix, options in (('png', dict(paper, dpi=200)), ('pdf', paper)):
-        content = _render(figure, suffix, options)
+        content = render(figure, suffix, options)
         write_atomically(out / f'{name}.{suffix}', lambda file, content=content: file.write(content))
     text = svg.decode()
     text = text[text.index('<svg') :]  # without the XML prologue, which names a DTD's address
     return Picture(name, text, recolour(text), alt)
 
 
-def _render(figure: Figure, suffix: str, options: dict[str, object]) -> bytes:
+def render(figure: Figure, suffix: str, options: dict[str, object]) -> bytes:
+    """The figure as the bytes of an SVG, PNG or PDF; ``options`` are those of ``savefig``."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix, **options)
     return buffer.getvalue()
