@@ -37,13 +37,12 @@ from mmseg_sats.engine.snapshot import (
     write_weights,
 )
 from mmseg_sats.engine.stage_config import (
+    build_protocol,
     build_stage_config,
     check_pretrained,
-    config_words,
-    resolve_words,
     stage_dir,
 )
-from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.protocol import Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
 
@@ -80,7 +79,7 @@ class IncrementalRunner:
         check_report(self.cfg.get('report'))
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
-        self.protocol = self._build_protocol()
+        self.protocol = build_protocol(self.cfg)
         if self.base is not None and not self.base.is_file():
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
         self._check_work_dir()
@@ -184,14 +183,6 @@ class IncrementalRunner:
         if is_main_process():
             write_results(self.work_dir, results)
         return results
-
-    def _build_protocol(self) -> Protocol:
-        cfg = self.cfg.train_dataloader.dataset
-        cfg = resolve_words(cfg.to_dict(), config_words(self.cfg) | dict(stage=0))
-        num_classes = DATASETS.build(dict(cfg, lazy_init=True)).protocol.num_classes
-        return Protocol(
-            self.cfg.protocol, num_classes, self.cfg.get('class_order'), self.cfg.get('split')
-        )
 
     def _stage_config(self, stage: Stage) -> Config:
         return build_stage_config(self.cfg, self.protocol, stage, self.work_dir)

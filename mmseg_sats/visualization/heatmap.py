@@ -11,7 +11,6 @@ from matplotlib.patches import Rectangle
 
 from mmseg_sats.visualization.run_record import RunRecord
 from mmseg_sats.visualization.theme import (
-    INK,
     MUTED,
     ON_DARK_CELL,
     ON_LIGHT_CELL,
@@ -20,6 +19,7 @@ from mmseg_sats.visualization.theme import (
 )
 
 COLOURS = 'cividis'  # made for colour-blind people; even in lightness, so it prints in grey too
+FRAME = '#d55e00'  # stands out on every cell, on a light page and on a dark one
 ROW = 0.19  # inches
 
 
@@ -31,7 +31,18 @@ def iou_matrix(run: RunRecord) -> np.ndarray:
     return np.array(columns, dtype=float).T
 
 
-def draw_heatmap(run: RunRecord, palette: Mapping[str, Sequence[int]]) -> Figure:
+def common_top(runs: Sequence[RunRecord]) -> float:
+    """Where the colours of all runs' maps end: the best IoU of a foreground class, up to the next 10.
+
+    Background is far above the rest in a weak model, and would leave it all dark.
+    """
+    best = max((float(np.nanmax(iou_matrix(run)[1:], initial=0.0)) for run in runs), default=0.0)
+    return min(100.0, max(10.0, 10 * np.ceil(best / 10)))
+
+
+def draw_heatmap(
+    run: RunRecord, palette: Mapping[str, Sequence[int]], top: float = 100.0
+) -> Figure:
     """IoU per class and stage.
 
     A frame marks the stage that taught a class. Before it there is no cell.
@@ -39,6 +50,7 @@ def draw_heatmap(run: RunRecord, palette: Mapping[str, Sequence[int]]) -> Figure
     Args:
         run: the run.
         palette: RGB of the classes by name, drawn beside the names.
+        top: the value of the lightest colour; what is above it is as light.
     """
     values = iou_matrix(run)
     rows, columns = values.shape
@@ -46,11 +58,11 @@ def draw_heatmap(run: RunRecord, palette: Mapping[str, Sequence[int]]) -> Figure
     ax = axes[0]
     colours = matplotlib.colormaps[COLOURS]
     mesh = ax.pcolormesh(
-        np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=100, edgecolors='none'
+        np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=top, edgecolors='none'
     )
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            ink = ON_LIGHT_CELL if value > 50 else ON_DARK_CELL
+            ink = ON_LIGHT_CELL if value > top / 2 else ON_DARK_CELL
             ax.text(column + 0.5, row + 0.5, f'{value:.0f}', color=ink, ha='center', va='center',
                     fontsize=7)
     _mark_learning(ax, run)
@@ -63,7 +75,8 @@ def draw_heatmap(run: RunRecord, palette: Mapping[str, Sequence[int]]) -> Figure
         spine.set_visible(False)
     ax.invert_yaxis()
     _swatches(ax, [palette.get(name) for name in run.class_names])
-    bar = figure.colorbar(mesh, ax=ax, location='top', aspect=40, shrink=0.9, pad=0.01)
+    bar = figure.colorbar(mesh, ax=ax, location='top', aspect=40, shrink=0.9, pad=0.01,
+                          extend='max' if np.nanmax(values) > top else 'neither')
     bar.set_label('IoU in %')
     bar.outline.set_visible(False)
     return figure
@@ -75,8 +88,8 @@ def _mark_learning(ax: Axes, run: RunRecord) -> None:
         rows = [names.index(name) for name in stage.results['new_classes'] if name in names]
         if rows and len(run.stages) > 1:
             ax.add_patch(
-                Rectangle((column, min(rows)), 1, len(rows), fill=False, edgecolor=INK,
-                          linewidth=1.4, clip_on=False)
+                Rectangle((column, min(rows)), 1, len(rows), fill=False, edgecolor=FRAME,
+                          linewidth=1.6, clip_on=False)
             )
 
 

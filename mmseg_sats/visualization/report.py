@@ -116,11 +116,12 @@ def write_report(
 
 
 def _heatmaps(album: _Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
+    top = heatmap.common_top(runs)
     return [
         album.draw(
             f'iou_by_class_{i}',
             f'IoU of every class after every stage of {run.label}',
-            partial(heatmap.draw_heatmap, run, stage_palette(run.stages[-1].folder)),
+            partial(heatmap.draw_heatmap, run, stage_palette(run.stages[-1].folder), top),
         )
         for i, run in enumerate(runs)
     ]
