@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Stages: the runner, what it writes, and hooks."""
 
-from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
+from mmseg_sats.engine.hooks import ProgressHook, PseudoLabelThresholdHook
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
 
-__all__ = ['IncrementalRunner', 'PseudoLabelThresholdHook']
+__all__ = ['IncrementalRunner', 'ProgressHook', 'PseudoLabelThresholdHook']
