@@ -3,6 +3,7 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import find_thresholds
+from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.visualization import contact_sheet, theme
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / 'tools/browse_incremental.py'))
@@ -51,7 +52,7 @@ def test_pseudo_labels_are_those_of_the_loss(
     stage_cfg: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = MODELS.build(stage_cfg.model)
-    find_thresholds(stage_cfg, model)
+    PseudoLabelThresholdHook().find(SimpleNamespace(cfg=stage_cfg), model)
     dataset = DATASETS.build(contact_sheet.keep_full_labels(stage_cfg.train_dataloader.dataset))
     sample = dataset[0]
     (shown,) = contact_sheet.training_pictures([sample], model)
@@ -71,13 +72,14 @@ def test_pseudo_labels_are_those_of_the_loss(
 def test_memory_is_named(stage_cfg: Config) -> None:
     dataset = DATASETS.build(contact_sheet.keep_full_labels(stage_cfg.train_dataloader.dataset))
     dataset.get_data_info = lambda idx, info=dataset.get_data_info: dict(info(idx), source='memory')
-    shown = contact_sheet.training_pictures([dataset[0]], None)
+    shown = contact_sheet.training_pictures([dataset[0]], object())
     assert shown[0].source == 'memory'
+    np.testing.assert_array_equal(shown[0].completed, shown[0].labels)  # no pseudo-labels for it
     with theme.style():
         names = (dataset.class_names, [[9 * i, 0, 0] for i in range(7)])
         figure = contact_sheet.draw_sheet(shown, names, names, 'title')
     assert 'from memory' in figure.axes[0].get_xlabel()
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
 
 
 def test_a_transform_that_forgets_the_other_maps_is_named() -> None:

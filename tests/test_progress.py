@@ -22,12 +22,13 @@ from rich.console import Console
 from mmseg_sats.engine import ProgressHook
 from mmseg_sats.engine.run_plan import (
     StagePlan,
+    build_protocol,
     find_incremental_dataset,
     plan_run,
     read_presence,
     time_left,
 )
-from mmseg_sats.engine.stage_config import build_protocol, build_stage_config
+from mmseg_sats.engine.stage_config import build_stage_config
 from mmseg_sats.visualization import OneAxisVisBackend
 
 
@@ -63,6 +64,7 @@ def test_the_plan_is_what_the_stages_do(tiny_runs: list[Path]) -> None:
     stage = Config.fromfile(tiny_runs[0] / 'stage_1/config.py')
     dataset = DATASETS.build(stage.train_dataloader.dataset)
     assert find_incremental_dataset(SimpleNamespace(datasets=[dataset])) is dataset
+    assert find_incremental_dataset(SimpleNamespace(parts=dict(stage=dataset))) is dataset
     assert find_incremental_dataset(SimpleNamespace()) is None
     plans = plan_run(cfg, dataset, read_presence(dataset), tiny_runs[0])
     results = json.loads((tiny_runs[0] / 'results.json').read_text())['stages']

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from mmseg_sats.engine.report import report_at_end
+from mmseg_sats.engine.run_report import report_at_end
 from mmseg_sats.visualization import curves, heatmap, losses, panel, theme
 from mmseg_sats.visualization.report import check_options, main, write_report, write_run_report
 from mmseg_sats.visualization.run_record import (

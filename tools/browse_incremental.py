@@ -7,6 +7,7 @@ python tools/browse_incremental.py CONFIG --stage K [--work-dir D] [--number N] 
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from mmengine.config import Config, DictAction
@@ -14,8 +15,9 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.checkpoint import write_atomically
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import find_thresholds
-from mmseg_sats.engine.stage_config import build_protocol, build_stage_config, stage_dir
+from mmseg_sats.engine import PseudoLabelThresholdHook
+from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
+from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.visualization import contact_sheet, theme
 
@@ -69,7 +71,7 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
             model.pseudo_labeler.load_state_dict(json.loads(kept.read_text()))
         else:
             print("finding the pseudo-labels' thresholds on the stage's training images ...")
-            find_thresholds(cfg, model)
+            PseudoLabelThresholdHook().find(SimpleNamespace(cfg=cfg), model)
     return model
 
 
@@ -89,9 +91,7 @@ def browse(args: argparse.Namespace) -> list[Path]:
         [dataset[int(index)] for index in order],
         build_labeling_model(cfg, stage_dir(work_dir, stage.index)),
     )
-    inner = dataset
-    while not hasattr(inner, 'class_names'):  # a memory may stand around the stage's images
-        inner = inner.dataset if hasattr(inner, 'dataset') else inner.datasets[0]
+    inner = find_incremental_dataset(dataset)
     names, palette = inner.class_names, list(inner.dataset.metainfo['palette'])
     palette = [[0, 0, 0]] * (len(names) - len(palette)) + palette
     meta = dataset.metainfo

@@ -13,7 +13,7 @@ import torch
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.suggest import near_match
 from mmseg_sats.visualization import attention_view, theme
-from mmseg_sats.visualization.overlay import rgb_image
+from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.stage_model import (
     StageModel,
     load_sample,

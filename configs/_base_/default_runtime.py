@@ -4,8 +4,6 @@ default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
 seed = 0
 memory = 0
-# At the end of the run, WORK_DIR/report: photographs and pictures of attention in it; None writes none.
-report = dict(images=4, attention=2)
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -20,6 +18,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'))
 # The first does nothing in a stage without pseudo-labels.
 custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='ProgressHook')]
+# WORK_DIR/report, at the end of the run: photographs and pictures of attention in it; None writes none.
+report = dict(images=4, attention=2)
 vis_backends = [dict(type='LocalVisBackend')]
 # Chosen by --cfg-options 'vis_backends=$tensorboard' (or $wandb): all stages of a run on one axis.
 tensorboard = [

@@ -19,7 +19,6 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import write_json, write_text
 from mmseg_sats.engine.distributed import join_process_group
-from mmseg_sats.engine.report import check_report, report_at_end
 from mmseg_sats.engine.results import (
     comparison_table,
     forgetting_table,
@@ -28,6 +27,7 @@ from mmseg_sats.engine.results import (
     stage_table,
     write_results,
 )
+from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.snapshot import (
     adopt_base,
     latest_checkpoint,
@@ -37,12 +37,13 @@ from mmseg_sats.engine.snapshot import (
     write_weights,
 )
 from mmseg_sats.engine.stage_config import (
-    build_protocol,
     build_stage_config,
     check_pretrained,
+    config_words,
+    resolve_words,
     stage_dir,
 )
-from mmseg_sats.protocol import Stage
+from mmseg_sats.protocol import Protocol, Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
 
@@ -76,12 +77,12 @@ class IncrementalRunner:
         self.cfg.setdefault('memory', 0)
         if self.cfg.memory != 0:
             raise ValueError(f'memory={self.cfg.memory!r}: exemplars are not built yet, expected 0')
-        check_report(self.cfg.get('report'))
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
-        self.protocol = build_protocol(self.cfg)
+        self.protocol = self._build_protocol()
         if self.base is not None and not self.base.is_file():
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
+        check_report(self.cfg.get('report'))
         self._check_work_dir()
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
@@ -183,6 +184,14 @@ class IncrementalRunner:
         if is_main_process():
             write_results(self.work_dir, results)
         return results
+
+    def _build_protocol(self) -> Protocol:
+        cfg = self.cfg.train_dataloader.dataset
+        cfg = resolve_words(cfg.to_dict(), config_words(self.cfg) | dict(stage=0))
+        num_classes = DATASETS.build(dict(cfg, lazy_init=True)).protocol.num_classes
+        return Protocol(
+            self.cfg.protocol, num_classes, self.cfg.get('class_order'), self.cfg.get('split')
+        )
 
     def _stage_config(self, stage: Stage) -> Config:
         return build_stage_config(self.cfg, self.protocol, stage, self.work_dir)

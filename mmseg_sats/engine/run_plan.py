@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.dist import get_world_size
+from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.class_index import ClassIndex, select_train
-from mmseg_sats.engine.stage_config import build_stage_config
+from mmseg_sats.engine.stage_config import (
+    build_stage_config,
+    config_words,
+    resolve_words,
+)
+from mmseg_sats.protocol import Protocol
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,29 @@ class StagePlan:
 def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
     """The stage's own images in a dataset that may have others wrapped around it."""
     while not isinstance(dataset, IncrementalDataset):
-        inner = getattr(dataset, 'dataset', None) or next(
-            iter(getattr(dataset, 'datasets', ())), None
-        )
-        if inner is None:
+        inner = [
+            getattr(dataset, 'dataset', None),
+            *getattr(dataset, 'datasets', ()),
+            *getattr(dataset, 'parts', {}).values(),
+        ]
+        dataset = next((item for item in inner if item is not None), None)
+        if dataset is None:
             return None
-        dataset = inner
     return dataset
+
+
+def build_protocol(cfg: Config) -> Protocol:
+    """The protocol of a run's config, over the classes of its data set; no image is read.
+
+    Raises:
+        ValueError: an impossible protocol.
+        KeyError: the training data's config uses a word that is not defined.
+    """
+    words = config_words(cfg) | dict(stage=0)
+    dataset = resolve_words(cfg.train_dataloader.dataset.to_dict(), words)
+    while dataset.get('type') != 'IncrementalDataset':
+        dataset = dataset['dataset']
+    return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 
 def read_presence(dataset: IncrementalDataset) -> np.ndarray:

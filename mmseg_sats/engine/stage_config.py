@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.classifier import shape_mismatches
@@ -83,20 +83,6 @@ def resolve_words(
     if match[1] in seen:
         raise KeyError(f'{path}={value!r} stands for itself: {" -> ".join((*seen, match[1]))}')
     return resolve_words(words[match[1]], words, path, (*seen, match[1]))
-
-
-def build_protocol(cfg: Config) -> Protocol:
-    """The protocol of a run's config, over the classes of its data set.
-
-    Raises:
-        ValueError: an impossible protocol.
-        KeyError: the training data's config uses a word that is not defined.
-    """
-    dataset = resolve_words(
-        cfg.train_dataloader.dataset.to_dict(), config_words(cfg) | dict(stage=0)
-    )
-    num_classes = DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
-    return Protocol(cfg.protocol, num_classes, cfg.get('class_order'), cfg.get('split'))
 
 
 def build_stage_config(

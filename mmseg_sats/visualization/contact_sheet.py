@@ -17,7 +17,7 @@ from mmseg.registry import TRANSFORMS
 from torch import Tensor
 
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
-from mmseg_sats.visualization.overlay import IGNORED, colour_mask, rgb_image
+from mmseg_sats.visualization.masks import IGNORED, colour_mask, rgb_image
 from mmseg_sats.visualization.theme import MUTED, new_figure, unit_colour
 
 Palette = Sequence[Sequence[int]]
@@ -112,7 +112,11 @@ def training_pictures(
 def _picture(sample: dict[str, Any], model: IncrementalEncoderDecoder | None) -> TrainingPicture:
     data = sample['data_samples']
     labels = data.gt_sem_seg.data[0]
-    completed = None if model is None else _completed(sample, labels, model).numpy()
+    completed = None
+    if model is not None:
+        # What comes from a memory keeps its labels.
+        own = data.source == 'stage'
+        completed = (_completed(sample, labels, model) if own else labels).numpy()
     return TrainingPicture(
         Path(data.img_path).name,
         data.source,

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmseg_sats.visualization.overlay import fit, overlay, rgb_image
+from mmseg_sats.visualization.masks import fit, overlay, rgb_image
 from mmseg_sats.visualization.stage_model import StageModel
 from mmseg_sats.visualization.theme import new_figure
 

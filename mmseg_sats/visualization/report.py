@@ -21,7 +21,7 @@ from mmengine.logging import print_log
 from mmseg_sats.checkpoint import write_text
 from mmseg_sats.suggest import check_choice
 from mmseg_sats.visualization import attention_view, curves, heatmap, losses, panel, theme
-from mmseg_sats.visualization.overlay import encode
+from mmseg_sats.visualization.masks import encode
 from mmseg_sats.visualization.run_record import (
     RunRecord,
     config_differences,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -43,47 +42,41 @@ class PseudoLabelThresholdHook(Hook):
         if path.exists():
             labeler.load_state_dict(json.loads(path.read_text()))
         else:
-            find_thresholds(runner.cfg, model)
+            self.find(runner, model)
             barrier()
             if is_main_process():
                 write_json(path, labeler.state_dict())
         runner.logger.info(f'pseudo-labels: {labeler.state_dict()}')
 
+    @torch.no_grad()
+    def find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:
+        """Sets the thresholds of the model's pseudo-labeler; of ``runner`` only ``cfg`` is read."""
+        labeler = model.pseudo_labeler
+        labeler.reset(model.old_model.model.num_classes)
+        device = next(model.parameters()).device
+        for batch in Runner.build_dataloader(self._dataloader_cfg(runner)):
+            data = model.data_preprocessor(batch, False)
+            labels = torch.stack(
+                [sample.gt_sem_seg.data for sample in data['data_samples']]
+            ).squeeze(1)
+            output = model.old_model(data['inputs'])
+            labeler.update(labels.to(device).long(), output.resized(labels.shape[-2:]))
+        all_reduce(labeler.histograms)
+        labeler.compute()
 
-@torch.no_grad()
-def find_thresholds(cfg: Config, model: IncrementalEncoderDecoder) -> None:
-    """Sets the thresholds of the model's pseudo-labeler from the stage's training images.
-
-    Args:
-        cfg: the stage's config.
-        model: its model, with an old model.
-    """
-    labeler = model.pseudo_labeler
-    labeler.reset(model.old_model.model.num_classes)
-    device = next(model.parameters()).device
-    for batch in Runner.build_dataloader(_dataloader_cfg(cfg)):
-        data = model.data_preprocessor(batch, False)
-        labels = torch.stack(
-            [sample.gt_sem_seg.data for sample in data['data_samples']]
-        ).squeeze(1)
-        output = model.old_model(data['inputs'])
-        labeler.update(labels.to(device).long(), output.resized(labels.shape[-2:]))
-    all_reduce(labeler.histograms)
-    labeler.compute()
-
-
-def _dataloader_cfg(stage_cfg: Config) -> dict[str, Any]:
-    """The stage's training images, each once, as evaluation would see them."""
-    dataset = copy.deepcopy(stage_cfg.train_dataloader.dataset)
-    dataset.pipeline = copy.deepcopy(stage_cfg.test_pipeline)
-    train = stage_cfg.train_dataloader
-    cfg = dict(
-        dataset=dataset,
-        batch_size=1,
-        num_workers=train.get('num_workers', 0),
-        sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-    )
-    if 'num_batch_per_epoch' in train:
-        # mmengine then trains on the first so many images alone.
-        cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
-    return cfg
+    @staticmethod
+    def _dataloader_cfg(runner: Runner) -> dict[str, Any]:
+        """The stage's training images, each once, as evaluation would see them."""
+        dataset = copy.deepcopy(runner.cfg.train_dataloader.dataset)
+        dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
+        train = runner.cfg.train_dataloader
+        cfg = dict(
+            dataset=dataset,
+            batch_size=1,
+            num_workers=train.get('num_workers', 0),
+            sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
+        )
+        if 'num_batch_per_epoch' in train:
+            # mmengine then trains on the first so many images alone.
+            cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
+        return cfg
