@@ -59,7 +59,8 @@ class IncrementalRunner:
     Args:
         cfg: the run's config. Beside mmseg's keys it has ``protocol`` and ``work_dir``, and may have ``split``,
             ``class_order``, ``setting``, ``initial_stage``, ``later_stages`` (see ``stage_config``),
-            ``base`` (a checkpoint from which stage 0 is taken) and ``resume``.
+            ``base`` (a checkpoint from which stage 0 is taken), ``resume`` and ``report``
+            (its options; None for none).
 
     Raises:
         ValueError: an impossible protocol, or a work dir that holds a run already and no ``resume``.
