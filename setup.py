@@ -27,7 +27,10 @@ setup(
     description='Class-incremental semantic segmentation for mmseg, with self-attention transfer',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg_sats', 'mmseg_sats.*']),
-    package_data={'mmseg_sats': ['datasets/*.csv']},
+    package_data={
+        'mmseg_sats': ['datasets/*.csv'],
+        'mmseg_sats.visualization': ['templates/*.j2'],
+    },
     python_requires='>=3.10',
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name) for name in ('mm', 'tests', 'dev', 'onnx', 'voc')},

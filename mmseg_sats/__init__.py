@@ -5,7 +5,7 @@ Importing the package registers its parts in mmseg's registries, which is what
 ``custom_imports=dict(imports=['mmseg_sats'])`` in a config asks for.
 """
 
-from mmseg_sats import datasets, engine, evaluation, models
+from mmseg_sats import datasets, engine, evaluation, models, visualization
 from mmseg_sats.version import __version__
 
-__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models']
+__all__ = ['__version__', 'datasets', 'engine', 'evaluation', 'models', 'visualization']

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import RUNNERS
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -42,8 +43,23 @@ def shapes_cfg(shapes_root: Path, tmp_path: Path) -> Callable[..., Config]:
     def make(method: str, name: str = 'run', **options: Any) -> Config:
         cfg = Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
         small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), epochs=1, image_size=64,
-                     crop_size=64, train_images=24, val_images=12, batch_size=8)
+                     crop_size=64, train_images=24, val_images=12, batch_size=8, report=None)
         cfg.merge_from_dict(small | options)
         return cfg
 
     return make
+
+
+@pytest.fixture(scope='session')
+def tiny_runs(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Work dirs of two finished runs of two stages, SATS with its report and fine-tuning; read only."""
+    folder = tmp_path_factory.mktemp('tiny')
+    for method, base in (('sats', None), ('finetune', str(folder / 'sats/stage_0/snapshot.pth'))):
+        cfg = Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
+        report = dict(images=2, attention=1) if method == 'sats' else None
+        small = dict(data_root=str(shapes_root), work_dir=str(folder / method), epochs=2, image_size=64,
+                     crop_size=64, train_images=24, val_images=12, batch_size=8, protocol='3-3',
+                     base=base, report=report)
+        cfg.merge_from_dict(small)
+        RUNNERS.build(cfg).train()
+    return [folder / 'sats', folder / 'finetune']

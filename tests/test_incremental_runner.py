@@ -73,6 +73,7 @@ def finished(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             train_images=24,
             val_images=12,
             batch_size=8,
+            report=None,
         )
     )
     RUNNERS.build(cfg).train()

@@ -76,6 +76,21 @@ def test_setup_takes_version_and_packages_from_the_tree(setup_arguments: dict[st
     assert 'mmseg_sats.models.losses' in packages
 
 
+def test_files_that_are_no_modules_are_installed_too(setup_arguments: dict[str, Any]) -> None:
+    patterns = {
+        ROOT.joinpath(*package.split('.'), pattern)
+        for package, given in setup_arguments['package_data'].items()
+        for pattern in given
+    }
+    files = [path for path in (ROOT / 'mmseg_sats').rglob('*')
+             if path.is_file() and path.suffix not in ('.py', '.pyc')]
+    assert ROOT / 'mmseg_sats/visualization/templates/report.html.j2' in files
+    manifest = (ROOT / 'MANIFEST.in').read_text()
+    for path in files:
+        assert any(path.match(str(pattern)) for pattern in patterns), path
+        assert f'*{path.suffix}' in manifest
+
+
 def test_every_requirement_is_pinned() -> None:
     lines = (ROOT / 'requirements' / 'constraints.txt').read_text().splitlines()
     pins = [re.match(r'([\w.-]+)==[\w.]+(; python_version >= "3\.\d+")?$', line)

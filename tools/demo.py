@@ -17,6 +17,7 @@ from mmengine.registry import RUNNERS
 from rich.console import Console
 
 from mmseg_sats.engine.results import comparison_table, forgetting_table, stage_table
+from mmseg_sats.visualization.report import write_report
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CONFIG = 'segformer_tiny_shapes_3-1.py'
@@ -26,6 +27,7 @@ def run(method: str, out: Path, base: Path | None = None) -> dict:
     """Trains one method through all stages; returns its results."""
     cfg = Config.fromfile(CONFIGS / method / CONFIG)
     cfg.work_dir, cfg.base = str(out / method), str(base) if base else None
+    cfg.report = None  # there is one for all three
     shutil.rmtree(out / method, ignore_errors=True)
     (out / method).mkdir(parents=True)
     # A person reads the terminal: it gets the tables, log.txt all the rest.
@@ -65,6 +67,9 @@ def main() -> None:
     console.print('\nmIoU after the last stage: base classes, classes learned later, all')
     print(comparison_table(runs))
     console.print(f'figures: {out}/*/results.json and results.csv')
+    with console.status('drawing the report ...'):
+        page = write_report([out / one['method'] for one in runs], out / 'report')
+    console.print(f'pictures: {page}, to be opened in a browser')
 
 
 if __name__ == '__main__':

@@ -19,9 +19,18 @@ default_hooks = dict(
     # Two: mmengine removes the older one before the next is written.
     checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'))
-# They do nothing in a stage without pseudo-labels, and in a model without prototypes.
-custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='PrototypeHook')]
+# The first does nothing in a stage without pseudo-labels, the second in a model without prototypes.
+custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='PrototypeHook'), dict(type='ProgressHook')]
+# WORK_DIR/report, at the end of the run: photographs and pictures of attention in it; None writes none.
+report = dict(images=4, attention=2)
 vis_backends = [dict(type='LocalVisBackend')]
+# Chosen by --cfg-options 'vis_backends=$tensorboard' (or $wandb): all stages of a run on one axis.
+tensorboard = [
+    dict(type='LocalVisBackend'),
+    dict(type='OneAxisVisBackend', backend=dict(type='TensorboardVisBackend'))]
+wandb = [
+    dict(type='LocalVisBackend'),
+    dict(type='OneAxisVisBackend', backend=dict(type='WandbVisBackend', init_kwargs=dict(project='mmseg_sats')))]
 visualizer = dict(type='SegLocalVisualizer', vis_backends='$vis_backends', name='visualizer')
 log_processor = dict(by_epoch=True)
 log_level = 'INFO'

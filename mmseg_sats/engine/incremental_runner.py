@@ -30,6 +30,7 @@ from mmseg_sats.engine.results import (
     stage_table,
     write_results,
 )
+from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.snapshot import (
     adopt_base,
     latest_checkpoint,
@@ -61,7 +62,8 @@ class IncrementalRunner:
     Args:
         cfg: the run's config. Beside mmseg's keys it has ``protocol`` and ``work_dir``, and may have ``split``,
             ``class_order``, ``setting``, ``initial_stage``, ``later_stages`` (see ``stage_config``),
-            ``base`` (a checkpoint from which stage 0 is taken) and ``resume``.
+            ``base`` (a checkpoint from which stage 0 is taken), ``resume`` and ``report``
+            (its options; None for none).
 
     Raises:
         ValueError: an impossible protocol or memory, or a work dir that holds a run already and no
@@ -84,6 +86,7 @@ class IncrementalRunner:
         check_replay(self.cfg, self.protocol)
         if self.base is not None and not self.base.is_file():
             raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
+        check_report(self.cfg.get('report'))
         self._check_work_dir()
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
@@ -116,6 +119,7 @@ class IncrementalRunner:
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
+            report_at_end(self.work_dir, self.cfg.get('report'))
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:

@@ -1,2 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Pictures of what a model sees."""
+"""Pictures: the report of runs, attention views, contact sheets; and where curves are logged."""
+
+from mmseg_sats.visualization.vis_backend import OneAxisVisBackend
+
+__all__ = ['OneAxisVisBackend']

@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Hooks of mmengine's runner."""
 
+from mmseg_sats.engine.hooks.progress_hook import ProgressHook
 from mmseg_sats.engine.hooks.prototype_hook import PrototypeHook
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThresholdHook
 
-__all__ = ['PrototypeHook', 'PseudoLabelThresholdHook']
+__all__ = ['ProgressHook', 'PrototypeHook', 'PseudoLabelThresholdHook']

@@ -44,14 +44,15 @@ class PseudoLabelThresholdHook(Hook):
         if path.exists():
             labeler.load_state_dict(json.loads(path.read_text()))
         else:
-            self._find(runner, model)
+            self.find(runner, model)
             barrier()
             if is_main_process():
                 write_json(path, labeler.state_dict())
         runner.logger.info(f'pseudo-labels: {labeler.state_dict()}')
 
     @torch.no_grad()
-    def _find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:
+    def find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:
+        """Sets the thresholds of the model's pseudo-labeler; of ``runner`` only ``cfg`` is read."""
         labeler = model.pseudo_labeler
         labeler.reset(model.old_model.model.num_classes)
         device = next(model.parameters()).device

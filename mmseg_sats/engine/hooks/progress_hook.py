@@ -1,0 +1,229 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""How far a run is: a display in a terminal, plain lines in a file."""
+
+import atexit
+import datetime
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.engine.run_plan import (
+    StagePlan,
+    find_incremental_dataset,
+    plan_run,
+    read_presence,
+    time_left,
+)
+from mmseg_sats.protocol import Stage
+
+_REFRESH = 0.5  # seconds between two drawings of the display
+_SHOWN_STAGES = 10  # rows of the table, so that all fits 24 lines
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Tells which stage of how many runs, what it learns, its losses by part, and the time left.
+
+    In a terminal a display stands below whatever else is printed; mmengine's lines go to the log
+    file alone meanwhile, warnings excepted. Elsewhere, and in the log file always, a plain line
+    says the same every ``interval`` seconds. Times are those of training: evaluation comes on top.
+
+    Args:
+        interval: seconds between plain lines.
+        terminal: whether to draw the display; None draws it where the output is a terminal.
+    """
+
+    priority = 'LOW'  # after the losses of an iteration were noted
+
+    def __init__(self, interval: float = 60.0, terminal: bool | None = None) -> None:
+        self.interval = interval
+        self.console = Console(file=sys.stdout, force_terminal=terminal)
+        self.plans: list[StagePlan] = []
+        self._live: Live | None = None
+        self._quiet: list[tuple[logging.StreamHandler, int, Any]] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Finds out what there is to do, and begins to tell of it."""
+        dataset = find_incremental_dataset(runner.train_dataloader.dataset)
+        self.index = 0 if dataset is None else dataset.stage.index
+        self.plans = [] if dataset is None else _plans(runner, dataset)
+        self.images = len(runner.train_dataloader.dataset)
+        self.learns = (
+            [] if dataset is None else [dataset.class_names[c] for c in dataset.stage.new]
+        )
+        self.rows = _stages_so_far(Path(runner.work_dir))
+        self._started = self._drawn = self._told = time.perf_counter()
+        self._first = runner.iter
+        if not is_main_process():
+            return
+        runner.logger.info(f'{self._where()}: {self._what()}')
+        if self.console.is_terminal:
+            self._open(runner)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Tells the losses and the time left, now and then."""
+        if not is_main_process():
+            return
+        now = time.perf_counter()
+        last = runner.iter + 1 >= runner.max_iters
+        if self._live is not None and (last or now - self._drawn >= _REFRESH):
+            self._drawn = now
+            self._live.update(self._display(runner), refresh=True)
+        if last or now - self._told >= self.interval:
+            self._told = now
+            losses = ', '.join(f'{name} {value:.4g}' for name, value in _losses(runner).items())
+            stage, run = self._left(runner)
+            runner.logger.info(
+                f'{self._where()}, {_epoch(runner)}: {losses}; training left: {stage} for the '
+                f'stage, about {run} for the run'
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        """Takes the display away."""
+        self._close()
+
+    def after_stage(self, runner: Runner, stage: Stage, metrics: Mapping[str, float]) -> None:
+        """Says how good the stage has become."""
+        if is_main_process():
+            values = ', '.join(f'{key} {metrics[f"mIoU_{key}"]:.2f}' for key in ('base', 'new', 'all'))
+            self.index = stage.index
+            runner.logger.info(f'{self._where()} is done: mIoU {values}')
+
+    def _where(self) -> str:
+        of = f' (of 0 to {len(self.plans) - 1})' if len(self.plans) > 1 else ''
+        return f'stage {self.index}{of}'
+
+    def _what(self) -> str:
+        names = ', '.join(self.learns)
+        if len(names) > 48:
+            names = f'{len(self.learns)} classes'
+        return f'{self.images} images' + (f', learns {names}' if names else '')
+
+    def _left(self, runner: Runner) -> tuple[str, str]:
+        done = runner.iter + 1
+        pace = (time.perf_counter() - self._started) / max(1, done - self._first)
+        seconds = time_left(self.plans, self.index, done, runner.max_iters, pace)
+        stage, run = (str(datetime.timedelta(seconds=round(value))) for value in seconds)
+        return stage, run
+
+    def _display(self, runner: Runner) -> RenderableType:
+        """At most 20 lines of at most 80 columns."""
+        stage, run = self._left(runner)
+        losses = '  '.join(f'{name} {value:.4g}' for name, value in _losses(runner).items())
+        lines: list[RenderableType] = [
+            Text(f'{self._where()}: {self._what()}', style='bold', overflow='ellipsis', no_wrap=True),
+            _bar(runner.iter + 1, runner.max_iters),
+            Text(f'{_epoch(runner)}   left: {stage} for the stage, about {run} for the run'),
+            Text(f'loss: {losses}', overflow='ellipsis', no_wrap=True),
+        ]
+        if self.rows:
+            lines.append(_table(self.rows[-_SHOWN_STAGES:]))
+        return Group(*lines)
+
+    def _open(self, runner: Runner) -> None:
+        self._live = Live(self._display(runner), console=self.console, auto_refresh=False, transient=True)
+        self._live.start(refresh=True)
+        # An error ends training without after_train: the cursor must come back all the same.
+        atexit.register(self._close)
+        for handler in runner.logger.handlers:
+            if type(handler) is logging.StreamHandler:  # a FileHandler is one too
+                self._quiet.append((handler, handler.level, handler.stream))
+                handler.setLevel(max(handler.level, logging.WARNING))
+                # What is printed now must go through the display, which makes room for it.
+                handler.setStream(sys.stdout)
+
+    def _close(self) -> None:
+        if self._live is None:
+            return
+        self._live.stop()
+        self._live = None
+        for handler, level, stream in self._quiet:
+            handler.setLevel(level)
+            handler.setStream(stream)
+        self._quiet.clear()
+        atexit.unregister(self._close)
+
+
+def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
+    """The run's stages; none where the stage is run on its own, or on another rank than the first."""
+    presence = read_presence(dataset)
+    work_dir = Path(runner.work_dir).resolve().parent
+    path = work_dir / 'config.py'
+    if not (is_main_process() and path.is_file()):
+        return []
+    cfg = Config.fromfile(path)
+    if cfg.get('runner_type') != 'IncrementalRunner' or cfg.protocol != dataset.protocol.name:
+        return []
+    return plan_run(cfg, dataset, presence, work_dir)
+
+
+def _losses(runner: Runner) -> dict[str, float]:
+    """The parts of the loss, means of the last iterations, the sum last."""
+    scalars = runner.message_hub.log_scalars
+    names = [name for name in scalars if name.startswith('train/') and 'loss' in name]
+    names.sort(key=lambda name: name == 'train/loss')
+    return {
+        name.removeprefix('train/').removeprefix('decode.').replace('loss_', ''): float(
+            scalars[name].mean(10)
+        )
+        for name in names
+    }
+
+
+def _epoch(runner: Runner) -> str:
+    if not runner.cfg.train_cfg.get('by_epoch', True):
+        return f'iteration {runner.iter + 1} of {runner.max_iters}'
+    return f'epoch {min(runner.epoch + 1, runner.max_epochs)} of {runner.max_epochs}'
+
+
+def _bar(done: int, total: int) -> Table:
+    """A bar on a line of its own; a bare one would not end its line."""
+    line = Table.grid()
+    line.add_row(ProgressBar(total=total, completed=done, width=60))
+    return line
+
+
+def _stages_so_far(folder: Path) -> list[Sequence[str]]:
+    """Stage, classes learned, base, new and all of the stages before."""
+    number = folder.resolve().name.removeprefix('stage_')
+    rows = []
+    for index in range(int(number) if number.isdigit() else 0):
+        path = folder.resolve().parent / f'stage_{index}' / 'metrics.json'
+        if path.is_file():
+            results = json.loads(path.read_text(encoding='utf-8'))['results']
+            values = [results['mIoU'][key] for key in ('base', 'new', 'all')]
+            names = ', '.join(results['new_classes'])
+            names = names if len(names) <= 32 else f'{len(results["new_classes"])} classes'
+            rows.append(
+                [str(index), names, *('-' if value is None else f'{value:.2f}' for value in values)]
+            )
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style='dim')
+    for name in ('stage', 'learned'):
+        table.add_column(name, no_wrap=True)
+    for name in ('base', 'new', 'all'):
+        table.add_column(name, justify='right')
+    for row in rows:
+        table.add_row(*row)
+    return table

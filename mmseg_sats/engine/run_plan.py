@@ -1,0 +1,123 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What a run has before it: every stage's images and iterations, known before it is reached."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dist import get_world_size
+from mmseg.registry import DATASETS
+
+from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.datasets.class_index import ClassIndex, select_train
+from mmseg_sats.engine.stage_config import (
+    build_stage_config,
+    config_words,
+    resolve_words,
+)
+from mmseg_sats.protocol import Protocol
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Args:
+        index: number of the stage.
+        classes: names of the classes it learns.
+        images: its training images, without a memory's.
+        iterations: of its training.
+    """
+
+    index: int
+    classes: tuple[str, ...]
+    images: int
+    iterations: int
+
+
+def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
+    """The stage's own images in a dataset that may have others wrapped around it."""
+    while not isinstance(dataset, IncrementalDataset):
+        inner = [
+            getattr(dataset, 'dataset', None),
+            *getattr(dataset, 'datasets', ()),
+            *getattr(dataset, 'parts', {}).values(),
+        ]
+        dataset = next((item for item in inner if item is not None), None)
+        if dataset is None:
+            return None
+    return dataset
+
+
+def build_protocol(cfg: Config) -> Protocol:
+    """The protocol of a run's config, over the classes of its data set; no image is read.
+
+    Raises:
+        ValueError: an impossible protocol.
+        KeyError: the training data's config uses a word that is not defined.
+    """
+    words = config_words(cfg) | dict(stage=0)
+    dataset = resolve_words(cfg.train_dataloader.dataset.to_dict(), words)
+    while dataset.get('type') != 'IncrementalDataset':
+        dataset = dataset['dataset']
+    return DATASETS.build(dict(dataset, lazy_init=True)).protocol
+
+
+def read_presence(dataset: IncrementalDataset) -> np.ndarray:
+    """Which labels every image has, those of other stages too: (N, 256) bool.
+
+    Every rank must call it, as reading masks is an affair of all of them.
+    """
+    wrapped = dataset.dataset
+    files = [wrapped.get_data_info(row)['seg_map_path'] for row in range(len(wrapped))]
+    return ClassIndex.load_or_scan(files, cache_dir=dataset.cache_dir).presence
+
+
+def plan_run(
+    cfg: Config, dataset: IncrementalDataset, presence: np.ndarray, work_dir: Path
+) -> list[StagePlan]:
+    """The stages of a run.
+
+    Args:
+        cfg: the run's config.
+        dataset: the training images of any one of its stages.
+        presence: see :func:`read_presence`.
+        work_dir: the run's.
+    """
+    plans = []
+    for stage in dataset.protocol.stages:
+        images = len(select_train(presence, stage, dataset.setting))
+        stage_cfg = build_stage_config(cfg, dataset.protocol, stage, work_dir)
+        classes = tuple(dataset.class_names[c] for c in stage.new)
+        plans.append(StagePlan(stage.index, classes, images, _iterations(stage_cfg, images)))
+    return plans
+
+
+def _iterations(cfg: Config, images: int) -> int:
+    if not cfg.train_cfg.get('by_epoch', True):
+        return cfg.train_cfg.max_iters
+    loader = cfg.train_dataloader
+    batches = math.ceil(images / (loader.batch_size * get_world_size()))
+    if loader.get('num_batch_per_epoch'):
+        batches = min(batches, loader.num_batch_per_epoch)
+    return cfg.train_cfg.max_epochs * batches
+
+
+def time_left(
+    plans: Sequence[StagePlan], index: int, done: int, total: int, pace: float
+) -> tuple[float, float]:
+    """Seconds of training left for the stage and, if its pace holds, for the run.
+
+    Args:
+        plans: all stages; may be empty, and then the run is this stage.
+        index: the present stage.
+        done: its iterations so far.
+        total: all of its iterations.
+        pace: seconds an iteration.
+    """
+    stage = pace * (total - done)
+    return stage, stage + pace * sum(plan.iterations for plan in plans if plan.index > index)

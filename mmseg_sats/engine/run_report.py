@@ -1,0 +1,46 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The report that a run writes at its end."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_distributed
+
+# What would make the process of the report take itself for a rank of the run.
+_RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+def check_report(options: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for options that the report does not have, before anything is trained."""
+    if options is not None:
+        # Here and below: matplotlib is not imported by those who want no report.
+        from mmseg_sats.visualization.report import check_options
+
+        check_options(options)
+
+
+def report_at_end(work_dir: Path, options: Mapping[str, Any] | None) -> None:
+    """Writes ``WORK_DIR/report``; called by the main process alone.
+
+    Reading data is an affair of all ranks, which have gone by now: in a distributed run a process
+    of its own writes the report. Whatever fails is a warning.
+
+    Args:
+        work_dir: the run's work dir, with every stage done.
+        options: the config's ``report``; None writes nothing.
+    """
+    if options is None:
+        return
+    from mmseg_sats.visualization.report import check_options, write_run_report
+
+    if not is_distributed():
+        write_run_report(work_dir, options)
+        return
+    words = [f'--{name}={value}' for name, value in check_options(options).items()]
+    environment = {key: os.environ[key] for key in os.environ if key not in _RANK_VARIABLES}
+    command = [sys.executable, '-m', 'mmseg_sats.visualization.report', str(work_dir), *words]
+    subprocess.run(command, env=environment, check=False)

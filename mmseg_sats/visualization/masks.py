@@ -1,0 +1,83 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Masks in their palette, over photographs or by themselves, and arrays as files' bytes."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+IGNORED = (224, 224, 192)  # VOC's own colour for it
+
+
+def rgb_image(inputs: Tensor) -> np.ndarray:
+    """A packed image (3, H, W), BGR as mmcv reads it, as RGB (H, W, 3) uint8."""
+    return np.ascontiguousarray(inputs.permute(1, 2, 0).cpu().numpy()[..., ::-1].astype(np.uint8))
+
+
+def colour_mask(
+    labels: np.ndarray, palette: Sequence[Sequence[int]], ignore_index: int = 255
+) -> np.ndarray:
+    """Labels (H, W) in their colours, RGB (H, W, 3) uint8.
+
+    Args:
+        labels: indices into ``palette``, or ``ignore_index``.
+        palette: RGB 0..255 of each label.
+        ignore_index: shown in a pale colour of its own.
+    """
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = np.asarray(palette, np.uint8)
+    table[ignore_index] = IGNORED
+    return table[labels.astype(np.uint8)]
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: Sequence[Sequence[int]],
+    ignore_index: int = 255,
+    strength: float = 0.65,
+) -> np.ndarray:
+    """The photograph with its classes in colour, background as it is: RGB (H, W, 3) uint8.
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        labels: (H, W), 0 is background.
+        palette: as in :func:`colour_mask`.
+        ignore_index: the label without a class.
+        strength: how much of the colour, 0 to 1.
+    """
+    colours = colour_mask(labels, palette, ignore_index)
+    mixed = (image * (1 - strength) + colours * strength).astype(np.uint8)
+    background = (labels == 0)[..., None]
+    result = np.where(background, image, mixed)
+    edges = outline(labels)
+    result[edges] = np.where((labels == ignore_index)[edges][:, None], IGNORED, colours[edges])
+    return result
+
+
+def outline(labels: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of a class whose neighbour below or to the right has another label."""
+    edges = np.zeros(labels.shape, bool)
+    edges[:-1] |= labels[:-1] != labels[1:]
+    edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    return edges & (labels != 0)
+
+
+def fit(image: np.ndarray, longest: int) -> np.ndarray:
+    """The image at a long side of at most ``longest`` pixels; a smaller one stays as it is."""
+    height, width = image.shape[:2]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return image
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def encode(image: np.ndarray, suffix: str) -> bytes:
+    """RGB (H, W, 3) uint8 as the bytes of a ``'.png'`` or ``'.jpg'`` file."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, 88] if suffix == '.jpg' else []
+    done, buffer = cv2.imencode(suffix, np.ascontiguousarray(image[..., ::-1]), options)
+    if not done:
+        raise ValueError(f'cannot encode an image of shape {image.shape} as {suffix}')
+    return buffer.tobytes()

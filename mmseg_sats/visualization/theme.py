@@ -1,0 +1,181 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""How every picture looks: one drawing for light and dark pages, screens and paper.
+
+A figure is drawn once, with a transparent background, in the colours of the light page. The dark
+page's picture is the same SVG with these colours replaced one by one. Okabe and Ito's colours can
+be told apart by colour-blind people; those too pale for white paper, or too dim for a dark page,
+are shifted in lightness there.
+"""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mmseg_sats.checkpoint import write_atomically
+
+INK = '#24292f'
+MUTED = '#6e7781'
+GRID = '#d0d7de'
+# Light to dark. No colour of a light page stands in a picture without its partner here, but those
+# that lie on a coloured cell: these are the same on both.
+SERIES = ('#0072b2', '#c05000', '#008060', '#a8508a', '#8a6d00', '#2f8fc4', '#555555')
+DARK = {
+    INK: '#e6edf3',
+    MUTED: '#9aa4af',
+    GRID: '#3d444d',
+    '#0072b2': '#56a8e6',
+    '#c05000': '#ff9142',
+    '#008060': '#2fc79a',
+    '#a8508a': '#e59ac8',
+    '#8a6d00': '#f0cf42',
+    '#2f8fc4': '#9bd6f7',
+    '#555555': '#b8b8b8',
+}
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+DASHES = ('-', '--', ':', '-.')
+ON_DARK_CELL, ON_LIGHT_CELL = '#ffffff', '#000000'
+WIDTH = 4.4  # inches: a column of a paper, and a phone's screen at the size of its text
+
+# Metadata of matplotlib's SVG names addresses; the page holds none.
+_NO_METADATA = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
+_STYLE = {
+    'font.family': ['DejaVu Sans'],
+    'font.size': 8.5,
+    'axes.titlesize': 9,
+    'axes.labelsize': 8.5,
+    'axes.edgecolor': MUTED,
+    'axes.labelcolor': INK,
+    'axes.titlecolor': INK,
+    'axes.facecolor': 'none',
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'text.color': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'grid.color': GRID,
+    'grid.linewidth': 0.6,
+    'legend.frameon': False,
+    'legend.fontsize': 8,
+    'figure.facecolor': 'none',
+    'savefig.facecolor': 'none',
+    'svg.fonttype': 'path',
+    'svg.hashsalt': 'mmseg_sats',
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure for a page, with files of it for a paper.
+
+    Args:
+        name: file name without suffix.
+        light: SVG for a light page.
+        dark: SVG for a dark page.
+        alt: what it shows, in a sentence.
+    """
+
+    name: str
+    light: str
+    dark: str
+    alt: str
+
+    @property
+    def light_uri(self) -> str:
+        """The light SVG as a data URI."""
+        return data_uri(self.light.encode(), 'image/svg+xml')
+
+    @property
+    def dark_uri(self) -> str:
+        """The dark SVG as a data URI."""
+        return data_uri(self.dark.encode(), 'image/svg+xml')
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our settings of matplotlib; the user's come back at the end."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def new_figure(
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **options: object
+) -> tuple[Figure, list[Axes]]:
+    """A figure without pyplot, hence without global state, and its axes row by row.
+
+    Args:
+        height: inches.
+        rows: of axes.
+        columns: of axes.
+        width: inches.
+        **options: of ``Figure.subplots``.
+    """
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def series_style(index: int) -> dict[str, object]:
+    """Colour, marker and dashes of the ``index``-th run: all three differ between neighbours."""
+    return dict(
+        color=SERIES[index % len(SERIES)],
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle=DASHES[(index // len(SERIES)) % len(DASHES)],
+        markersize=4,
+        linewidth=1.5,
+    )
+
+
+def finish(figure: Figure, out: Path, name: str, alt: str) -> Picture:
+    """Writes ``name.png`` and ``name.pdf`` on white paper and returns the page's picture.
+
+    Args:
+        figure: drawn inside :func:`style`.
+        out: folder for the files; must exist.
+        name: file name without suffix.
+        alt: what the picture shows, for those who cannot see it.
+    """
+    # Laid out once, not once for every format.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine('none')
+    svg = render(figure, 'svg', dict(transparent=True, metadata=_NO_METADATA))
+    paper = dict(facecolor='white', transparent=False)
+    for suffix, options in (('png', dict(paper, dpi=200)), ('pdf', paper)):
+        content = render(figure, suffix, options)
+        write_atomically(out / f'{name}.{suffix}', lambda file, content=content: file.write(content))
+    text = svg.decode()
+    text = text[text.index('<svg') :]  # without the XML prologue, which names a DTD's address
+    return Picture(name, text, recolour(text), alt)
+
+
+def render(figure: Figure, suffix: str, options: dict[str, object]) -> bytes:
+    """The figure as the bytes of an SVG, PNG or PDF; ``options`` are those of ``savefig``."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix, **options)
+    return buffer.getvalue()
+
+
+def recolour(svg: str) -> str:
+    """The SVG of the dark page."""
+    for light, dark in DARK.items():
+        svg = svg.replace(light, dark)
+    return svg
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    """``content`` inside the page itself."""
+    return f'data:{mime};base64,{base64.b64encode(content).decode()}'
+
+
+def unit_colour(colour: Sequence[int]) -> tuple[float, float, float]:
+    """RGB of 0..255 as matplotlib wants it, 0..1."""
+    red, green, blue = (value / 255 for value in colour)
+    return red, green, blue
