@@ -4,6 +4,7 @@ default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
 seed = 0
 memory = 0
+checkpoint_iters = None
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -13,8 +14,8 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=True),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    # Two: mmengine removes the older one before the next is written.
-    checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2),
+    # After every epoch, and every so many iterations where checkpoint_iters says so.
+    checkpoint=dict(type='AtomicCheckpointHook', interval=1, iters='$checkpoint_iters', max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'))
 # Does nothing in a stage without pseudo-labels.
 custom_hooks = [dict(type='PseudoLabelThresholdHook')]
@@ -38,6 +39,7 @@ train_dataloader = dict(
     dataset=dict(
         type='IncrementalDataset',
         mode='train',
+        seed='$seed',
         protocol='$protocol',
         split='$split',
         stage='$stage',

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import BaseDataset, Compose, force_full_init
 from mmseg.registry import DATASETS, TRANSFORMS
@@ -22,6 +23,7 @@ from mmseg_sats.datasets.class_index import (
 )
 from mmseg_sats.datasets.transforms import MODES, RelabelSegMap, relabel_table
 from mmseg_sats.protocol import Protocol
+from mmseg_sats.randomness import seeded
 from mmseg_sats.suggest import check_choice
 
 
@@ -35,6 +37,10 @@ class IncrementalDataset(Dataset):
 
     Relabelling comes directly behind ``LoadAnnotations`` and so before ``RandomCrop``, whose
     ``cat_max_ratio`` thus judges a crop by the labels that the stage has, and by no others.
+
+    With a ``seed``, and once :meth:`set_epoch` was called, what the training pipeline draws for an
+    image depends on (seed, stage, epoch, index) alone: not on the number of workers, nor on whether
+    the run was interrupted before. The generators outside are left as they were.
 
     In a distributed run all ranks must build it, since rank 0 reads the masks for all of them.
 
@@ -52,6 +58,7 @@ class IncrementalDataset(Dataset):
         cache_dir: Folder of the class index, see :meth:`ClassIndex.load_or_scan`.
         ignore_index: The ignored label of the masks.
         pipeline: Transforms in place of the wrapped dataset's own.
+        seed: Of the random transforms; None leaves them to the process's own generators.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
 
     Raises:
@@ -82,6 +89,7 @@ class IncrementalDataset(Dataset):
         cache_dir: str | None = None,
         ignore_index: int = 255,
         pipeline: Sequence[dict | Callable] | None = None,
+        seed: int | None = None,
         lazy_init: bool = False,
     ) -> None:
         check_choice('mode', mode, MODES)
@@ -92,6 +100,8 @@ class IncrementalDataset(Dataset):
         self.eval_images = eval_images
         self.cache_dir = cache_dir
         self.ignore_index = ignore_index
+        self.seed = seed
+        self._epoch: torch.Tensor | None = None
         self.dataset, transforms = _build_wrapped(dataset, pipeline)
         names, palette = _classes_by_label(self.dataset)
         self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
@@ -174,9 +184,22 @@ class IncrementalDataset(Dataset):
         """What the pipeline makes of the idx-th image; None where a transform gives up."""
         return self.pipeline(self.get_data_info(idx))
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, and the copies of it that workers keep, which epoch is drawn next."""
+        if self._epoch is None:
+            # Shared memory: persistent workers hold a copy made in the first epoch.
+            self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch.fill_(epoch)
+
     @force_full_init
     def __getitem__(self, idx: int) -> Any:
         """The idx-th image after the pipeline; in training another one where that gives None."""
+        if self.mode == 'eval' or self.seed is None or self._epoch is None:
+            return self._item(idx)
+        with seeded(self.seed, self.stage.index, int(self._epoch), idx % len(self)):
+            return self._item(idx)
+
+    def _item(self, idx: int) -> Any:
         tries = 1 if self.mode == 'eval' else self.dataset.max_refetch + 1
         first = idx
         for _ in range(tries):

@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import write_json, write_text
+from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.engine.distributed import join_process_group
 from mmseg_sats.engine.results import (
     comparison_table,
@@ -29,6 +28,7 @@ from mmseg_sats.engine.results import (
 )
 from mmseg_sats.engine.snapshot import (
     adopt_base,
+    is_whole,
     latest_checkpoint,
     load_snapshot,
     save_snapshot,
@@ -42,6 +42,7 @@ from mmseg_sats.engine.stage_config import (
     resolve_words,
     stage_dir,
 )
+from mmseg_sats.engine.stage_runner import StageRunner
 from mmseg_sats.protocol import Protocol, Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
@@ -101,13 +102,14 @@ class IncrementalRunner:
         """
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
+            remove_temporary(self.work_dir)
             write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
         finished: list[dict[str, Any]] = []
         for stage in self.protocol.stages:
             folder = stage_dir(self.work_dir, stage.index)
             if not (folder / 'done').exists():
                 self._run_stage(stage, folder)
-            finished.append(json.loads((folder / 'metrics.json').read_text())['results'])
+            finished.append(read_json(folder / 'metrics.json')['results'])
             results = self._report(finished)
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
@@ -126,7 +128,7 @@ class IncrementalRunner:
             # mmengine resumes optimizer, schedulers and counters from it.
             cfg.resume, cfg.load_from = True, str(checkpoint)
         cfg.merge_from_dict(self._process_settings)
-        runner = Runner.from_cfg(cfg)
+        runner = StageRunner.from_cfg(cfg)
         runner.logger.info(
             f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '
             f'{len(stage.old)} old'
@@ -158,7 +160,7 @@ class IncrementalRunner:
         else:
             train_dataset = DATASETS.build(runner.cfg.train_dataloader.dataset)
             images = len(train_dataset)
-        if path.exists() and self.cfg.get('resume'):
+        if self.cfg.get('resume') and is_whole(path):
             return images  # stopped between the snapshot and its evaluation
         if from_base:
             meta = runner.test_dataloader.dataset.metainfo
@@ -209,7 +211,7 @@ class IncrementalRunner:
                 'pass --resume to go on with that run, or another --work-dir'
             )
         if done and (self.work_dir / 'results.json').exists():
-            there = json.loads((self.work_dir / 'results.json').read_text())
+            there = read_json(self.work_dir / 'results.json')
             other = [
                 f'{key}: {there.get(key)!r} there, {value!r} in the config'
                 for key, value in self._identity().items()

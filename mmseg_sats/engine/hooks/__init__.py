@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Hooks of mmengine's runner."""
 
+from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThresholdHook
 
-__all__ = ['PseudoLabelThresholdHook']
+__all__ = ['AtomicCheckpointHook', 'PseudoLabelThresholdHook']
