@@ -11,6 +11,8 @@ same weights bit for bit.
 
 import argparse
 import errno
+import functools
+import gc
 import io
 import os
 import random
@@ -26,7 +28,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import mmengine.runner.runner as runner_module
 import torch
+import torch._dynamo  # the first optimizer imports it, which takes seconds
+import yapf.yapflib.yapf_api as yapf_api
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
@@ -96,17 +101,35 @@ class Watch:
 
 
 class _WatchedFile(io.BufferedWriter):
+    """A file whose first write is watched: behind it, a file of several writes is cut off."""
+
     def __init__(self, path: Path, watch: Watch) -> None:
         super().__init__(io.FileIO(path, 'w'))
-        self.watch, self.label = watch, path.name
+        self.watch, self.label, self.written = watch, path.name, False
 
     def write(self, data: Any) -> int:
+        if self.written:
+            return super().write(data)
+        self.written = True
+
         def really() -> int:
             written = super(_WatchedFile, self).write(data)
             self.flush()
             return written
 
         return self.watch.around('write', self.label, really)
+
+
+def prepare() -> None:
+    """Does once what every run would do again, so that runs of seconds do not take half a minute."""
+    torch.set_num_threads(1)
+    for module, name in ((runner_module, 'collect_env'), (runner_module, 'get_git_hash')):
+        setattr(module, name, functools.cache(getattr(module, name)))
+    runner_module.collect_env()
+    runner_module.get_git_hash()
+    # Configs stay as they are before their layout is made beautiful.
+    yapf_api.FormatCode = lambda text, **_: (text, True)
+    gc.freeze()
 
 
 def start(job: Job, resume: bool, act: Callable[[int, Event], None] | None = None) -> int:
@@ -251,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    prepare()
     out = args.out or Path(tempfile.mkdtemp(prefix='mmseg_sats_kill_'))
     options = dict(memory=args.memory)
 
@@ -267,14 +290,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = [('moment', draw.uniform(0.0, seconds)) for _ in range(args.moments)]
     numbers = list(range(len(events)))
     where += [('event', n) for n in _some(draw, numbers, args.events)]
-    before = [n for n in numbers if events[n][0] == 'before']
+    before = [n for n in numbers if events[n][:2] == ('before', 'write')]
     where += [('full', n) for n in _some(draw, before, args.full)]
     cases = [(how, at, job(f'{how}_{at}'), untouched.work_dir) for how, at in where]
     identical = 0
     with get_context('fork').Pool(args.jobs) as pool:
         for name, found in pool.imap_unordered(check, cases):
             identical += not found
-            print(f'{name}: {"identical" if not found else found}', flush=True)
+            print(f'{name}: {found or "identical"}', flush=True)
     if args.out is None and identical == len(cases):
         shutil.rmtree(out)
     print(f'{identical} of {len(cases)} identical')

@@ -5,6 +5,8 @@ runner_type = 'IncrementalRunner'
 seed = 0
 memory = 0
 checkpoint_iters = None
+# 'cuda' refuses to start where there is no GPU; None takes one if there is one.
+device = None
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -16,7 +18,8 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     # After every epoch, and every so many iterations where checkpoint_iters says so.
     checkpoint=dict(type='AtomicCheckpointHook', interval=1, iters='$checkpoint_iters', max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'))
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    finite=dict(type='FiniteHook'))
 # Does nothing in a stage without pseudo-labels.
 custom_hooks = [dict(type='PseudoLabelThresholdHook')]
 vis_backends = [dict(type='LocalVisBackend')]

@@ -21,8 +21,9 @@ from mmseg_sats.datasets.class_index import (
     select_eval,
     select_train,
 )
+from mmseg_sats.datasets.image_sizes import check_inside, check_sizes
 from mmseg_sats.datasets.transforms import MODES, RelabelSegMap, relabel_table
-from mmseg_sats.protocol import Protocol
+from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.randomness import seeded
 from mmseg_sats.suggest import check_choice
 
@@ -138,11 +139,32 @@ class IncrementalDataset(Dataset):
         else:
             indices = select_eval(class_index.presence, self.stage, self.eval_images)
         if indices.size == 0:
-            raise ValueError(self._nothing_left(len(files)))
+            raise ValueError(self._nothing_left(len(files), self.stage))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
+        self._class_index = class_index
         self._fully_initialized = True
+
+    @force_full_init
+    def check_stages(self) -> None:
+        """See that every stage of the protocol has images, of the same size as their masks.
+
+        Raises:
+            ValueError: If one has none, or an image and its mask differ in size.
+            FileNotFoundError: If an image does not exist.
+        """
+        presence = self._class_index.presence
+        for stage in self.protocol.stages:
+            if self.mode == 'train':
+                rows = select_train(presence, stage, self.setting)
+            else:
+                rows = select_eval(presence, stage, self.eval_images)
+            if rows.size == 0:
+                raise ValueError(self._nothing_left(len(presence), stage))
+        infos = [self.dataset.get_data_info(row) for row in range(len(self.dataset))]
+        pairs = [(info['img_path'], info['seg_map_path']) for info in infos]
+        check_sizes(pairs, self.cache_dir)
 
     @property
     @force_full_init
@@ -225,14 +247,14 @@ class IncrementalDataset(Dataset):
         )
         return metainfo
 
-    def _nothing_left(self, num_images: int) -> str:
-        wanted = self.stage.new if self.mode == 'train' else self.stage.seen
+    def _nothing_left(self, num_images: int, stage: Stage) -> str:
+        wanted = stage.new if self.mode == 'train' else stage.seen
         names = ', '.join(f'{self.class_names[c]} ({c})' for c in wanted)
         rule = f'setting {self.setting!r}'
         if self.mode == 'eval':
             rule = f'eval_images={self.eval_images!r}'
         return (
-            f'protocol {self.protocol.name!r} stage {self.stage.index}: none of {num_images} '
+            f'protocol {self.protocol.name!r} stage {stage.index}: none of {num_images} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
             f'{names} under {rule}'
         )
@@ -344,6 +366,10 @@ def _full_init_wrapped(dataset: BaseDataset) -> None:
         raise ValueError(f'{nothing}: {error}') from error
     if len(dataset) == 0:
         raise ValueError(nothing)
+    if ann_file and dataset.data_root:
+        infos = [dataset.get_data_info(row) for row in range(len(dataset))]
+        keys = ('img_path', 'seg_map_path')
+        check_inside([info[k] for info in infos for k in keys if info.get(k)], dataset.data_root)
 
 
 def _mask_of(dataset: BaseDataset, row: int) -> str:

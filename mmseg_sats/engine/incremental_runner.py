@@ -18,6 +18,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
 from mmseg_sats.engine.results import (
     comparison_table,
     forgetting_table,
@@ -28,11 +29,11 @@ from mmseg_sats.engine.results import (
 )
 from mmseg_sats.engine.snapshot import (
     adopt_base,
+    head_names,
     is_whole,
     latest_checkpoint,
     load_snapshot,
     save_snapshot,
-    unwrap,
     write_weights,
 )
 from mmseg_sats.engine.stage_config import (
@@ -43,6 +44,7 @@ from mmseg_sats.engine.stage_config import (
     stage_dir,
 )
 from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
 from mmseg_sats.protocol import Protocol, Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
@@ -62,9 +64,11 @@ class IncrementalRunner:
             ``base`` (a checkpoint from which stage 0 is taken) and ``resume``.
 
     Raises:
-        ValueError: an impossible protocol, or a work dir that holds a run already and no ``resume``.
-        KeyError: the config uses a word that it does not define.
-        FileNotFoundError: ``base`` does not exist.
+        ValueError: an impossible protocol or number, a work dir that is in use without ``resume`` or by
+            another run, data that do not fit, a stage without images.
+        KeyError: the config uses a word that it does not define, or has a key that is misspelt.
+        FileNotFoundError: ``base``, a list, an image or a mask does not exist.
+        OSError: the work dir cannot be written to.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -72,6 +76,7 @@ class IncrementalRunner:
         self.work_dir = Path(cfg.work_dir)
         self.base = Path(cfg.base) if cfg.get('base') else None
         init_default_scope(cfg.get('default_scope', 'mmseg'))
+        check_config(self.cfg)
         # In the config that is kept, the method's name no longer depends on the folder it came from.
         self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
         self.cfg.setdefault('memory', 0)
@@ -80,14 +85,21 @@ class IncrementalRunner:
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
-        if self.base is not None and not self.base.is_file():
-            raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
-        self._check_work_dir()
+        check_writable(self.work_dir)
+        if self.cfg.get('resume'):
+            check_same_run(self.work_dir, self.cfg)
+        else:
+            check_unused(self.work_dir)
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
-        if self.base is None and not (stage_dir(self.work_dir, 0) / 'done').exists():
-            check_pretrained(stages[0])
+        check_model(stages[-1])
+        if not (stage_dir(self.work_dir, 0) / 'done').exists():
+            if self.base is None:
+                check_pretrained(stages[0])
+            else:
+                check_base(stages[0], self.base)
         self._process_settings = join_process_group(self.cfg)
+        check_data(stages[0])
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
@@ -164,10 +176,9 @@ class IncrementalRunner:
             return images  # stopped between the snapshot and its evaluation
         if from_base:
             meta = runner.test_dataloader.dataset.metainfo
-            names = [
-                name for name, _ in unwrap(runner.model).named_children() if name.endswith('_head')
-            ]
-            weights = adopt_base(runner.model, names, self.base, meta['classes'])
+            weights = adopt_base(
+                runner.model, head_names(runner.model), self.base, meta['classes']
+            )
             if is_main_process():
                 write_weights(path, weights, dict(dataset_meta=_plain_meta(meta)))
         else:
@@ -201,24 +212,6 @@ class IncrementalRunner:
             key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
         }
         return identity | dict(class_order=list(self.protocol.class_order))
-
-    def _check_work_dir(self) -> None:
-        """A finished stage is never overwritten by accident, nor another run gone on with."""
-        done = sorted(path.parent.name for path in self.work_dir.glob('stage_*/done'))
-        if done and not self.cfg.get('resume'):
-            raise ValueError(
-                f'{self.work_dir} already holds finished stages ({", ".join(done)}): '
-                'pass --resume to go on with that run, or another --work-dir'
-            )
-        if done and (self.work_dir / 'results.json').exists():
-            there = read_json(self.work_dir / 'results.json')
-            other = [
-                f'{key}: {there.get(key)!r} there, {value!r} in the config'
-                for key, value in self._identity().items()
-                if there.get(key) != value
-            ]
-            if other:
-                raise ValueError(f'{self.work_dir} holds another run: {"; ".join(other)}')
 
 
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:

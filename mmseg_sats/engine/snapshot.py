@@ -21,6 +21,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
+def head_names(model: nn.Module) -> list[str]:
+    """``decode_head`` and, where there is one, ``auxiliary_head``."""
+    return [name for name, _ in unwrap(model).named_children() if name.endswith('_head')]
+
+
 def save_snapshot(runner: Runner, path: Path, dataset_meta: dict[str, Any]) -> None:
     """Writes the model's weights (the averaged ones where EMA runs) and its classes, atomically.
 

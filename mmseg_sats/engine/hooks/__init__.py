@@ -2,6 +2,7 @@
 """Hooks of mmengine's runner."""
 
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
+from mmseg_sats.engine.hooks.finite_hook import FiniteHook
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThresholdHook
 
-__all__ = ['AtomicCheckpointHook', 'PseudoLabelThresholdHook']
+__all__ = ['AtomicCheckpointHook', 'FiniteHook', 'PseudoLabelThresholdHook']
