@@ -205,7 +205,7 @@ def test_augmentation_does_not_depend_on_the_workers(
         )
         seen = {}
         for epoch in (0, 1):
-            dataset.set_epoch(epoch)
+            loader.dataset.set_epoch(epoch)
             items = [image for batch in loader for image in batch['inputs']]
             seen |= {(epoch, index): image for index, image in enumerate(items)}
         images.append(seen)

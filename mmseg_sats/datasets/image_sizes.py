@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmseg_sats.checkpoint import write_text
 
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF: which of its values exchange width and height
+_TURNABLE = ('JPEG', 'MPO')
 
 
 def check_sizes(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None = None) -> None:
@@ -80,7 +81,8 @@ def _size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except UnidentifiedImageError as error:
+            # As OpenCV turns photographs. Of a PNG, Pillow would have to decode all to know.
+            turned = image.format in _TURNABLE and image.getexif().get(_ORIENTATION) in _TURNED
+    except OSError as error:
         raise ValueError(f'{path} is no image that can be read: {error}') from error
     return (height, width) if turned else (width, height)

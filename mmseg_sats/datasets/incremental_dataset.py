@@ -203,8 +203,19 @@ class IncrementalDataset(Dataset):
         return channels[channels != self.ignore_index].tolist()
 
     def prepare_data(self, idx: int) -> Any:
-        """What the pipeline makes of the idx-th image; None where a transform gives up."""
-        return self.pipeline(self.get_data_info(idx))
+        """What the pipeline makes of the idx-th image; None where a transform gives up.
+
+        Raises:
+            RuntimeError: If a transform fails, with the image's file: one that is damaged, say.
+        """
+        info = self.get_data_info(idx)
+        try:
+            return self.pipeline(info)
+        except Exception as error:
+            raise RuntimeError(
+                f'image {info["img_path"]} with mask {info.get("seg_map_path")} cannot be used: '
+                f'{type(error).__name__}: {error}'
+            ) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the dataset, and the copies of it that workers keep, which epoch is drawn next."""

@@ -17,11 +17,11 @@ from mmseg_sats.suggest import check_choice, near_match
 
 # Top-level keys that are read by name, by mmengine's Runner or by ours.
 KEYS = (
-    'activation_checkpointing', 'auto_scale_lr', 'base', 'checkpoint_iters', 'class_order', 'compile',
-    'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
+    'activation_checkpointing', 'auto_scale_lr', 'base', 'batch_size', 'checkpoint_iters', 'class_order', 'compile',
+    'crop_size', 'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
     'default_scope', 'device', 'efficient_conv_bn_eval', 'env_cfg', 'epochs', 'experiment_name',
     'find_unused_parameters', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
-    'log_processor', 'memory', 'method', 'model', 'model_wrapper_cfg', 'optim_wrapper',
+    'log_processor', 'lr', 'memory', 'method', 'model', 'model_wrapper_cfg', 'num_workers', 'optim_wrapper',
     'param_scheduler', 'protocol', 'randomness', 'resume', 'runner_type', 'seed', 'setting', 'split',
     'sync_bn', 'test_cfg', 'test_dataloader', 'test_evaluator', 'test_pipeline', 'train_cfg',
     'train_dataloader', 'train_pipeline', 'tta_model', 'tta_pipeline', 'val_cfg', 'val_dataloader',
@@ -74,9 +74,11 @@ def check_config(cfg: Config) -> None:
 def _check_keys(content: Mapping[str, Any]) -> None:
     read = {*KEYS, *_words(content)}
     for key in content:
-        near = near_match(key, read)
-        if key not in read and near and _close(key, read):
-            raise KeyError(f'config key {key!r} is read by nothing{near}: correct it or take it out')
+        # Other unread keys may be values that a config file uses for itself.
+        if key not in read and _close(key, KEYS):
+            raise KeyError(
+                f'config key {key!r} is read by nothing{near_match(key, KEYS)}: correct it or take it out'
+            )
 
 
 def _close(key: str, read: Collection[str]) -> bool:
