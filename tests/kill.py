@@ -281,10 +281,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def job(name: str) -> Job:
         return Job(out / name, out / 'data', args.method, options)
 
-    reference(job('drawing'))  # draws the images, so that the one that counts finds them
+    first = job('first')
+    reference(first)  # draws the images, so that the one that counts finds them
     out.joinpath('events.txt').unlink()
     untouched = job('untouched')
     events, seconds = reference(untouched)
+    if found := differences(first.work_dir, untouched.work_dir):
+        print(f'two runs that nobody stopped differ: {found}')
+        return 1
     print(f'the run takes {seconds:.1f} s and has {len(events)} events', flush=True)
     draw = random.Random(args.seed)
     where = [('moment', draw.uniform(0.0, seconds)) for _ in range(args.moments)]

@@ -1,6 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Bad input, each with its message, found by the command line before any training starts."""
 
+import errno
+import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -487,3 +490,17 @@ def test_a_cut_off_image_is_named_in_the_middle_of_training(place: Place) -> Non
     cfg.work_dir = str(place.work_dir)
     with pytest.raises(RuntimeError, match=r'images/3\.png with mask .* cannot be used'):
         RUNNERS.build(cfg).train()
+
+
+def test_a_full_disk_gives_one_message(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(logging, 'raiseExceptions', True)
+    arguments = ['train', str(place.config), '--work-dir', str(place.work_dir)]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    message = r'config\.py was not written \(No space left on device\).*Make room .*--resume'
+    with pytest.raises(SystemExit, match=message):
+        main()
+    assert [path.name for path in place.work_dir.iterdir()] == []

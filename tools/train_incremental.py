@@ -6,6 +6,7 @@ python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py [--work-
 
 import argparse
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def load_config(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Builds the config and runs it."""
     args = parse_args()
+    # A log that a full disk does not take is no reason to print a traceback for every line of it.
+    logging.raiseExceptions = False
     try:
         runner = RUNNERS.build(load_config(args))
     except (KeyError, OSError, TypeError, ValueError) as error:

@@ -41,13 +41,14 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def __init__(self, runner: Any, dataloader: Any, max_epochs: int, **options: Any) -> None:
         super().__init__(runner, dataloader, max_epochs, **options)
-        metainfo = getattr(self.dataloader.dataset, 'metainfo', {})
-        self._key = (runner.seed, metainfo.get('stage', 0))
         self._stop_asked = False
         self.dataloader.worker_init_fn = partial(_start_worker, self.dataloader.worker_init_fn)
 
     def run(self) -> nn.Module:
         """Trains to the last epoch, from wherever the counters stand."""
+        metainfo = getattr(self.dataloader.dataset, 'metainfo', {})
+        # Only now: resuming may have brought another seed.
+        self._key = (self.runner.seed, metainfo.get('stage', 0))
         with self._watching_for_sigterm():
             return super().run()
 
