@@ -18,7 +18,7 @@ CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format docs clean
+.PHONY: help venv demo test test-slow test-kill lint format docs clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ test: $(STAMP) ## the test suite
 
 test-slow: $(STAMP) ## the tests that take minutes
 	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m slow $(ARGS)
+
+test-kill: $(STAMP) ## runs killed at 30 random moments and around every write, resumed, compared
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.kill $(ARGS)
 
 lint: $(STAMP) ## what ruff has to say
 	$(PY) -m ruff check .

@@ -1,6 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Files that a later stage depends on: written whole or not at all, read without running code."""
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -9,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import get_torch_safe_globals
+
+_TEMPORARY = '.tmp'
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
@@ -20,18 +26,33 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
     Args:
         path: the file to make or replace; its folder must exist.
         write: called with the open binary file.
+
+    Raises:
+        OSError: it could not be written. What stood at ``path`` before still does.
     """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}{_TEMPORARY}')
     try:
         with temporary.open('wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f'{path} was not written ({error.strerror}), what was there before is kept'
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def remove_temporary(folder: str | os.PathLike) -> None:
+    """Removes what interrupted writes left in ``folder`` and the folders directly in it."""
+    for pattern in (f'.*{_TEMPORARY}', f'*/.*{_TEMPORARY}'):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -55,14 +76,80 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
-class _Unread:
-    """Stands in for mmengine's log history, which nobody here needs."""
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        ValueError: it is cut off or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as error:  # both of JSON and of UTF-8
+        raise ValueError(f'{path} is cut off or no JSON file: {error}') from error
+
+
+def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically, and its checksum before it.
+
+    The checksum stands in ``<name>.sha256`` beside it, as ``sha256sum --check`` reads it. A whole
+    checkpoint thus never lacks its own.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    content = buffer.getbuffer()
+    write_text(_checksum_file(path), f'{hashlib.sha256(content).hexdigest()}  {path.name}\n')
+    write_atomically(path, lambda file: file.write(content))
+
+
+def check_checksum(path: str | os.PathLike, required: bool = False) -> None:
+    """Compares a checkpoint with its checksum.
+
+    Args:
+        path: the checkpoint.
+        required: whether there must be a checksum; otherwise a file without one passes.
+
+    Raises:
+        ValueError: the file is not the one that was written.
+    """
+    noted = _checksum_file(Path(path))
+    if not noted.is_file():
+        if required:
+            raise ValueError(f'{path} has no checksum beside it ({noted.name})')
+        return
+    expected = noted.read_text(errors='replace').split(' ')[0]
+    found = _sha256(path)
+    if found != expected:
+        raise ValueError(
+            f'{path} is damaged or is not the file that was written: its SHA-256 is {found}, '
+            f'{noted.name} says {expected}'
+        )
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(f'{path.name}.sha256')
+
+
+class _History:
+    """Stands in for mmengine's log history while a file is read: keeps the numbers alone."""
 
     def __init__(self, *args: Any) -> None:
-        pass
+        self.buffer = HistoryBuffer()
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        values, counts = (
+            np.asarray(state[key]).tolist() for key in ('_log_history', '_count_history')
+        )
+        self.buffer = HistoryBuffer(values, counts, int(state['max_length']))
 
 
 def _no_attribute(owner: Any, name: str) -> None:
@@ -74,7 +161,7 @@ def _harmless_globals() -> list[Any]:
     allowed = [item for item in get_torch_safe_globals() if item not in (getattr, HistoryBuffer)]
     return [
         *allowed,
-        (_Unread, 'mmengine.logging.history_buffer.HistoryBuffer'),
+        (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
         (_no_attribute, 'builtins.getattr'),
     ]
 
@@ -109,10 +196,12 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        ValueError: the file is cut off, not a checkpoint, or carries code.
+        ValueError: the file is cut off, damaged (``check_checksum``), not a checkpoint, or carries
+            code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
+    check_checksum(path)
     try:
         with torch.serialization.safe_globals(_harmless_globals()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -129,4 +218,14 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(
             f'{path} holds a {type(state_dict).__name__}, expected a dict of tensors (state_dict)'
         )
+    _restore_histories(checkpoint)
     return dict(checkpoint, meta=checkpoint.get('meta') or {})
+
+
+def _restore_histories(checkpoint: dict[str, Any]) -> None:
+    hub = checkpoint.get('message_hub')
+    scalars = hub.get('log_scalars') if isinstance(hub, dict) else None
+    if isinstance(scalars, dict):
+        for key, value in scalars.items():
+            if isinstance(value, _History):
+                scalars[key] = value.buffer

@@ -16,7 +16,8 @@ import torch
 
 def _words(key: tuple[int, ...]) -> np.ndarray:
     """Eight well-mixed 32-bit words of a key of whole numbers from 0."""
-    return np.random.SeedSequence(key).generate_state(8)
+    # The length in front: to NumPy zeros at the end of a key are as good as none.
+    return np.random.SeedSequence((len(key), *key)).generate_state(8)
 
 
 def _seed_cpu(words: np.ndarray) -> None:

@@ -271,7 +271,7 @@ def test_a_snapshot_comes_back_bitwise(tmp_path: Path) -> None:
     assert all(torch.equal(own[key], value) for key, value in model.state_dict().items())
     loaded = load_checkpoint_safely(tmp_path / 'snapshot.pth')
     assert loaded['meta'] == dict(dataset_meta=meta, seed=5)
-    assert os.listdir(tmp_path) == ['snapshot.pth']
+    assert sorted(os.listdir(tmp_path)) == ['snapshot.pth', 'snapshot.pth.sha256']
 
 
 def test_a_snapshot_holds_what_a_hook_put_in_the_place_of_the_weights(tmp_path: Path) -> None:

@@ -5,12 +5,16 @@ python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py [--work-
 """
 
 import argparse
+import errno
+import logging
 import os
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
+
+from mmseg_sats.engine.preflight import check_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,13 +51,13 @@ def use_amp(cfg: Config) -> None:
         cfg.optim_wrapper.dtype = 'bfloat16'
 
 
-def main() -> None:
-    """Builds the config and runs it."""
-    args = parse_args()
+def load_config(args: argparse.Namespace) -> Config:
+    """The run's config, with what the command line adds."""
     if not Path(args.config).is_file():
-        raise SystemExit(f'config {args.config} does not exist')
+        raise FileNotFoundError(f'config {args.config} does not exist')
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
+        check_options(cfg, args.cfg_options)
         cfg.merge_from_dict(args.cfg_options)
     path = Path(args.config)
     cfg.work_dir = (
@@ -62,7 +66,26 @@ def main() -> None:
     cfg.launcher, cfg.resume, cfg.base = args.launcher, args.resume, args.base
     if args.amp:
         use_amp(cfg)
-    RUNNERS.build(cfg).train()
+    return cfg
+
+
+def main() -> None:
+    """Builds the config and runs it."""
+    args = parse_args()
+    # A log that a full disk does not take is no reason to print a traceback for every line of it.
+    logging.raiseExceptions = False
+    try:
+        runner = RUNNERS.build(load_config(args))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        # Something to put right, found before any training: the message says what and where.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        raise SystemExit(f'{type(error).__name__}: {message}') from error
+    try:
+        runner.train()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f'{error}. Make room and go on with --resume') from error
 
 
 if __name__ == '__main__':

@@ -7,6 +7,9 @@ seed = 0
 memory = 0
 memory_selection = dict(type='ClassBalancedMemory')
 replay_share = 0.5
+checkpoint_iters = None
+# 'cuda' refuses to start where there is no GPU; None takes one if there is one.
+device = None
 randomness = dict(seed='$seed')
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -16,9 +19,10 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=True),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    # Two: mmengine removes the older one before the next is written.
-    checkpoint=dict(type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'))
+    # After every epoch, and every so many iterations where checkpoint_iters says so.
+    checkpoint=dict(type='AtomicCheckpointHook', interval=1, iters='$checkpoint_iters', max_keep_ckpts=2),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    finite=dict(type='FiniteHook'))
 # The first does nothing in a stage without pseudo-labels, the second in a model without prototypes.
 custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='PrototypeHook'), dict(type='ProgressHook')]
 # WORK_DIR/report, at the end of the run: photographs and pictures of attention in it; None writes none.
@@ -50,6 +54,7 @@ train_dataloader = dict(
     dataset=dict(
         type='IncrementalDataset',
         mode='train',
+        seed='$seed',
         protocol='$protocol',
         split='$split',
         stage='$stage',

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import BaseDataset, Compose, force_full_init
 from mmseg.registry import DATASETS, TRANSFORMS
@@ -22,13 +23,15 @@ from mmseg_sats.datasets.class_index import (
     select_train,
 )
 from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
+from mmseg_sats.datasets.image_sizes import check_inside, check_sizes
 from mmseg_sats.datasets.transforms import (
     MODES,
     RelabelSegMap,
     relabel_table,
     through_label_ids,
 )
-from mmseg_sats.protocol import Protocol
+from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.randomness import seeded
 from mmseg_sats.suggest import check_choice
 
 
@@ -48,6 +51,10 @@ class IncrementalDataset(Dataset):
 
     Relabelling comes directly behind ``LoadAnnotations`` and so before ``RandomCrop``, whose
     ``cat_max_ratio`` thus judges a crop by the labels that the stage has, and by no others.
+
+    With a ``seed``, and once :meth:`set_epoch` was called, what the training pipeline draws for an
+    image depends on (seed, stage, epoch, index) alone: not on the number of workers, nor on whether
+    the run was interrupted before. The generators outside are left as they were.
 
     In a distributed run all ranks must build it, since rank 0 reads the masks for all of them.
 
@@ -69,6 +76,7 @@ class IncrementalDataset(Dataset):
         label_transforms: Transforms that stand directly behind the relabelling, in training: they
             see the stage's labels and change them, as :class:`MarkUnknown` does. One that has
             ``check_images(paths)`` is asked before training.
+        seed: Of the random transforms; None leaves them to the process's own generators.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
 
@@ -102,6 +110,7 @@ class IncrementalDataset(Dataset):
         ignore_index: int = 255,
         pipeline: Sequence[dict | Callable] | None = None,
         label_transforms: Sequence[dict | Callable] = (),
+        seed: int | None = None,
         lazy_init: bool = False,
         exemplars: str | None = None,
     ) -> None:
@@ -118,6 +127,8 @@ class IncrementalDataset(Dataset):
         self.cache_dir = cache_dir
         self.exemplars = exemplars
         self.ignore_index = ignore_index
+        self.seed = seed
+        self._epoch: torch.Tensor | None = None
         self.dataset, transforms = _build_wrapped(dataset, pipeline)
         names, palette = _classes_by_label(self.dataset)
         self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
@@ -157,10 +168,11 @@ class IncrementalDataset(Dataset):
         class_index.check_labels(self.protocol.num_classes, self.ignore_index)
         indices = self._select(class_index.presence)
         if indices.size == 0:
-            raise NoImagesError(self._nothing_left(len(files)))
+            raise NoImagesError(self._nothing_left(len(files), self.stage))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
+        self._class_index = class_index
         self._fully_initialized = True
         self._check_label_transforms()
 
@@ -178,6 +190,29 @@ class IncrementalDataset(Dataset):
             return select_eval(presence, self.stage, self.eval_images)
         rows = exemplar_rows(self.exemplars, self.dataset, self.class_names)
         return np.array(rows, dtype=np.int64)
+
+    @force_full_init
+    def check_stages(self, first: int = 0) -> None:
+        """See that stages of the protocol have images, of the same size as their masks.
+
+        Args:
+            first: The first stage that is looked at.
+
+        Raises:
+            ValueError: If one has none, or an image and its mask differ in size.
+            FileNotFoundError: If an image does not exist.
+        """
+        presence = self._class_index.presence
+        for stage in self.protocol.stages[first:]:
+            if self.mode == 'train':
+                rows = select_train(presence, stage, self.setting)
+            else:
+                rows = select_eval(presence, stage, self.eval_images)
+            if rows.size == 0:
+                raise NoImagesError(self._nothing_left(len(presence), stage))
+        infos = [self.dataset.get_data_info(row) for row in range(len(self.dataset))]
+        pairs = [(info['img_path'], info['seg_map_path']) for info in infos]
+        check_sizes(pairs, self.cache_dir)
 
     @property
     @force_full_init
@@ -223,12 +258,36 @@ class IncrementalDataset(Dataset):
         return channels[channels != self.ignore_index].tolist()
 
     def prepare_data(self, idx: int) -> Any:
-        """What the pipeline makes of the idx-th image; None where a transform gives up."""
-        return self.pipeline(self.get_data_info(idx))
+        """What the pipeline makes of the idx-th image; None where a transform gives up.
+
+        Raises:
+            RuntimeError: If a transform fails, with the image's file: one that is damaged, say.
+        """
+        info = self.get_data_info(idx)
+        try:
+            return self.pipeline(info)
+        except Exception as error:
+            raise RuntimeError(
+                f'image {info["img_path"]} with mask {info.get("seg_map_path")} cannot be used: '
+                f'{type(error).__name__}: {error}'
+            ) from error
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset, and the copies of it that workers keep, which epoch is drawn next."""
+        if self._epoch is None:
+            # Shared memory: persistent workers hold a copy made in the first epoch.
+            self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._epoch.fill_(epoch)
 
     @force_full_init
     def __getitem__(self, idx: int) -> Any:
         """The idx-th image after the pipeline; in training another one where that gives None."""
+        if self.mode == 'eval' or self.seed is None or self._epoch is None:
+            return self._item(idx)
+        with seeded(self.seed, self.stage.index, int(self._epoch), idx % len(self)):
+            return self._item(idx)
+
+    def _item(self, idx: int) -> Any:
         tries = 1 if self.mode == 'eval' else self.dataset.max_refetch + 1
         first = idx
         for _ in range(tries):
@@ -254,8 +313,8 @@ class IncrementalDataset(Dataset):
         )
         return metainfo
 
-    def _nothing_left(self, num_images: int) -> str:
-        wanted = self.stage.new if self.mode == 'train' else self.stage.seen
+    def _nothing_left(self, num_images: int, stage: Stage) -> str:
+        wanted = stage.new if self.mode == 'train' else stage.seen
         names = ', '.join(f'{self.class_names[c]} ({c})' for c in wanted)
         rule = f'setting {self.setting!r}'
         if self.mode == 'eval':
@@ -263,7 +322,7 @@ class IncrementalDataset(Dataset):
         if self.mode == 'memory':
             rule = f'exemplars={self.exemplars!r}'
         return (
-            f'protocol {self.protocol.name!r} stage {self.stage.index}: none of {num_images} '
+            f'protocol {self.protocol.name!r} stage {stage.index}: none of {num_images} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
             f'{names} under {rule}'
         )
@@ -379,6 +438,10 @@ def _full_init_wrapped(dataset: BaseDataset) -> None:
         raise ValueError(f'{nothing}: {error}') from error
     if len(dataset) == 0:
         raise ValueError(nothing)
+    if ann_file and dataset.data_root:
+        infos = [dataset.get_data_info(row) for row in range(len(dataset))]
+        keys = ('img_path', 'seg_map_path')
+        check_inside([info[k] for info in infos for k in keys if info.get(k)], dataset.data_root)
 
 
 def _mask_of(dataset: BaseDataset, row: int) -> str:

@@ -1,7 +1,24 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Stages: the runner, what it writes, and hooks."""
 
-from mmseg_sats.engine.hooks import ProgressHook, PrototypeHook, PseudoLabelThresholdHook
+from mmseg_sats.engine.hooks import (
+    AtomicCheckpointHook,
+    FiniteHook,
+    ProgressHook,
+    PrototypeHook,
+    PseudoLabelThresholdHook,
+)
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
+from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.train_loop import ResumableTrainLoop
 
-__all__ = ['IncrementalRunner', 'ProgressHook', 'PrototypeHook', 'PseudoLabelThresholdHook']
+__all__ = [
+    'AtomicCheckpointHook',
+    'FiniteHook',
+    'IncrementalRunner',
+    'ProgressHook',
+    'PrototypeHook',
+    'PseudoLabelThresholdHook',
+    'ResumableTrainLoop',
+    'StageRunner',
+]

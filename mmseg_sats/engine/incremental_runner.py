@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import write_json, write_text
+from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.distributed import join_process_group
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
+from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.results import (
     comparison_table,
@@ -33,10 +33,11 @@ from mmseg_sats.engine.results import (
 from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.snapshot import (
     adopt_base,
+    head_names,
+    is_whole,
     latest_checkpoint,
     load_snapshot,
     save_snapshot,
-    unwrap,
     write_weights,
 )
 from mmseg_sats.engine.stage_config import (
@@ -46,6 +47,8 @@ from mmseg_sats.engine.stage_config import (
     resolve_words,
     stage_dir,
 )
+from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
 from mmseg_sats.protocol import Protocol, Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
@@ -66,10 +69,11 @@ class IncrementalRunner:
             (its options; None for none).
 
     Raises:
-        ValueError: an impossible protocol or memory, or a work dir that holds a run already and no
-            ``resume``.
-        KeyError: the config uses a word that it does not define.
-        FileNotFoundError: ``base`` does not exist.
+        ValueError: an impossible protocol, memory or number, a work dir that is in use without ``resume``
+            or by another run, data that do not fit, a stage without images.
+        KeyError: the config uses a word that it does not define, or has a key that is misspelt.
+        FileNotFoundError: ``base``, a list, an image or a mask does not exist.
+        OSError: the work dir cannot be written to.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -77,6 +81,7 @@ class IncrementalRunner:
         self.work_dir = Path(cfg.work_dir)
         self.base = Path(cfg.base) if cfg.get('base') else None
         init_default_scope(cfg.get('default_scope', 'mmseg'))
+        check_config(self.cfg)
         # In the config that is kept, the method's name no longer depends on the folder it came from.
         self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
         self.cfg.setdefault('memory', 0)
@@ -84,16 +89,24 @@ class IncrementalRunner:
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = self._build_protocol()
         check_replay(self.cfg, self.protocol)
-        if self.base is not None and not self.base.is_file():
-            raise FileNotFoundError(f'--base {self.base}: no such checkpoint')
         check_report(self.cfg.get('report'))
-        self._check_work_dir()
+        check_writable(self.work_dir)
+        if self.cfg.get('resume'):
+            check_same_run(self.work_dir, self.cfg)
+        else:
+            check_unused(self.work_dir)
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
         check_outside_folder(stages[-1])
-        if self.base is None and not (stage_dir(self.work_dir, 0) / 'done').exists():
-            check_pretrained(stages[0])
+        check_model(stages[-1])
+        if not (stage_dir(self.work_dir, 0) / 'done').exists():
+            if self.base is None:
+                check_pretrained(stages[0])
+            else:
+                check_base(stages[0], self.base)
         self._process_settings = join_process_group(self.cfg)
+        # The data of a stage 0 that comes from a checkpoint need not be at hand.
+        check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
@@ -108,13 +121,14 @@ class IncrementalRunner:
         """
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
+            remove_temporary(self.work_dir)
             write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
         finished: list[dict[str, Any]] = []
         for stage in self.protocol.stages:
             folder = stage_dir(self.work_dir, stage.index)
             if not (folder / 'done').exists():
                 self._run_stage(stage, folder)
-            finished.append(json.loads((folder / 'metrics.json').read_text())['results'])
+            finished.append(read_json(folder / 'metrics.json')['results'])
             results = self._report(finished)
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
@@ -134,7 +148,7 @@ class IncrementalRunner:
             # mmengine resumes optimizer, schedulers and counters from it.
             cfg.resume, cfg.load_from = True, str(checkpoint)
         cfg.merge_from_dict(self._process_settings)
-        runner = Runner.from_cfg(cfg)
+        runner = StageRunner.from_cfg(cfg)
         runner.logger.info(
             f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '
             f'{len(stage.old)} old'
@@ -168,14 +182,13 @@ class IncrementalRunner:
             # The stage's own: what is replayed is not counted.
             cfg = stage_dataset_cfg(runner.cfg.train_dataloader.dataset)
             images = len(DATASETS.build(cfg))
-        if path.exists() and self.cfg.get('resume'):
+        if self.cfg.get('resume') and is_whole(path):
             return images  # stopped between the snapshot and its evaluation
         if from_base:
             meta = evaluation_set(runner.cfg).metainfo
-            names = [
-                name for name, _ in unwrap(runner.model).named_children() if name.endswith('_head')
-            ]
-            weights = adopt_base(runner.model, names, self.base, meta['classes'])
+            weights = adopt_base(
+                runner.model, head_names(runner.model), self.base, meta['classes']
+            )
             if is_main_process():
                 write_weights(path, weights, dict(dataset_meta=_plain_meta(meta)))
         else:
@@ -212,24 +225,6 @@ class IncrementalRunner:
             key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
         }
         return identity | dict(class_order=list(self.protocol.class_order))
-
-    def _check_work_dir(self) -> None:
-        """A finished stage is never overwritten by accident, nor another run gone on with."""
-        done = sorted(path.parent.name for path in self.work_dir.glob('stage_*/done'))
-        if done and not self.cfg.get('resume'):
-            raise ValueError(
-                f'{self.work_dir} already holds finished stages ({", ".join(done)}): '
-                'pass --resume to go on with that run, or another --work-dir'
-            )
-        if done and (self.work_dir / 'results.json').exists():
-            there = json.loads((self.work_dir / 'results.json').read_text())
-            other = [
-                f'{key}: {there.get(key)!r} there, {value!r} in the config'
-                for key, value in self._identity().items()
-                if there.get(key) != value
-            ]
-            if other:
-                raise ValueError(f'{self.work_dir} holds another run: {"; ".join(other)}')
 
 
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,18 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely, write_atomically
+from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.models.classifier import add_background, shape_mismatches
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a DDP wrapper, or the model itself."""
     return model.module if is_model_wrapper(model) else model
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """``decode_head`` and, where there is one, ``auxiliary_head``."""
+    return [name for name, _ in unwrap(model).named_children() if name.endswith('_head')]
 
 
 def save_snapshot(runner: Runner, path: Path, dataset_meta: dict[str, Any]) -> None:
@@ -39,10 +44,8 @@ def save_snapshot(runner: Runner, path: Path, dataset_meta: dict[str, Any]) -> N
 
 
 def write_weights(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes ``dict(meta, state_dict)`` atomically; nothing in it needs code to be read."""
-    write_atomically(
-        path, lambda file: torch.save(dict(meta=meta, state_dict=dict(state_dict)), file)
-    )
+    """Writes ``dict(meta, state_dict)`` and its checksum; nothing in it needs code to be read."""
+    write_checkpoint(path, dict(meta=meta, state_dict=dict(state_dict)))
 
 
 def load_snapshot(model: nn.Module, path: Path) -> None:
@@ -106,18 +109,28 @@ def adopt_base(
     return {key: state_dict[key] for key in own}
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest of mmengine's checkpoints in a stage's folder that can be read, or None.
+def is_whole(path: Path) -> bool:
+    """Whether there is a snapshot at ``path`` that agrees with its checksum."""
+    if not path.exists():
+        return False
+    try:
+        check_checksum(path, required=True)
+    except ValueError as error:
+        print_log(f'made again: {error}', logger='current', level=logging.WARNING)
+        return False
+    return True
 
-    mmengine removes an old checkpoint before it writes the next one, and its ``last_checkpoint``
-    may name a file that an interruption cut off or never let come into being.
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The one of mmengine's checkpoints in a stage's folder that got furthest, or None.
+
+    Files that cannot be read are passed over: an earlier checkpoint leads to the same end.
     """
-    paths = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    found = []
+    for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]:
         try:
-            load_checkpoint_safely(path)
-        except ValueError as error:
+            meta = load_checkpoint_safely(path)['meta']
+            found.append(((meta['iter'], meta['epoch']), path))
+        except (ValueError, KeyError) as error:
             print_log(f'not resumed from: {error}', logger='current', level=logging.WARNING)
-        else:
-            return path
-    return None
+    return max(found)[1] if found else None

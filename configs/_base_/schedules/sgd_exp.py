@@ -6,4 +6,4 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr='$lr', momentum=0.9, weight_decay=1e-4))
 param_scheduler = [dict(type='ExponentialLR', gamma=0.9, by_epoch=True)]
-train_cfg = dict(by_epoch=True, max_epochs='$epochs')
+train_cfg = dict(type='ResumableTrainLoop', max_epochs='$epochs')

@@ -8,4 +8,4 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end='$epochs', by_epoch=True, convert_to_iter_based=True)
 ]
-train_cfg = dict(by_epoch=True, max_epochs='$epochs')
+train_cfg = dict(type='ResumableTrainLoop', max_epochs='$epochs')

@@ -1,8 +1,16 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Hooks of mmengine's runner."""
 
+from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
+from mmseg_sats.engine.hooks.finite_hook import FiniteHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
 from mmseg_sats.engine.hooks.prototype_hook import PrototypeHook
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThresholdHook
 
-__all__ = ['ProgressHook', 'PrototypeHook', 'PseudoLabelThresholdHook']
+__all__ = [
+    'AtomicCheckpointHook',
+    'FiniteHook',
+    'ProgressHook',
+    'PrototypeHook',
+    'PseudoLabelThresholdHook',
+]

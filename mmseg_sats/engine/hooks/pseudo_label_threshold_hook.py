@@ -2,7 +2,6 @@
 """Finds the pseudo-labeler's thresholds at the start of a stage."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import write_json
+from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.protocol import UNKNOWN_LABEL
@@ -42,7 +41,7 @@ class PseudoLabelThresholdHook(Hook):
             return
         path = Path(runner.work_dir) / self.file_name
         if path.exists():
-            labeler.load_state_dict(json.loads(path.read_text()))
+            labeler.load_state_dict(read_json(path))
         else:
             self.find(runner, model)
             barrier()

@@ -1,0 +1,88 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Whether images and masks are of the same size, and inside the data root, before they are used."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from mmseg_sats.checkpoint import write_text
+
+_ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF: which of its values exchange width and height
+_TURNABLE = ('JPEG', 'MPO')
+
+
+def check_sizes(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None = None) -> None:
+    """Compares the sizes of images and masks, from the files' headers.
+
+    Files that passed once are not opened again until one of them changes.
+
+    Args:
+        pairs: paths of an image and its mask.
+        cache_dir: where that is noted; as in ``ClassIndex.load_or_scan``.
+
+    Raises:
+        FileNotFoundError: an image or mask does not exist.
+        ValueError: one that is no image, or two of different size.
+    """
+    noted = _note(pairs, cache_dir)
+    if noted.exists():
+        return
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(_check_pair, pairs))
+    try:
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        write_text(noted, '')
+    except OSError:
+        pass  # The next run opens the files again.
+
+
+def check_inside(paths: Sequence[str], root: str) -> None:
+    """Sees that paths made from a list file stay below ``root``, links aside.
+
+    Raises:
+        ValueError: one that does not.
+    """
+    top = os.path.normpath(os.path.abspath(root))
+    for path in paths:
+        place = os.path.normpath(os.path.abspath(path))
+        if place != top and not place.startswith(top.rstrip(os.sep) + os.sep):
+            raise ValueError(
+                f'{path} leaves the data root {root}: a list file names images below it, without '
+                "'..' and not by an absolute path"
+            )
+
+
+def _note(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None) -> Path:
+    digest = hashlib.sha256()
+    for path in (path for pair in pairs for path in pair):
+        try:
+            stat = os.stat(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f'{path} does not exist') from None
+        digest.update(f'{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0'.encode(errors='surrogateescape'))
+    folder = cache_dir or os.environ.get('MMSEG_SATS_CACHE') or '~/.cache/mmseg_sats'
+    return Path(os.path.expanduser(folder)) / f'same_sizes_{digest.hexdigest()[:32]}'
+
+
+def _check_pair(pair: tuple[str, str]) -> None:
+    image, mask = (_size(path) for path in pair)
+    if image != mask:
+        raise ValueError(
+            f'image {pair[0]} is {image[0]} x {image[1]} (width x height), its mask {pair[1]} is '
+            f'{mask[0]} x {mask[1]}: expected the same size'
+        )
+
+
+def _size(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # As OpenCV turns photographs. Of a PNG, Pillow would have to decode all to know.
+            turned = image.format in _TURNABLE and image.getexif().get(_ORIENTATION) in _TURNED
+    except OSError as error:
+        raise ValueError(f'{path} is no image that can be read: {error}') from error
+    return (height, width) if turned else (width, height)

@@ -1,0 +1,130 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""mmengine's checkpoints, written whole or not at all, by epoch and by iteration."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from mmseg_sats.checkpoint import write_atomically, write_text
+
+BACKEND = 'mmseg_sats_atomic'
+PATTERNS = ('epoch_*.pth', 'iter_*.pth')
+
+
+class AtomicBackend(LocalBackend):
+    """Local files that appear under their name only once all their bytes are on the disk."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Writes ``obj`` to ``filepath``, through a temporary file beside it."""
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(filepath, lambda file: file.write(obj))
+
+
+register_backend(BACKEND, AtomicBackend, force=True)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """Checkpoints after every epoch and, if wanted, every so many iterations.
+
+    Each is written to a temporary file, fsynced and renamed; only then are older ones removed. Where
+    a step of the optimizer collects the gradients of several iterations, those collected so far are
+    kept too. Before the run is stopped by a signal, one more is written (``before_stop``).
+
+    Args:
+        iters: iterations from one checkpoint to the next within an epoch; None: only by epoch.
+        max_keep_ckpts: how many checkpoints to keep, the newest ones.
+        options: as in mmengine's ``CheckpointHook``, ``interval`` in epochs.
+
+    Raises:
+        ValueError: ``iters`` or ``max_keep_ckpts`` is not a whole number from 1.
+    """
+
+    def __init__(self, iters: int | None = None, max_keep_ckpts: int = 2, **options: Any) -> None:
+        for name, value in (('iters', iters), ('max_keep_ckpts', max_keep_ckpts)):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not whole and not (name == 'iters' and value is None):
+                raise ValueError(
+                    f'AtomicCheckpointHook: {name}={value!r}, expected a whole number from 1'
+                )
+        # mmengine removes the old before it writes the new; here it keeps no count.
+        super().__init__(max_keep_ckpts=-1, backend_args=dict(backend=BACKEND), **options)
+        self.iters = iters
+        self.keep = max_keep_ckpts
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Sequence[dict] | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Saves every ``iters`` iterations."""
+        if self.iters and self.every_n_train_iters(runner, self.iters):
+            self._save(runner, runner.iter + 1)
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def before_stop(self, runner: Runner) -> None:
+        """Saves the state behind the iteration at which the loop stops."""
+        self._save(runner, runner.iter)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Adds the gradients of an optimizer's step that is not complete."""
+        wrapper = getattr(runner, 'optim_wrapper', None)
+        if getattr(wrapper, '_accumulative_counts', 1) > 1 and not wrapper.should_update():
+            checkpoint['gradients'] = {
+                name: parameter.grad.detach().cpu()
+                for name, parameter in _unwrap(runner.model).named_parameters()
+                if parameter.grad is not None
+            }
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Puts those gradients back."""
+        gradients = checkpoint.get('gradients', {})
+        for name, parameter in _unwrap(runner.model).named_parameters():
+            if name in gradients and runner._resume:
+                parameter.grad = gradients[name].to(parameter)
+
+    def _save(self, runner: Runner, done: int) -> None:
+        """Saves within an epoch, ``done`` iterations of the run behind us."""
+        runner.logger.info(f'Saving checkpoint at {done} iterations')
+        self._write(runner, f'iter_{done}.pth', dict(epoch=runner.epoch, iter=done))
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        self._write(runner, self.filename_tmpl.format(step), meta)
+
+    def _write(self, runner: Runner, name: str, meta: dict[str, Any]) -> None:
+        self.last_ckpt = str(Path(self.out_dir) / name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            write_text(Path(runner.work_dir) / 'last_checkpoint', self.last_ckpt)
+            self._remove_older(name)
+
+    def _remove_older(self, newest: str) -> None:
+        paths = [path for pattern in PATTERNS for path in Path(self.out_dir).glob(pattern)]
+        others = [path for path in paths if path.name != newest]
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for path in others[self.keep - 1 :]:
+            path.unlink()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,234 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What can be known to be wrong before the first iteration: options, numbers, device, data, model."""
+
+import inspect
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmseg.registry import DATASETS, MODELS
+from torch import nn
+
+from mmseg_sats.datasets.replay import stage_dataset_cfg
+from mmseg_sats.engine.evaluation import evaluation_set
+from mmseg_sats.engine.snapshot import adopt_base, head_names
+from mmseg_sats.engine.stage_config import STAGE_PARTS
+from mmseg_sats.suggest import check_choice, near_match
+
+# Top-level keys that are read by name, by mmengine's Runner or by ours.
+KEYS = (
+    'activation_checkpointing', 'auto_scale_lr', 'base', 'batch_size', 'checkpoint_iters', 'class_order', 'compile',
+    'crop_size', 'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
+    'default_scope', 'device', 'efficient_conv_bn_eval', 'env_cfg', 'epochs', 'experiment_name',
+    'find_unused_parameters', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
+    'log_processor', 'lr', 'memory', 'memory_selection', 'method', 'method_initial_stage', 'method_later_stages',
+    'model', 'model_config', 'model_wrapper_cfg', 'num_workers', 'optim_wrapper', 'outside_dataset',
+    'outside_labeler',
+    'param_scheduler', 'protocol', 'randomness', 'replay_share', 'report', 'resume', 'runner_type', 'seed',
+    'setting', 'split',
+    'sync_bn', 'test_cfg', 'test_dataloader', 'test_evaluator', 'test_pipeline', 'train_cfg',
+    'train_dataloader', 'train_pipeline', 'tta_model', 'tta_pipeline', 'val_cfg', 'val_dataloader',
+    'val_evaluator', 'vis_backends', 'visualizer', 'work_dir',
+)  # fmt: skip
+DEVICES = (None, 'cuda', 'cpu')
+# Whole numbers and the least that each may be.
+_WHOLE = dict(epochs=1, batch_size=1, num_workers=0, seed=0, checkpoint_iters=1)
+_MAY_BE_NONE = ('seed', 'checkpoint_iters', 'lr')
+
+
+def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Refuses a ``--cfg-options`` word that the config does not have and nothing reads.
+
+    Args:
+        cfg: the config before the options are merged in.
+        options: dotted key to value.
+
+    Raises:
+        KeyError: with a near match.
+    """
+    known = {*cfg.keys(), *KEYS}
+    for option in options:
+        key = option.split('.')[0]
+        if key not in known:
+            raise KeyError(
+                f'--cfg-options {option}: the config has no {key!r}{near_match(key, known)}'
+            )
+
+
+def check_config(cfg: Config) -> None:
+    """Checks what the run's config says at its top level and for the later stages.
+
+    Raises:
+        KeyError: a key that nothing reads and that is nearly one that is read.
+        ValueError: an impossible number or device.
+        TypeError: a part of the config is of the wrong kind.
+    """
+    content = cfg._cfg_dict.to_dict()
+    _check_keys(content)
+    for part in STAGE_PARTS:
+        inner = content.get(part) or {}
+        if not isinstance(inner, dict):
+            raise TypeError(f'{part} must be a dict of config values, got {inner!r}')
+        _check_numbers(inner, f'{part}.')
+    _check_numbers(content, '')
+    _check_device(cfg.get('device'))
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    read = {*KEYS, *_words(content)}
+    for key in content:
+        # Other unread keys may be values that a config file uses for itself.
+        if key not in read and _close(key, KEYS):
+            raise KeyError(
+                f'config key {key!r} is read by nothing{near_match(key, KEYS)}: correct it or take it out'
+            )
+
+
+def _close(key: str, read: Collection[str]) -> bool:
+    """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` is none."""
+    return key.rstrip('0123456789_') not in read and any(_one_slip(key, other) for other in read)
+
+
+def _one_slip(one: str, other: str) -> bool:
+    """One letter more, less or another, or two neighbours exchanged."""
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if start is None:
+        return len(one) != len(other)
+    rest = one[start:], other[start:]
+    return (
+        rest[0][1:] == rest[1][1:]
+        or rest[0][1:] == rest[1]
+        or rest[0] == rest[1][1:]
+        or (rest[0][:2] == rest[1][:2][::-1] and rest[0][2:] == rest[1][2:])
+    )
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The names behind every ``'$name'`` in a config."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _words(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, str) and (match := re.fullmatch(r'\$(\w+)', value)):
+        yield match[1]
+
+
+def _check_numbers(content: Mapping[str, Any], path: str) -> None:
+    for name, least in _WHOLE.items():
+        value = content.get(name, least)
+        if (value is None and name in _MAY_BE_NONE) or _is_word(value):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f'{path}{name}={value!r}: expected a whole number from {least}')
+    rate = content.get('lr')
+    if not (rate is None or _is_word(rate)) and not _positive(rate):
+        raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
+    size = content.get('crop_size', 1)
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    if not _is_word(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
+        raise ValueError(
+            f'{path}crop_size={size!r}: expected a number of pixels from 1, or two, (h, w)'
+        )
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith('$')
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _check_device(device: Any) -> None:
+    check_choice('device', device, DEVICES)
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda', but torch finds no GPU (torch.cuda.is_available() is False): expected a "
+            'CUDA build of torch and a driver, or device=None, which takes what there is'
+        )
+    if device == 'cpu' and torch.cuda.is_available():
+        raise ValueError(
+            "device='cpu', but there is a GPU, which mmengine would take: hide it by setting "
+            'CUDA_VISIBLE_DEVICES to nothing before the command'
+        )
+
+
+def check_data(stages: Sequence[Config], first: int = 0) -> None:
+    """Reads the lists and masks of a run, and sees that the stages of its protocol have images.
+
+    Args:
+        stages: the stages' configs.
+        first: the first stage that needs images.
+
+    Raises:
+        FileNotFoundError: a list, image or mask does not exist.
+        ValueError: a mask with impossible labels, an image and a mask of different size, a path
+            that leaves the data root, a stage without images, or a file that is no image.
+    """
+    cfg = stages[first]
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        dataset = DATASETS.build(stage_dataset_cfg(loader.dataset))
+        if hasattr(dataset, 'check_stages'):
+            dataset.check_stages(first)
+
+
+def check_model(cfg: Config) -> None:
+    """Builds the model of a stage and throws it away.
+
+    Raises:
+        KeyError: a type that is not registered, with a near match.
+        TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
+        ValueError: whatever else the model's parts refuse.
+    """
+    _build_model(cfg)
+
+
+def check_base(cfg: Config, base: Path) -> None:
+    """Sees that stage 0 can be taken from a checkpoint.
+
+    Args:
+        cfg: the config of stage 0.
+        base: the checkpoint.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it cannot be read safely, or has other classes or another model.
+    """
+    if not base.is_file():
+        raise FileNotFoundError(f'--base {base}: no such checkpoint')
+    classes = evaluation_set(cfg).metainfo['classes']
+    model = _build_model(cfg)
+    adopt_base(model, head_names(model), base, classes)
+
+
+def _build_model(cfg: Config) -> nn.Module:
+    model = cfg.model.to_dict() | dict(old_model=None)
+    model['backbone'] = model['backbone'] | dict(init_cfg=None)
+    try:
+        return MODELS.build(model)
+    except KeyError as error:
+        raise KeyError(f'{error.args[0]}{_near_type(str(error.args[0]))}') from error
+    except TypeError as error:
+        raise TypeError(f'{error}{_near_argument(str(error))}') from error
+
+
+def _near_type(message: str) -> str:
+    """The registered name that is nearest to the one in mmengine's message."""
+    match = re.match(r'(\w+) is not in the', message)
+    registries = (MODELS, MODELS.parent)
+    names = [name for registry in registries if registry for name in registry.module_dict]
+    return near_match(match[1], names) if match else ''
+
+
+def _near_argument(message: str) -> str:
+    """The argument that is nearest to the one in Python's message."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    part = MODELS.get(match[1]) if match else None
+    return near_match(match[2], inspect.signature(part).parameters) if part else ''

@@ -1,0 +1,506 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Bad input, each with its message, found by the command line before any training starts."""
+
+import errno
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmseg.registry import MODELS
+from PIL import Image
+
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.engine import StageRunner
+from mmseg_sats.models import AttentionMixVisionTransformer
+from tools.train_incremental import main
+
+ROOT = Path(__file__).parents[1]
+IMAGES = 12
+CONFIG = """
+_base_ = ['{configs}/_base_/segformer_tiny_shapes.py', '{configs}/sats/sats.py']
+protocol = '3-1'
+data_root = '{data}'
+class_names = ['background', 'a', 'b', 'c', 'd', 'e', 'f']
+train_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='$data_root', ann_file='train.txt',
+    data_prefix=dict(img_path='images', seg_map_path='masks'), img_suffix='.png',
+    metainfo=dict(classes='$class_names'), pipeline='$train_pipeline')
+eval_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='$data_root', ann_file='val.txt',
+    data_prefix=dict(img_path='images', seg_map_path='masks'), img_suffix='.png',
+    metainfo=dict(classes='$class_names'), pipeline='$eval_pipeline')
+epochs, crop_size, batch_size = 1, 32, 4
+"""
+
+
+def draw(folder: Path) -> None:
+    """12 images of 32 x 32 with all six classes, in a training and an evaluation list."""
+    draws = np.random.default_rng(0)
+    for name in ('images', 'masks'):
+        (folder / name).mkdir(parents=True)
+    for number in range(IMAGES):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:8] = 1 + number % 6
+        mask[8:16] = 1 + (number + 1) % 6
+        Image.fromarray(mask).save(folder / f'masks/{number}.png')
+        image = draws.integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(image).save(folder / f'images/{number}.png')
+    for name in ('train', 'val'):
+        (folder / f'{name}.txt').write_text(''.join(f'{number}\n' for number in range(IMAGES)))
+
+
+class Place(NamedTuple):
+    """What a case may change: the data, the config file, the work dir."""
+
+    data: Path
+    config: Path
+    work_dir: Path
+
+    def mask(self, array: np.ndarray) -> None:
+        Image.fromarray(array).save(self.data / 'masks/3.png')
+
+    def add(self, text: str) -> None:
+        self.config.write_text(self.config.read_text() + text)
+
+    def change(self, old: str, new: str) -> None:
+        text = self.config.read_text()
+        assert old in text
+        self.config.write_text(text.replace(old, new))
+
+
+class Case(NamedTuple):
+    """What is wrong, what the message says, options of the command line, and what is spoilt first."""
+
+    name: str
+    message: str
+    options: tuple[str, ...] = ()
+    spoil: Callable[[Place], object] = lambda place: None
+    words: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('bad') / 'data'
+    draw(folder)
+    return folder
+
+
+@pytest.fixture
+def place(drawn: Path, tmp_path: Path) -> Place:
+    data = shutil.copytree(drawn, tmp_path / 'data')
+    config = tmp_path / 'own.py'
+    config.write_text(CONFIG.format(configs=ROOT / 'configs', data=data))
+    return Place(data, config, tmp_path / 'run')
+
+
+def save_base(place: Place, classes: int = 4, width: int = 16, names: list | None = None) -> None:
+    """A checkpoint ``base.pth`` beside the config, of a model as in the config or not quite."""
+    cfg = Config.fromfile(ROOT / 'configs/_base_/segformer_tiny_shapes.py')
+    cfg.model.decode_head.update(num_classes=classes, norm_cfg=dict(type='BN'))
+    cfg.model.decode_head.loss_decode = dict(type='CrossEntropyLoss')
+    cfg.model.backbone.update(embed_dims=width, init_cfg=None)
+    cfg.model.decode_head.in_channels = [width * heads for heads in (1, 2, 4, 8)]
+    for key in ('pseudo_labeler', 'distillation'):
+        cfg.model[key] = None
+    cfg.model.update(classifier_init='balanced', data_preprocessor=None)
+    meta = dict(dataset_meta=dict(classes=names)) if names else {}
+    state = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=state, meta=meta), place.config.with_name('base.pth'))
+
+
+def cut_base(place: Place) -> None:
+    save_base(place)
+    path = place.config.with_name('base.pth')
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+class Payload:
+    """Pickled as a call of ``open``: what code in a file could do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.path), 'w')
+
+
+def hostile_base(place: Place) -> None:
+    payload = Payload(place.config.with_name('executed'))
+    torch.save(dict(state_dict={}, meta=payload), place.config.with_name('base.pth'))
+
+
+def wider_encoder(place: Place) -> None:
+    encoder = AttentionMixVisionTransformer(
+        embed_dims=32, num_layers=[1] * 4, num_heads=[1, 2, 4, 8]
+    )
+    torch.save(dict(state_dict=encoder.state_dict()), place.config.with_name('mit.pth'))
+
+
+def used(place: Place, *files: str) -> None:
+    for file in files:
+        (place.work_dir / file).parent.mkdir(parents=True, exist_ok=True)
+        write_text(place.work_dir / file, '')
+
+
+def other_run(place: Place) -> None:
+    cfg = Config.fromfile(place.config)
+    cfg.merge_from_dict(dict(seed=3, lr=0.5, num_workers=7, method=place.config.parent.name))
+    used(place, 'stage_0/epoch_1.pth')
+    write_text(place.work_dir / 'config.py', cfg.pretty_text)
+
+
+BASE = ('--base', '{config.parent}/base.pth')
+OPTIONS = '--cfg-options'
+NAMES = ['background', 'a', 'c', 'b']
+RESNET = """
+model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels=4, stem_channels=4,
+                           norm_cfg=dict(type='BN')),
+             decode_head=dict(in_channels=[4, 8, 16, 32]))
+"""
+SEGMENTER = """
+model = dict(decode_head=dict(
+    _delete_=True, type='SegmenterMaskTransformerHead', in_channels=128, channels=32, in_index=3,
+    num_classes='$num_classes', num_layers=1, num_heads=2, embed_dims=32, dropout_ratio=0.0,
+    loss_decode='$segmentation_loss'))
+"""
+CASES = [
+    # the command line and the config's words
+    Case('no config', r'config .*nothing\.py does not exist', words=('nothing.py',)),
+    Case(
+        'option misspelt',
+        r"--cfg-options epoch: the config has no 'epoch' \(did you mean 'epochs'\?\)",
+        ('epoch=3',),
+    ),
+    Case(
+        'nested option misspelt',
+        r"modle\.type: .*'modle' \(did you mean 'model'",
+        ('modle.type=X',),
+    ),
+    Case(
+        'key misspelt',
+        r"config key 'protocl' is read by nothing \(did you mean 'protocol'",
+        spoil=lambda p: p.add("protocl = '5-1'\n"),
+    ),
+    Case(
+        'key with letters exchanged',
+        r"'train_cgf' is read by nothing \(did you mean 'train_cfg'",
+        spoil=lambda p: p.add('train_cgf = dict(max_epochs=2)\n'),
+    ),
+    Case(
+        'word undefined',
+        r"train_cfg\.max_epochs='\$epoch'.*did you mean 'epochs'",
+        ('train_cfg.max_epochs=$epoch',),
+    ),
+    Case('word for itself', r'stands for itself: lr -> lr', ('lr=$lr',)),
+    Case(
+        'part of the wrong kind',
+        r'later_stages must be a dict',
+        spoil=lambda p: p.add("later_stages = 'lr'\n"),
+    ),
+    # protocol and class order
+    Case('protocol of no form', r"'3to1' is not of the form 'm-n'", ('protocol=3to1',)),
+    Case('protocol from nothing', r"'0-1': both numbers .* at least 1", ('protocol=0-1',)),
+    Case(
+        'protocol too large',
+        r"'9-1' starts with 9 classes, but there are only 6",
+        ('protocol=9-1',),
+    ),
+    Case('split without joint', r"split='3-1' belongs to protocol 'joint' alone", ('split=3-1',)),
+    Case('class order repeats', r'class_order repeats \[2\]', ('class_order=[1,2,2,4,5,6]',)),
+    Case(
+        'class order with 0',
+        r'class_order names 0, which is background',
+        ('class_order=[0,1,2,3,4,5]',),
+    ),
+    Case(
+        'class order too short',
+        r'class_order has 3 of 6 classes, \[4, 5, 6\] are missing',
+        ('class_order=[1,2,3]',),
+    ),
+    Case('class order beyond', r'classes that do not exist: \[9\]', ('class_order=[1,2,3,4,5,9]',)),
+    Case(
+        'setting misspelt',
+        r"setting='overlaped' is unknown \(did you mean 'overlapped'",
+        ('setting=overlaped',),
+    ),
+    Case(
+        'eval_future misspelt',
+        r"eval_future='ignored' is unknown \(did you mean 'ignore'",
+        ('eval_future=ignored',),
+    ),
+    Case(
+        'eval_images misspelt',
+        r"eval_images='sen' is unknown \(did you mean 'seen'",
+        ('eval_images=sen',),
+    ),
+    # numbers and device
+    Case('no epochs', r'epochs=0: expected a whole number from 1', ('epochs=0',)),
+    Case('half an epoch', r'epochs=0\.5: expected a whole number from 1', ('epochs=0.5',)),
+    Case('negative batch', r'batch_size=-4: expected a whole number from 1', ('batch_size=-4',)),
+    Case('negative crop', r'crop_size=-64: expected a number of pixels', ('crop_size=-64',)),
+    Case('flat crop', r'crop_size=\(64, 0\): expected a number of pixels', ('crop_size=(64,0)',)),
+    Case(
+        'negative workers', r'num_workers=-1: expected a whole number from 0', ('num_workers=-1',)
+    ),
+    Case('negative seed', r'seed=-1: expected a whole number from 0', ('seed=-1',)),
+    Case('negative rate', r'lr=-0\.1: expected a number above 0', ('lr=-0.1',)),
+    Case('no rate later', r'later_stages\.lr=0: expected a number above 0', ('later_stages.lr=0',)),
+    Case(
+        'no iterations',
+        r'checkpoint_iters=0: expected a whole number from 1',
+        ('checkpoint_iters=0',),
+    ),
+    Case('negative memory', r'memory=-1', ('memory=-1',)),
+    Case('memory too small', r'memory=2', ('memory=2',)),
+    Case('no GPU', r"device='cuda', but torch finds no GPU", ('device=cuda',)),
+    Case('device misspelt', r"device='cud' is unknown \(did you mean 'cuda'", ('device=cud',)),
+    # the work dir
+    Case(
+        'work dir below a file',
+        r'work dir .*own\.py/run cannot be written to',
+        words=('--work-dir', '{config}/run'),
+    ),
+    Case(
+        'work dir in use',
+        r'run is in use: it holds stage_0 \(finished\), stage_1 \(unfinished: epoch_2\.pth\)\. Pass --resume',
+        spoil=lambda p: used(p, 'stage_0/done', 'stage_1/epoch_2.pth'),
+    ),
+    Case(
+        'another run resumed',
+        r'holds another run: (?!.*num_workers)lr: 0\.5 there, 0\.002 in the config; seed: 3 there, 0 in the config\.',
+        spoil=other_run,
+        words=('--resume',),
+    ),
+    Case(
+        'resume without its config',
+        r'config\.py does not exist: without the config of the run',
+        spoil=lambda p: used(p, 'stage_0/epoch_1.pth'),
+        words=('--resume',),
+    ),
+    Case(
+        'resume with a broken config',
+        r'config\.py is no config that can be read',
+        spoil=lambda p: (used(p, 'config.py'), write_text(p.work_dir / 'config.py', 'a = (')),
+        words=('--resume',),
+    ),
+    # checkpoints to start from
+    Case('base missing', r'--base .*base\.pth: no such checkpoint', words=BASE),
+    Case(
+        'base cut off',
+        r'base\.pth is not a checkpoint that can be read safely',
+        spoil=cut_base,
+        words=BASE,
+    ),
+    Case(
+        'base with more classes',
+        r'does not fit stage 0 \(4 classes with background\).*conv_seg',
+        spoil=lambda p: save_base(p, classes=7),
+        words=BASE,
+    ),
+    Case(
+        'base with other classes',
+        r"trained on classes \['background', 'a', 'c', 'b'\], expected",
+        spoil=lambda p: save_base(p, names=NAMES),
+        words=BASE,
+    ),
+    Case(
+        'base of another encoder',
+        r'does not fit stage 0 .*backbone',
+        spoil=lambda p: save_base(p, width=8),
+        words=BASE,
+    ),
+    Case(
+        'base that carries code',
+        r'base\.pth is not a checkpoint that can be read safely',
+        spoil=hostile_base,
+        words=BASE,
+    ),
+    Case(
+        'encoder missing',
+        r'none\.pth do not exist.*convert_mit\.py ORIGINAL',
+        ('pretrained=none.pth',),
+    ),
+    Case(
+        'encoder of another size',
+        r'mit\.pth does not fit AttentionMix',
+        ('pretrained={config.parent}/mit.pth',),
+        spoil=wider_encoder,
+    ),
+    # data
+    Case('no data', r'nowhere.*train\.txt does not exist', ('data_root=nowhere',)),
+    Case('list missing', r'trian\.txt does not exist', ('train_dataset.ann_file=trian.txt',)),
+    Case(
+        'list empty',
+        r'BaseSegDataset gives no images',
+        spoil=lambda p: (p.data / 'val.txt').write_text(''),
+    ),
+    Case(
+        'mask missing',
+        r'masks/3\.png does not exist',
+        spoil=lambda p: (p.data / 'masks/3.png').unlink(),
+    ),
+    Case(
+        'image missing',
+        r'images/3\.png does not exist',
+        spoil=lambda p: (p.data / 'images/3.png').unlink(),
+    ),
+    Case(
+        'mask in colour',
+        r'masks/3\.png: expected a single-channel 8-bit.*found shape \(32, 32, 3\)',
+        spoil=lambda p: p.mask(np.zeros((32, 32, 3), np.uint8)),
+    ),
+    Case(
+        'mask of 16 bits',
+        r'masks/3\.png: expected a single-channel 8-bit.*of u?int',
+        spoil=lambda p: p.mask(np.zeros((32, 32), np.uint16)),
+    ),
+    Case(
+        'mask of another size',
+        r'images/3\.png is 32 x 32 \(width x height\), its mask .*masks/3\.png is 16 x 32',
+        spoil=lambda p: p.mask(np.ones((32, 16), np.uint8)),
+    ),
+    Case(
+        'mask cut off',
+        r'masks/3\.png is unreadable',
+        spoil=lambda p: (p.data / 'masks/3.png').write_bytes(
+            (p.data / 'masks/3.png').read_bytes()[:60]
+        ),
+    ),
+    Case(
+        'mask that is text',
+        r'masks/3\.png is unreadable',
+        spoil=lambda p: (p.data / 'masks/3.png').write_text('0 1 2'),
+    ),
+    Case(
+        'image that is text',
+        r'images/3\.png is no image that can be read',
+        spoil=lambda p: (p.data / 'images/3.png').write_text('hello'),
+    ),
+    Case(
+        'label outside',
+        r'masks/3\.png holds label 77 .*allowed are 0 \(background\), 1 to 6',
+        spoil=lambda p: p.mask(np.full((32, 32), 77, np.uint8)),
+    ),
+    Case(
+        'later stage empty',
+        r'stage 1: none of 3 images .*train with the classes d \(4\)',
+        spoil=lambda p: (p.data / 'train.txt').write_text('0\n1\n6\n'),
+    ),
+    Case(
+        'list leaves the root',
+        r'leaves the data root',
+        spoil=lambda p: (p.data / 'train.txt').write_text('../../other/0\n'),
+    ),
+    Case(
+        'list with an absolute path',
+        r'/etc/0\.png leaves the data root',
+        spoil=lambda p: (p.data / 'train.txt').write_text('/etc/0\n'),
+    ),
+    Case(
+        'labels shifted',
+        r'reduce_zero_label=True, which turns background into ignored',
+        ('train_dataset.reduce_zero_label=True',),
+    ),
+    Case('no LoadAnnotations', r'pipeline needs LoadAnnotations', ('train_pipeline=[]',)),
+    # model
+    Case(
+        'no attention to distil',
+        r'ResNet does not give: expected a backbone with forward_with_attention',
+        spoil=lambda p: p.add(RESNET),
+    ),
+    Case(
+        'head that cannot grow',
+        r'decode_head \(SegmenterMaskTransformerHead\) cannot grow',
+        spoil=lambda p: p.add(SEGMENTER),
+    ),
+    Case(
+        'argument misspelt',
+        r"unexpected keyword argument 'embed_dim' \(did you mean 'embed_dims'",
+        ('model.backbone.embed_dim=16',),
+    ),
+    Case(
+        'loss misspelt',
+        r"CRPDistilationLoss is not in .*did you mean 'CRPDistillationLoss'",
+        ('distillation.attention.type=CRPDistilationLoss',),
+    ),
+    Case(
+        'initialisation misspelt',
+        r"classifier_init='balancd' is unknown \(did you mean 'balanced'",
+        ('classifier_init=balancd',),
+    ),
+    Case(
+        'threshold misspelt',
+        r"'medain' is unknown.*did you mean 'median'",
+        ('pseudo_labeler.threshold=medain',),
+    ),
+    Case(
+        'source misspelt',
+        r"source='features' is unknown \(did you mean 'feature'",
+        ('distillation.attention.source=features',),
+    ),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=[case.name.replace(' ', '_') for case in CASES])
+def test_bad_input(case: Case, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training(self: StageRunner) -> None:
+        raise AssertionError('training has started')
+
+    monkeypatch.setattr(StageRunner, 'train', training)
+    monkeypatch.setattr(StageRunner, 'from_cfg', training)
+    case.spoil(place)
+    words = [word.format(config=place.config) for word in case.words]
+    config = words.pop(0) if words and words[0].endswith('.py') else str(place.config)
+    if '--work-dir' not in words:
+        words += ['--work-dir', str(place.work_dir)]
+    if case.options:
+        words += [OPTIONS, *(option.format(config=place.config) for option in case.options)]
+    monkeypatch.setattr(sys, 'argv', ['train_incremental.py', config, *words])
+    with pytest.raises(SystemExit, match=case.message) as stopped:
+        main()
+    assert '\n' not in str(stopped.value).strip()
+    assert not (place.config.with_name('executed')).exists()
+
+
+def test_the_unspoilt_case_reaches_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training(self: StageRunner) -> None:
+        raise AssertionError('training has started')
+
+    monkeypatch.setattr(StageRunner, 'train', training)
+    for words in ([], ['--resume']):  # what was refused above is accepted where nothing is wrong
+        arguments = ['train', str(place.config), '--work-dir', str(place.work_dir), *words]
+        monkeypatch.setattr(sys, 'argv', [*arguments, OPTIONS, 'device=None', 'num_workers=0'])
+        with pytest.raises(AssertionError, match='training has started'):
+            main()
+
+
+def test_a_cut_off_image_is_named_in_the_middle_of_training(place: Place) -> None:
+    content = (place.data / 'images/3.png').read_bytes()
+    (place.data / 'images/3.png').write_bytes(content[:200])
+    cfg = Config.fromfile(place.config)
+    cfg.work_dir = str(place.work_dir)
+    with pytest.raises(RuntimeError, match=r'images/3\.png with mask .* cannot be used'):
+        RUNNERS.build(cfg).train()
+
+
+def test_a_full_disk_gives_one_message(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(logging, 'raiseExceptions', True)
+    arguments = ['train', str(place.config), '--work-dir', str(place.work_dir)]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    message = r'config\.py was not written \(No space left on device\).*Make room .*--resume'
+    with pytest.raises(SystemExit, match=message):
+        main()
+    assert [path.name for path in place.work_dir.iterdir()] == []

@@ -1,0 +1,282 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""A run that was stopped and resumed is the run that was not; nothing it reads is half-written."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS
+
+from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
+from mmseg_sats.engine import AtomicCheckpointHook
+from mmseg_sats.engine.snapshot import is_whole, latest_checkpoint
+from mmseg_sats.engine.train_loop import EXIT_PREEMPTED
+from mmseg_sats.randomness import seed_all, seeded
+
+MakeConfig = Callable[..., Config]
+ROOT = Path(__file__).parents[1]
+
+
+@HOOKS.register_module()
+class Interrupt(Hook):
+    """Stops stage 1 before iteration ``at``: by an error, or by SIGTERM to every process."""
+
+    def __init__(self, at: int, by_signal: bool = False) -> None:
+        self.at, self.by_signal = at, by_signal
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
+        if not runner.work_dir.endswith('stage_1') or runner.iter != self.at:
+            return
+        if not self.by_signal:
+            raise KeyboardInterrupt
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.2)
+        signal.raise_signal(signal.SIGTERM)
+
+
+@HOOKS.register_module()
+class Draws(Hook):
+    """Notes a number of each generator at the start of every iteration, and each batch's images."""
+
+    seen: dict = {}
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
+        numbers = random.random(), float(np.random.rand()), float(torch.rand(()))
+        names = tuple(sample.img_path for sample in data_batch['data_samples'])
+        total = float(sum(image.double().sum() for image in data_batch['inputs']))
+        self.seen[runner.work_dir.rsplit('_', 1)[1], runner.iter] = (batch_idx, numbers, names, total)
+
+
+def make(shapes_cfg: MakeConfig, name: str, hooks: list[dict] = (), **options: Any) -> Config:
+    """Two stages of SATS with dropout and EMA; 3 iterations an epoch, gradients of two collected."""
+    base = dict(protocol='3-3', epochs=3, train_images=18, batch_size=4, checkpoint_iters=2)
+    cfg = shapes_cfg('sats', name, **base | options)
+    cfg.model.decode_head.dropout_ratio = 0.3
+    cfg.optim_wrapper.accumulative_counts = 2
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook'), dict(type='Draws'), *hooks]
+    return cfg
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_checkpoint_safely(path)['state_dict'] for path in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def differing(one: Any, other: Any, path: str = '') -> list[str]:
+    """Where two nestings of dicts, lists, tensors and values differ."""
+    if isinstance(one, dict):
+        keys = [f'{path}: other keys'] if one.keys() != other.keys() else []
+        return keys + [p for k in one if k in other for p in differing(one[k], other[k], f'{path}.{k}')]
+    if isinstance(one, list | tuple):
+        return [p for i, (a, b) in enumerate(zip(one, other, strict=True)) for p in differing(a, b, f'{path}[{i}]')]
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    return [] if one == other else [path]
+
+
+@pytest.fixture(scope='module')
+def untouched(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The run that nobody stops, and what it drew."""
+    root = tmp_path_factory.mktemp('untouched')
+
+    def shapes_cfg(method: str, name: str, **options: Any) -> Config:
+        cfg = Config.fromfile(ROOT / f'configs/{method}/segformer_tiny_shapes_3-1.py')
+        small = dict(data_root=str(shapes_root), image_size=64, crop_size=64, val_images=12)
+        cfg.merge_from_dict(small | dict(work_dir=str(root / name)) | options)
+        return cfg
+
+    Draws.seen.clear()
+    RUNNERS.build(make(shapes_cfg, 'run')).train()
+    return root / 'run', dict(Draws.seen)
+
+
+@pytest.mark.parametrize('at', [2, 3, 4])
+def test_resume_at_an_iteration(
+    at: int, untouched: tuple[Path, dict], shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    """Stopped within an epoch (4), at its start (3), behind a checkpoint of its last iteration (2)."""
+    expected, drawn = untouched
+    hooks = [dict(type='Interrupt', at=at)]
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(make(shapes_cfg, 'run', hooks)).train()
+    run = tmp_path / 'run'
+    stood = load_checkpoint_safely(latest_checkpoint(run / 'stage_1'))['meta']
+    assert stood['iter'] == {2: 2, 3: 3, 4: 4}[at]
+    Draws.seen.clear()
+    RUNNERS.build(make(shapes_cfg, 'run', resume=True)).train()
+    assert (run / 'results.json').read_bytes() == (expected / 'results.json').read_bytes()
+    assert same_weights(run / 'stage_1/snapshot.pth', expected / 'stage_1/snapshot.pth')
+    one, other = (load_checkpoint_safely(root / 'stage_1/epoch_3.pth') for root in (run, expected))
+    for key in ('optimizer', 'param_schedulers', 'ema_state_dict'):
+        assert differing(one[key], other[key]) == []
+    losses = [part['message_hub']['log_scalars']['train/loss'].data[0] for part in (one, other)]
+    np.testing.assert_array_equal(*losses)
+    # From the stopped iteration on: the same places, numbers of all generators, images, crops.
+    left = {key: value for key, value in drawn.items() if key[0] == '1' and key[1] >= at}
+    assert {key: value for key, value in Draws.seen.items() if key[0] == '1'} == left
+
+
+def test_sigterm_writes_a_checkpoint_and_exits(
+    untouched: tuple[Path, dict], shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    """With workers, which get the signal too; and the number of workers changes nothing."""
+    hooks = [dict(type='Interrupt', at=4, by_signal=True)]
+    cfg = make(shapes_cfg, 'run', hooks, num_workers=2, checkpoint_iters=None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        RUNNERS.build(cfg).train()
+    assert stopped.value.code == EXIT_PREEMPTED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    meta = load_checkpoint_safely(tmp_path / 'run/stage_1/iter_5.pth')['meta']
+    assert (meta['epoch'], meta['iter']) == (1, 5)
+    cfg = make(shapes_cfg, 'run', resume=True, num_workers=2, persistent_workers=True)
+    RUNNERS.build(cfg).train()
+    expected = untouched[0]
+    assert same_weights(tmp_path / 'run/stage_1/snapshot.pth', expected / 'stage_1/snapshot.pth')
+    assert (tmp_path / 'run/results.json').read_bytes() == (expected / 'results.json').read_bytes()
+
+
+def test_a_checkpoint_of_other_epochs_is_refused(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    cfg = make(shapes_cfg, 'run', [dict(type='Interrupt', at=4)])
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(cfg).train()
+    stage = Config.fromfile(tmp_path / 'run/stage_1/config.py')
+    stage.custom_hooks = []
+    stage.train_dataloader.batch_size = 1
+    stage.resume, stage.load_from = True, str(tmp_path / 'run/stage_1/iter_4.pth')
+    with pytest.raises(ValueError, match='iteration 4 of epoch 1, which does not fit epochs of'):
+        Runner.from_cfg(stage).train()
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_seeded_draws_from_its_key_and_leaves_no_trace() -> None:
+    seed_all(1, 2, 3)
+    expected = [draws(), draws()]
+    seed_all(1, 2, 3)
+    first = draws()
+    with seeded(5, 0):
+        inside = draws()
+    assert [first, draws()] == expected
+    keys = [(5, 0), (0, 5), (5,), (5, 0, 0), (5, 1)]
+    numbers = []
+    for key in keys:
+        with seeded(*key):
+            numbers.append(draws())
+    assert numbers[0] == inside
+    for column in zip(*numbers, strict=True):
+        assert len(set(column)) == len(keys)
+
+
+@pytest.mark.parametrize('persistent', [False, True])
+def test_augmentation_does_not_depend_on_the_workers(
+    persistent: bool, shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    cfg = make(shapes_cfg, 'run')
+    runner_cfg = RUNNERS.build(cfg)._stage_config(RUNNERS.build(cfg).protocol.stages[1])
+    images: list[dict] = []
+    for workers in (0, 1, 3):
+        dataset = DATASETS.build(runner_cfg.train_dataloader.dataset)
+        loader = Runner.build_dataloader(
+            dict(
+                dataset=dataset,
+                batch_size=4,
+                num_workers=workers,
+                persistent_workers=persistent and workers > 0,
+                sampler=dict(type='DefaultSampler', shuffle=False),
+            )
+        )
+        seen = {}
+        for epoch in (0, 1):
+            loader.dataset.set_epoch(epoch)
+            items = [image for batch in loader for image in batch['inputs']]
+            seen |= {(epoch, index): image for index, image in enumerate(items)}
+        images.append(seen)
+    assert differing(images[0], images[1]) == differing(images[0], images[2]) == []
+    half = len(images[0]) // 2
+    moved = sum(not torch.equal(images[0][0, i], images[0][1, i]) for i in range(half))
+    assert moved > half / 4  # another epoch, other flips
+
+
+def test_a_changed_snapshot_is_named(tmp_path: Path) -> None:
+    path = tmp_path / 'snapshot.pth'
+    write_checkpoint(path, dict(state_dict=dict(a=torch.arange(1000.0))))
+    assert is_whole(path)
+    command = ['sha256sum', '--check', 'snapshot.pth.sha256']
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # torch itself reads this without a word
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=rf'{path} is damaged.*snapshot.pth.sha256 says'):
+        load_checkpoint_safely(path)
+    assert not is_whole(path)
+    (tmp_path / 'snapshot.pth.sha256').unlink()
+    check_checksum(path)
+    assert not is_whole(path)
+
+
+def test_older_checkpoints_go_when_the_new_one_stands(
+    shapes_cfg: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing = []
+    write = AtomicCheckpointHook._write
+
+    def watched(self: AtomicCheckpointHook, runner: Runner, name: str, meta: dict) -> None:
+        before = {path.name for path in Path(runner.work_dir).glob('*.pth')}
+        write(self, runner, name, meta)
+        standing.append((before, {path.name for path in Path(runner.work_dir).glob('*.pth')}))
+
+    monkeypatch.setattr(AtomicCheckpointHook, '_write', watched)
+    RUNNERS.build(make(shapes_cfg, 'run', protocol='joint', split='3-3', epochs=2)).train()
+    assert len(standing) == 6
+    for before, after in standing[2:]:
+        assert len(before) == len(after) == 2
+        assert len(before & after) == 1
+
+
+@pytest.mark.parametrize('options', [dict(iters=0), dict(iters=True), dict(max_keep_ckpts=0)])
+def test_impossible_intervals(options: dict) -> None:
+    with pytest.raises(ValueError, match=rf'{next(iter(options))}=.*whole number from 1'):
+        AtomicCheckpointHook(**options)
+
+
+def run_kills(out: Path, *words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'tests.kill', '--out', str(out), *words],
+        cwd=ROOT,
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    done, of, total, identical = result.stdout.strip().split('\n')[-1].split(' ')
+    assert (done, of, identical) == (total, 'of', 'identical')
+
+
+def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
+    """The short form of ``make test-kill``."""
+    run_kills(tmp_path, '--moments', '3', '--events', '4', '--full', '2', '--jobs', '2')
+
+
+@pytest.mark.slow
+def test_killed_everywhere(tmp_path: Path) -> None:
+    run_kills(tmp_path, '--moments', '30', '--jobs', '2')
