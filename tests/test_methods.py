@@ -16,6 +16,9 @@ from tests.shared import shared_path
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 METHODS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != '_base_')
+# Joint training has no old images.
+RUNS = [(method, memory) for method in METHODS for memory in (False, True) if (method, memory) != ('joint', True)]
+RUN_NAMES = [f'{method}_m' if memory else method for method, memory in RUNS]
 
 
 def two_iterations_a_stage(cfg: Config) -> dict[str, Any]:
@@ -53,26 +56,43 @@ def check_stage(cfg: Config, stage: int, folder: Path) -> None:
     assert not parts or sum(iterations[1][name] for name in parts) > 0
 
 
-@pytest.mark.parametrize('method', METHODS)
+def check_exemplars(folder: Path, budget: int, num_classes: int) -> None:
+    exemplars = json.loads((folder / 'exemplars.json').read_text())['exemplars']
+    assert len(exemplars) <= budget
+    assert bool(exemplars) == bool(budget)
+    if budget:
+        assert len({item['stands_for'] for item in exemplars}) == num_classes
+
+
+@pytest.mark.parametrize(('method', 'memory'), RUNS, ids=RUN_NAMES)
 def test_two_iterations_of_every_stage(
-    method: str, shapes_cfg: Callable[..., Config], tmp_path: Path
+    method: str, memory: bool, shapes_cfg: Callable[..., Config], tmp_path: Path
 ) -> None:
-    cfg = shapes_cfg(method, batch_size=4)
+    budget = 6 if memory else 0
+    cfg = shapes_cfg(method, batch_size=4, memory=budget)
     if cfg.protocol != 'joint':
         cfg.protocol = '4-1'  # the fewest stages that hold a second later one
     stages = two_iterations_a_stage(cfg)['stages']
     assert len(stages) == (1 if cfg.protocol == 'joint' else 3)
     for stage in range(len(stages)):
         check_stage(cfg, stage, tmp_path / f'run/stage_{stage}')
+        if len(stages) > 1:
+            check_exemplars(tmp_path / f'run/stage_{stage}', budget, 4 + stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', METHODS)
-def test_two_iterations_of_every_stage_on_photographs(method: str, tmp_path: Path) -> None:
-    cfg = Config.fromfile(CONFIGS / method / 'segformer_b0_voc_mini_15-1.py')
+@pytest.mark.parametrize(('method', 'memory'), RUNS, ids=RUN_NAMES)
+def test_two_iterations_of_every_stage_on_photographs(
+    method: str, memory: bool, tmp_path: Path
+) -> None:
+    suffix = '_m' if memory else ''
+    cfg = Config.fromfile(CONFIGS / method / f'segformer_b0_voc_mini_15-1{suffix}.py')
+    data_root = shared_path('data/voc_mini')
+    if 'outside_root' in cfg:
+        cfg.outside_root = str(data_root / 'JPEGImages')
     cfg.merge_from_dict(dict(
-        data_root=str(shared_path('data/voc_mini')), train_list='ImageSets/Segmentation/smoke.txt',
-        work_dir=str(tmp_path / 'run'), pretrained=None, epochs=1, batch_size=1, crop_size=96,
+        data_root=str(data_root), train_list='ImageSets/Segmentation/smoke.txt',
+        work_dir=str(tmp_path / 'run'), pretrained=None, epochs=1, batch_size=2, crop_size=96,
         num_workers=0, persistent_workers=False))
     results = two_iterations_a_stage(cfg)
     assert results['dataset'] == 'voc_mini'
