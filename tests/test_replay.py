@@ -63,7 +63,7 @@ def stage_1(wrapped: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory_of(*names: str, size: int | None = None, holds: tuple[str, ...] = ('ant',)) -> Exemplars:
-    items = tuple(Exemplar(name, 'ant', holds) for name in names)
+    items = tuple(Exemplar(name, holds[0], holds) for name in names)
     return Exemplars(0, 'ClassBalancedMemory', len(names) if size is None else size, 0, 8, items)
 
 
