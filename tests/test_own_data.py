@@ -95,6 +95,7 @@ def test_the_page_word_by_word(yard: Path) -> None:
     # Not on the page: evaluating again passes over stage 0 as the run did.
     follow(yard, 'python tools/test_incremental.py work_dirs/yard')
     results = json.loads((yard / 'work_dirs/yard/results.json').read_text())
+    assert results['method'] == 'yard'
     first, second = results['stages']
     assert first['images'] is None
     assert first['new_classes'] == OLD

@@ -73,7 +73,8 @@ class IncrementalRunner:
         self.base = Path(cfg.base) if cfg.get('base') else None
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         # In the config that is kept, the method's name no longer depends on the folder it came from.
-        self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
+        path = Path(cfg.filename or 'unnamed')
+        self.cfg.setdefault('method', path.parent.name or path.stem)
         self.cfg.setdefault('memory', 0)
         if self.cfg.memory != 0:
             raise ValueError(f'memory={self.cfg.memory!r}: exemplars are not built yet, expected 0')
