@@ -17,6 +17,7 @@ from mmseg_sats.datasets.shapes_drawing import draw_scene
 from mmseg_sats.engine.trained_model import take_trained_model
 from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
+from tests.stage_folder import make_stage
 from tests.test_tools import run
 
 NEW = {6: 11, 7: 12, 8: 40}  # the page's numbers of crate, pallet and forklift
@@ -95,6 +96,7 @@ def test_the_page_word_by_word(yard: Path) -> None:
     # Not on the page: evaluating again passes over stage 0 as the run did.
     follow(yard, 'python tools/test_incremental.py work_dirs/yard')
     results = json.loads((yard / 'work_dirs/yard/results.json').read_text())
+    assert results['method'] == 'yard'
     first, second = results['stages']
     assert first['images'] is None
     assert first['new_classes'] == OLD
@@ -185,6 +187,16 @@ def test_preprocessing_and_imports_come_along(yard: Path, monkeypatch: pytest.Mo
     take_trained_model(cfg)
     assert cfg.model.data_preprocessor.std == [255.0] * 3
     assert cfg.custom_imports.imports == ['mmseg_sats', 'json']
+
+
+def test_a_stage_s_own_config_may_be_the_old_model_s(tmp_path: Path) -> None:
+    stage = make_stage(tmp_path)
+    assert 'old_model' in Config.fromfile(stage / 'config.py').model
+    cfg = Config(dict(model_config=str(stage / 'config.py'), model=dict(classifier_init='random')))
+    take_trained_model(cfg)
+    assert not {'old_model', 'distillation', 'pseudo_labeler'} & set(cfg.model)
+    assert cfg.model.classifier_init == 'random'
+    assert cfg.model.backbone.type == 'AttentionMixVisionTransformer'
 
 
 def test_names_in_another_order_are_refused(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

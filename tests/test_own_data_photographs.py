@@ -105,7 +105,8 @@ def test_the_old_classes_are_kept(tmp_path: Path) -> None:
     (folder / 'yard.py').write_text('\n'.join([*text[:-1], in_page]) + '\n')
     numbers = [f'mask_values.{name}={101 + place}' for place, name in enumerate(NAMES)]
     (command,) = (line for line in commands(PAGE) if 'train_incremental' in line)
-    done = run(*shlex.split(command), '--cfg-options', *OPTIONS, *numbers, cwd=folder)
+    words = [*shlex.split(command), '--cfg-options', *OPTIONS, *numbers]
+    done = run(*words, cwd=folder, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((folder / 'work_dirs/yard/results.json').read_text())
     print(f'{time.perf_counter() - start:.0f} s', json.dumps(results['stages'], indent=1))

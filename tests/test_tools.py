@@ -19,7 +19,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    *command: str, cwd: Path = ROOT, timeout: int = 550, **environment: str
+) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     return subprocess.run(
         command,
@@ -27,7 +29,7 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
         env=os.environ | {'PATH': path, 'PYTHONPATH': str(ROOT)} | environment,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=timeout,
         check=False,
     )
 

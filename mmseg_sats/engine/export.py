@@ -113,7 +113,7 @@ def _in_stock_words(value: Any) -> Any:
     cfg = {
         key: _PLAIN_LOSS if key == 'loss_decode' else _in_stock_words(item)
         for key, item in value.items()
-        if key not in _own_options(value.get('type'))
+        if key not in own_options(value.get('type'))
     }
     own = _own_class(value.get('type'))
     if own is not None:
@@ -127,7 +127,7 @@ def _own_class(name: Any) -> type | None:
     return found if found is not None and found.__module__.split('.')[0] == _PACKAGE else None
 
 
-def _own_options(name: Any) -> set[str]:
+def own_options(name: Any) -> set[str]:
     """The arguments that only our class has, and its parent of mmseg's has not."""
     own = _own_class(name)
     if own is None:

@@ -83,7 +83,8 @@ class IncrementalRunner:
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         check_config(self.cfg)
         # In the config that is kept, the method's name no longer depends on the folder it came from.
-        self.cfg.setdefault('method', Path(cfg.filename).parent.name if cfg.filename else 'unnamed')
+        path = Path(cfg.filename or 'unnamed')
+        self.cfg.setdefault('method', path.parent.name or path.stem)
         self.cfg.setdefault('memory', 0)
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))

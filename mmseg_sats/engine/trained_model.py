@@ -6,11 +6,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.engine.export import own_options
+
 SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
-# What our own stage configs say of a stage, which the next run says anew.
-_OF_A_STAGE = (
-    'old_model', 'pseudo_labeler', 'outside_labeler', 'distillation', 'classifier_init', 'frozen',
-)  # fmt: skip
 
 
 def take_trained_model(cfg: Config) -> None:
@@ -51,7 +49,9 @@ def _model_of(trained: Config, path: Path) -> dict[str, Any]:
             f'model_config {path}: expected a model of type EncoderDecoder (one backbone, one '
             f'decode head on BaseDecodeHead), found {found}'
         )
-    model = {key: value for key, value in model.to_dict().items() if key not in _OF_A_STAGE}
+    # A config of ours says things of a stage and a method, which the next run says anew.
+    own = own_options(model.type)
+    model = {key: value for key, value in model.to_dict().items() if key not in own}
     # mmengine takes it from the top level where the model has none of its own.
     if not model.get('data_preprocessor'):
         model['data_preprocessor'] = dict(trained.get('data_preprocessor') or {})
