@@ -62,8 +62,6 @@ def build_protocol(cfg: Config) -> Protocol:
     """
     words = config_words(cfg) | dict(stage=0)
     dataset = resolve_words(cfg.train_dataloader.dataset.to_dict(), words)
-    while dataset.get('type') != 'IncrementalDataset':
-        dataset = dataset['dataset']
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 

@@ -47,7 +47,9 @@ class PackFullInputs(PackSegInputs):
         """Packs; ``source`` of the metainfo is ``'stage'`` where nobody said otherwise."""
         packed = super().transform(results)
         sample = packed['data_samples']
-        full = torch.from_numpy(results['gt_full_map'].astype(np.int64))
+        # Images that come without annotations have the labels that they were given.
+        full = results.get('gt_full_map', results['gt_seg_map'])
+        full = torch.from_numpy(full.astype(np.int64))
         if full.shape != sample.gt_sem_seg.shape:
             raise ValueError(
                 f'a transform changed the labels to {tuple(sample.gt_sem_seg.shape)} and not the '

@@ -5,6 +5,7 @@ import atexit
 import datetime
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -103,9 +104,10 @@ class ProgressHook(Hook):
     def after_stage(self, runner: Runner, stage: Stage, metrics: Mapping[str, float]) -> None:
         """Says how good the stage has become."""
         if is_main_process():
-            values = ', '.join(f'{key} {metrics[f"mIoU_{key}"]:.2f}' for key in ('base', 'new', 'all'))
+            values = {key: metrics[f'mIoU_{key}'] for key in ('base', 'new', 'all')}
+            told = ', '.join(f'{k} {v:.2f}' for k, v in values.items() if not math.isnan(v))
             self.index = stage.index
-            runner.logger.info(f'{self._where()} is done: mIoU {values}')
+            runner.logger.info(f'{self._where()} is done: mIoU {told or "unknown"}')
 
     def _where(self) -> str:
         of = f' (of 0 to {len(self.plans) - 1})' if len(self.plans) > 1 else ''
