@@ -20,6 +20,15 @@ def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.undo()
 
 
+@pytest.fixture(scope='session', autouse=True)
+def configs_as_they_come() -> None:
+    """Configs are written without yapf's layout, which takes longer than the small trainings."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope='session')
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the shapes are drawn, once a session."""
