@@ -263,6 +263,7 @@ CASES = [
     Case('memory too small', r'memory=2', ('memory=2',)),
     Case('no GPU', r"device='cuda', but torch finds no GPU", ('device=cuda',)),
     Case('device misspelt', r"device='cud' is unknown \(did you mean 'cuda'", ('device=cud',)),
+    Case('no GPU for mixed precision', r'mixed precision .* needs a GPU', words=('--amp',)),
     # the work dir
     Case(
         'work dir below a file',

@@ -31,9 +31,10 @@ class StopInStageOne(Hook):
     """Interrupts stage 1 after its first epoch's checkpoint, as a person's Ctrl-C would."""
 
     priority = 'LOWEST'
+    armed = False  # not told by the config, which must be the same when the run is resumed
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
-        if runner.work_dir.endswith('stage_1') and runner.epoch == 1 and batch_idx == 1:
+        if self.armed and runner.work_dir.endswith('stage_1') and runner.epoch == 1 and batch_idx == 1:
             raise KeyboardInterrupt
 
 
@@ -159,14 +160,15 @@ def test_the_next_stage_starts_from_the_snapshot(finished: Path) -> None:
 
 def test_finished_stages_are_not_overwritten(finished: Path, shapes_cfg: MakeConfig) -> None:
     cfg = shapes_cfg('sats', work_dir=str(finished))
-    with pytest.raises(ValueError, match=r'already holds finished stages \(stage_0.*--resume'):
+    with pytest.raises(ValueError, match=r'is in use: it holds stage_0 \(finished\), .*--resume'):
         RUNNERS.build(cfg)
 
 
 def test_another_run_is_not_gone_on_with(finished: Path, shapes_cfg: MakeConfig) -> None:
     cfg = shapes_cfg('sats', work_dir=str(finished), resume=True, setting='disjoint', seed=3)
     with pytest.raises(
-        ValueError, match=r"setting: 'overlapped' there, 'disjoint' in the config; seed: 0"
+        ValueError,
+        match=r"seed: 0 there, 3 in the config; setting: 'overlapped' there, 'disjoint' in the config",
     ):
         RUNNERS.build(cfg)
 
@@ -202,12 +204,15 @@ def test_a_cut_off_checkpoint_is_not_resumed_from(finished: Path, tmp_path: Path
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_resume_goes_on_in_the_middle_of_a_stage(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+def test_resume_goes_on_in_the_middle_of_a_stage(
+    shapes_cfg: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = shapes_cfg('sats', epochs=3)
-    stopping = cfg.copy()
-    stopping.custom_hooks = [*cfg.custom_hooks, dict(type='StopInStageOne')]
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='StopInStageOne')]
+    monkeypatch.setattr(StopInStageOne, 'armed', True)
     with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(stopping).train()
+        RUNNERS.build(cfg).train()
+    monkeypatch.setattr(StopInStageOne, 'armed', False)
     folder = tmp_path / 'run'
     assert (folder / 'stage_0/done').exists()
     assert not (folder / 'stage_1/done').exists()

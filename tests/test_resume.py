@@ -33,10 +33,13 @@ ROOT = Path(__file__).parents[1]
 
 @HOOKS.register_module()
 class Interrupt(Hook):
-    """Stops stage 1 before iteration ``at``: by an error, or by SIGTERM to every process."""
+    """Stops stage 1 before iteration ``at``: by an error, or by SIGTERM to every process.
 
-    def __init__(self, at: int, by_signal: bool = False) -> None:
-        self.at, self.by_signal = at, by_signal
+    Not told by the config, which must be the same when the run is resumed.
+    """
+
+    at: int | None = None
+    by_signal = False
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
         if not runner.work_dir.endswith('stage_1') or runner.iter != self.at:
@@ -62,13 +65,24 @@ class Draws(Hook):
         self.seen[runner.work_dir.rsplit('_', 1)[1], runner.iter] = (batch_idx, numbers, names, total)
 
 
-def make(shapes_cfg: MakeConfig, name: str, hooks: list[dict] = (), **options: Any) -> Config:
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets where the next runs stop: ``interrupt(at, by_signal=False)``; None: nowhere."""
+
+    def set_(at: int | None, by_signal: bool = False) -> None:
+        monkeypatch.setattr(Interrupt, 'at', at)
+        monkeypatch.setattr(Interrupt, 'by_signal', by_signal)
+
+    return set_
+
+
+def make(shapes_cfg: MakeConfig, name: str, **options: Any) -> Config:
     """Two stages of SATS with dropout and EMA; 3 iterations an epoch, gradients of two collected."""
     base = dict(protocol='3-3', epochs=3, train_images=18, batch_size=4, checkpoint_iters=2)
     cfg = shapes_cfg('sats', name, **base | options)
     cfg.model.decode_head.dropout_ratio = 0.3
     cfg.optim_wrapper.accumulative_counts = 2
-    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook'), dict(type='Draws'), *hooks]
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook'), dict(type='Draws'), dict(type='Interrupt')]
     return cfg
 
 
@@ -107,13 +121,18 @@ def untouched(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.mark.parametrize('at', [2, 3, 4])
 def test_resume_at_an_iteration(
-    at: int, untouched: tuple[Path, dict], shapes_cfg: MakeConfig, tmp_path: Path
+    at: int,
+    untouched: tuple[Path, dict],
+    shapes_cfg: MakeConfig,
+    tmp_path: Path,
+    interrupt: Callable[..., None],
 ) -> None:
     """Stopped within an epoch (4), at its start (3), behind a checkpoint of its last iteration (2)."""
     expected, drawn = untouched
-    hooks = [dict(type='Interrupt', at=at)]
+    interrupt(at)
     with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(make(shapes_cfg, 'run', hooks)).train()
+        RUNNERS.build(make(shapes_cfg, 'run')).train()
+    interrupt(None)
     run = tmp_path / 'run'
     stood = load_checkpoint_safely(latest_checkpoint(run / 'stage_1'))['meta']
     assert stood['iter'] == {2: 2, 3: 3, 4: 4}[at]
@@ -132,11 +151,14 @@ def test_resume_at_an_iteration(
 
 
 def test_sigterm_writes_a_checkpoint_and_exits(
-    untouched: tuple[Path, dict], shapes_cfg: MakeConfig, tmp_path: Path
+    untouched: tuple[Path, dict],
+    shapes_cfg: MakeConfig,
+    tmp_path: Path,
+    interrupt: Callable[..., None],
 ) -> None:
     """With workers, which get the signal too; and the number of workers changes nothing."""
-    hooks = [dict(type='Interrupt', at=4, by_signal=True)]
-    cfg = make(shapes_cfg, 'run', hooks, num_workers=2, checkpoint_iters=None)
+    interrupt(4, by_signal=True)
+    cfg = make(shapes_cfg, 'run', num_workers=2, checkpoint_iters=None)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         RUNNERS.build(cfg).train()
@@ -144,6 +166,7 @@ def test_sigterm_writes_a_checkpoint_and_exits(
     assert signal.getsignal(signal.SIGTERM) is before
     meta = load_checkpoint_safely(tmp_path / 'run/stage_1/iter_5.pth')['meta']
     assert (meta['epoch'], meta['iter']) == (1, 5)
+    interrupt(None)
     cfg = make(shapes_cfg, 'run', resume=True, num_workers=2, persistent_workers=True)
     RUNNERS.build(cfg).train()
     expected = untouched[0]
@@ -151,12 +174,15 @@ def test_sigterm_writes_a_checkpoint_and_exits(
     assert (tmp_path / 'run/results.json').read_bytes() == (expected / 'results.json').read_bytes()
 
 
-def test_a_checkpoint_of_other_epochs_is_refused(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
-    cfg = make(shapes_cfg, 'run', [dict(type='Interrupt', at=4)])
+def test_a_checkpoint_of_other_epochs_is_refused(
+    shapes_cfg: MakeConfig, tmp_path: Path, interrupt: Callable[..., None]
+) -> None:
+    interrupt(4)
+    cfg = make(shapes_cfg, 'run')
     with pytest.raises(KeyboardInterrupt):
         RUNNERS.build(cfg).train()
     stage = Config.fromfile(tmp_path / 'run/stage_1/config.py')
-    stage.custom_hooks = []
+    interrupt(None)
     stage.train_dataloader.batch_size = 1
     stage.resume, stage.load_from = True, str(tmp_path / 'run/stage_1/iter_4.pth')
     with pytest.raises(ValueError, match='iteration 4 of epoch 1, which does not fit epochs of'):
@@ -246,7 +272,7 @@ def test_older_checkpoints_go_when_the_new_one_stands(
 
     monkeypatch.setattr(AtomicCheckpointHook, '_write', watched)
     RUNNERS.build(make(shapes_cfg, 'run', protocol='joint', split='3-3', epochs=2)).train()
-    assert len(standing) == 6
+    assert len(standing) == 7  # iterations 2, 4, 6, 8, 10 and two epochs of 5
     for before, after in standing[2:]:
         assert len(before) == len(after) == 2
         assert len(before & after) == 1

@@ -75,6 +75,12 @@ def check_config(cfg: Config) -> None:
         _check_numbers(inner, f'{part}.')
     _check_numbers(content, '')
     _check_device(cfg.get('device'))
+    wrapper = (content.get('optim_wrapper') or {}).get('type')
+    if wrapper == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        raise ValueError(
+            'mixed precision (--amp, AmpOptimWrapper) needs a GPU, which torch does not find: leave '
+            'it out, or expected a CUDA build of torch and a driver'
+        )
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:
