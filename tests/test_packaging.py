@@ -17,7 +17,7 @@ import setuptools
 from mmseg_sats.version import __version__
 
 ROOT = Path(__file__).parents[1]
-IMPORT_NAMES = {'opencv-python': 'cv2', 'Pillow': 'PIL'}
+IMPORT_NAMES = {'opencv-python': 'cv2', 'pillow': 'PIL'}
 MM_IMPORT_NAMES = {'mmengine', 'mmcv', 'mmseg'}
 
 PYTHON_STUB = """#!/bin/sh
