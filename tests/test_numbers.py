@@ -85,8 +85,8 @@ def spoilt(shapes_cfg: MakeConfig, amp: bool = False, **options: Any) -> Config:
 @pytest.mark.parametrize(
     ('options', 'what'),
     [
-        (dict(value=float('nan')), r'loss_extra is nan; loss is nan'),
-        (dict(value=float('inf')), r'loss_extra is inf; loss is inf'),
+        (dict(value=float('nan')), r'loss is nan; loss_extra is nan'),
+        (dict(value=float('inf')), r'loss is inf; loss_extra is inf'),
         (dict(gradient=float('nan')), r'the gradient of \S+, .* is not finite'),
     ],
 )
