@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmseg_sats.models.attention import AttentionMap
 from mmseg_sats.models.losses.crp_loss import crp_loss
 from mmseg_sats.visualization import attention_view, theme
 from mmseg_sats.visualization.stage_model import (
@@ -129,3 +130,16 @@ def test_a_backbone_without_attention_is_named(stages: tuple[StageModel, StageMo
     stage.model.backbone = torch.nn.Identity()
     with pytest.raises(ValueError, match=r'the backbone Identity of .* gives no self-attention'):
         attention_view.attentions(stage, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_key_without_a_place_is_left_out_of_the_picture() -> None:
+    """ViT's class token stands in front of the keys of the grid."""
+    query, key = torch.randn(2, 1, 2, 6, 4), torch.randn(2, 1, 2, 7, 4)
+    maps = [AttentionMap(q, k, 0.5, (2, 3), (2, 3), extra_keys=1) for q, k in zip(query, key, strict=True)]
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    labels[0] = 1
+    (region,) = attention_view.class_views(maps[:1], maps[1:], labels, 1)
+    expected = maps[0].dense()[0, :, :3].mean(1)[:, 1:].reshape(2, 2, 3)
+    torch.testing.assert_close(region.old, expected)
+    (point,) = attention_view.point_views(maps[:1], maps[1:], (0.5, 0.9))
+    torch.testing.assert_close(point.old, maps[0].dense()[0, :, 4, 1:].reshape(2, 2, 3))

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely, write_text
-from mmseg_sats.engine.snapshot import load_snapshot, write_weights
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.engine.snapshot import write_weights
+from mmseg_sats.visualization import stage_model
 
 _PACKAGE = 'mmseg_sats'
 _PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
@@ -50,25 +51,16 @@ def load_stage(stage_dir: Path) -> tuple[Config, nn.Module]:
 
     Raises:
         FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
+        ValueError: the snapshot is no checkpoint, or lacks tensors of the model.
     """
-    for name in ('config.py', 'snapshot.pth'):
-        if not (stage_dir / name).is_file():
-            raise FileNotFoundError(
-                f'{stage_dir / name} does not exist: expected the folder of a finished stage, '
-                'such as WORK_DIR/stage_1'
-            )
-    cfg = Config.fromfile(stage_dir / 'config.py')
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    # What the old model was trained for is over; its snapshot may be gone.
-    cfg.model.pop('old_model', None)
-    for head in ('backbone', 'decode_head'):
-        cfg.model[head].pop('init_cfg', None)
-    model = MODELS.build(cfg.model)
-    load_snapshot(model, stage_dir / 'snapshot.pth')
-    meta = load_checkpoint_safely(stage_dir / 'snapshot.pth')['meta']
+    stage = stage_model.load_stage(stage_dir)
+    model = stage.model.cpu()
     # Where mmseg.apis look for them.
-    model.cfg, model.dataset_meta = cfg, meta.get('dataset_meta', {})
-    return cfg, model.eval()
+    model.cfg, model.dataset_meta = stage.cfg, dict(classes=stage.classes, palette=stage.palette)
+    # Where its weights came from is over.
+    for part in ('backbone', 'decode_head'):
+        stage.cfg.model[part].pop('init_cfg', None)
+    return stage.cfg, model
 
 
 def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:

@@ -115,7 +115,8 @@ def point_views(
 
 
 def _on_grid(maps: AttentionMap, values: Tensor) -> Tensor:
-    return values.unflatten(-1, maps.key_hw).float().cpu()
+    # Keys that lie on no grid, such as ViT's class token, come first and have no place in a picture.
+    return values[..., maps.extra_keys :].unflatten(-1, maps.key_hw).float().cpu()
 
 
 def draw_attention(
