@@ -52,7 +52,9 @@ def test_stock_mmseg_gives_the_same_logits_where_the_package_cannot_be_imported(
     done = run(sys.executable, 'tools/export.py', str(stage), '--out', str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'stock mmseg computes the same' in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {'config.py', 'model.pth'}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'config.py', 'model.pth', 'model.pth.sha256',
+    }  # fmt: skip
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
     np.save(tmp_path / 'images.npy', images.numpy())
     np.save(tmp_path / 'photo.npy', np.full((50, 70, 3), 90, np.uint8))

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -17,7 +16,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets.exemplars import read_exemplars
 from mmseg_sats.datasets.replay import stage_dataset_cfg
-from mmseg_sats.engine import PseudoLabelThresholdHook
+from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.engine.replay import check_replay, keep_exemplars
 from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.protocol import Protocol
@@ -116,31 +115,11 @@ def test_half_of_what_a_stage_trains_on_is_replayed(finished: Path) -> None:
     assert old['memory'] & {1, 2, 3, 4}
 
 
-class PassBegan(Exception):  # noqa: N818
-    """Raised in the place of reading images."""
-
-
-def test_thresholds_are_found_on_the_stages_images_alone(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg, asked = stage_of(finished, 2), []
-
-    def build_dataloader(loader: dict[str, Any]) -> None:
-        asked.append(loader['dataset'])
-        raise PassBegan
-
-    model = SimpleNamespace(
-        pseudo_labeler=SimpleNamespace(needs_pass=True, reset=lambda num_old: None),
-        old_model=SimpleNamespace(model=SimpleNamespace(num_classes=5)),
-        parameters=lambda: iter([torch.zeros(1)]),
-    )
-    monkeypatch.setattr(Runner, 'build_dataloader', staticmethod(build_dataloader))
-    with pytest.raises(PassBegan):
-        PseudoLabelThresholdHook().before_train(
-            SimpleNamespace(model=model, cfg=cfg, work_dir=str(tmp_path))
-        )
-    assert [dataset.type for dataset in asked] == ['IncrementalDataset']
-    assert asked[0].pipeline == cfg.test_pipeline
+def test_thresholds_are_found_on_the_stages_images_alone(finished: Path) -> None:
+    cfg = stage_of(finished, 2)
+    found = training_images_once(SimpleNamespace(cfg=cfg))
+    assert found['dataset'].type == 'IncrementalDataset'
+    assert found['dataset'].pipeline == cfg.test_pipeline
     assert cfg.train_dataloader.dataset.type == 'ReplayDataset'
 
 

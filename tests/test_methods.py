@@ -36,17 +36,18 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [line for line in lines if 'loss' in line]
 
 
-def parts_of(cfg: Config, stage: int) -> set[str]:
-    """Names of the losses beside the heads' that a stage computes; most need an old model."""
+def parts_of(folder: Path, stage: int) -> set[str]:
+    """Names of the losses beside the heads' that a stage's config has and computes; most need an old model."""
     init_default_scope('mmseg')
-    parts = {name: MODELS.build(part) for name, part in cfg.distillation.items() if part is not None}
+    own = Config.fromfile(folder / 'config.py').model.distillation
+    parts = {name: MODELS.build(part) for name, part in own.items() if part is not None}
     return {
         f'loss_{name}' for name, part in parts.items() if stage or not getattr(part, 'needs_teacher', True)
     }
 
 
-def check_stage(cfg: Config, stage: int, folder: Path) -> None:
-    iterations, parts = logged(folder), parts_of(cfg, stage)
+def check_stage(stage: int, folder: Path) -> None:
+    iterations, parts = logged(folder), parts_of(folder, stage)
     assert len(iterations) == 2
     for losses in iterations:
         assert {name for name in losses if name.startswith('loss_')} == parts
@@ -75,7 +76,7 @@ def test_two_iterations_of_every_stage(
     stages = two_iterations_a_stage(cfg)['stages']
     assert len(stages) == (1 if cfg.protocol == 'joint' else 3)
     for stage in range(len(stages)):
-        check_stage(cfg, stage, tmp_path / f'run/stage_{stage}')
+        check_stage(stage, tmp_path / f'run/stage_{stage}')
         if len(stages) > 1:
             check_exemplars(tmp_path / f'run/stage_{stage}', budget, 4 + stage)
 
@@ -98,4 +99,4 @@ def test_two_iterations_of_every_stage_on_photographs(
     assert results['dataset'] == 'voc_mini'
     assert len(results['stages']) == (1 if cfg.protocol == 'joint' else 6)
     for stage in range(len(results['stages'])):
-        check_stage(cfg, stage, tmp_path / f'run/stage_{stage}')
+        check_stage(stage, tmp_path / f'run/stage_{stage}')

@@ -17,11 +17,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
+from PIL import Image
 from torch import nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.hooks import PrototypeHook
+from mmseg_sats.engine.replay import keep_exemplars
 from mmseg_sats.engine.stage_config import build_stage_config
 from mmseg_sats.models import ClassPrototypes
 from mmseg_sats.protocol import UNKNOWN_LABEL, Protocol
@@ -195,3 +197,31 @@ def test_missing_or_broken_prototypes_are_named(tmp_path: Path) -> None:
     np.savez(path, sums=np.array([object()]), counts=np.zeros(3))
     with pytest.raises(ValueError, match=r'prototypes.npz does not hold prototypes.*pickle'):
         begin(tmp_path)
+
+
+@pytest.mark.parametrize('method', ['ssul', 'sdr'])
+def test_with_a_memory(method: str, shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    cfg = small(shapes_cfg, method, protocol='3-3', memory=6)
+    RUNNERS.build(cfg).train()
+    for line in logged(tmp_path / 'run/stage_1'):
+        assert math.isfinite(line['loss'])
+        assert line['loss'] > 0
+
+
+def test_ssuls_exemplars_have_true_labels_and_unknown_pixels(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    """Nothing is shifted by a channel; what is salient beside the seen classes is unknown."""
+    cfg = small(shapes_cfg, 'ssul', memory=6, saliency='everything')
+    first, second = (build_stage_config(cfg, PROTOCOL, PROTOCOL.stages[k], cfg.work_dir) for k in (0, 1))
+    folder = tmp_path / 'run/stage_0'
+    folder.mkdir(parents=True)
+    keep_exemplars(first, PROTOCOL.stages[0], folder, folder)
+    dataset = DATASETS.build(second.train_dataloader.dataset)
+    assert set(dataset.parts) == {'stage', 'memory'}
+    memory = dataset.parts['memory']
+    for index in range(len(memory)):
+        info = memory.get_data_info(index)
+        mask = torch.from_numpy(np.array(Image.open(info['seg_map_path'])).astype(int))
+        labels = memory[index]['data_samples'].gt_sem_seg.data[0]
+        expected = torch.where((mask > 4) & (mask < 255), 0, mask)
+        expected[expected == 0] = UNKNOWN_LABEL
+        assert sorted(labels.flatten().tolist()) == sorted(expected.flatten().tolist())

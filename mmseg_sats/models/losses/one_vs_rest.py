@@ -5,66 +5,39 @@ Cha et al., "SSUL", NeurIPS 2021, section 3.3: binary cross-entropy, so that a n
 push the scores of frozen rows, as a softmax would.
 """
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.models.losses.sigmoid import SigmoidCrossEntropyLoss, sigmoid_cross_entropy
 
 
-def one_vs_rest_map(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Binary cross-entropy of every pixel, summed over the classes: (B, H, W), 0 where ignored.
+def one_vs_rest(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """-log s(x_y) - sum_{c != y} log(1 - s(x_c)), s the sigmoid, y the label: the mean over labelled pixels.
 
-    -log s(x_y) - sum_{c != y} log(1 - s(x_c)), s the sigmoid, y the label; written as
-    sum_c log(1 + exp(x_c)) - x_y, which needs no one-hot labels.
+    :func:`sigmoid_cross_entropy`, but for the divisor, in which ignored pixels do not count, as in SSUL's
+    released code.
 
     Args:
         logits: (B, K, H, W).
-        labels: (B, H, W) long in 0..K-1, or ``ignore_index``.
-        ignore_index: label of the pixels that add nothing.
+        labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
+        ignore_index: label of the pixels that neither add nor count.
+
+    Returns:
+        A scalar of at least float32; 0 where all pixels are ignored.
 
     Raises:
         ValueError: if the shapes disagree or a label has no channel.
     """
-    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            f'logits must be (B, K, H, W) and labels (B, H, W) of that size, '
-            f'got {tuple(logits.shape)} and {tuple(labels.shape)}'
-        )
-    ignored = labels == ignore_index
-    wrong = ((labels < 0) | (labels >= logits.shape[1])) & ~ignored
-    if wrong.any():
-        raise ValueError(
-            f'labels must be in 0..{logits.shape[1] - 1} or ignore_index={ignore_index}, '
-            f'got {labels[wrong].unique().tolist()}'
-        )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    own = logits.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-    # logsigmoid is exact where softplus turns into a straight line.
-    return (-F.logsigmoid(-logits).sum(1) - own).masked_fill(ignored, 0)
+    mean = sigmoid_cross_entropy(logits, labels, ignore_index)
+    return mean * labels.numel() / _number_of_labelled(labels, ignore_index)
 
 
-def one_vs_rest(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """:func:`one_vs_rest_map`, the mean over the pixels that are not ignored (0 if all are).
-
-    SSUL's released code divides so; other losses here divide by all pixels.
-    """
-    loss = one_vs_rest_map(logits, labels, ignore_index)
-    return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
-
-
-_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    'mean': lambda loss, divisor: loss.sum() / divisor,
-    'sum': lambda loss, divisor: loss.sum(),
-    'none': lambda loss, divisor: loss,
-}
+def _number_of_labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    return (labels != ignore_index).sum().clamp(min=1)
 
 
 @MODELS.register_module()
-class OneVsRestLoss(nn.Module):
+class OneVsRestLoss(SigmoidCrossEntropyLoss):
     """:func:`one_vs_rest` as the ``loss_decode`` of an mmseg head.
 
     Args:
@@ -73,14 +46,7 @@ class OneVsRestLoss(nn.Module):
     """
 
     def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_bce') -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-        self._loss_name = loss_name
-
-    @property
-    def loss_name(self) -> str:
-        """Key of the loss in the head's dict."""
-        return self._loss_name
+        super().__init__(loss_weight, loss_name)
 
     def forward(
         self,
@@ -91,27 +57,7 @@ class OneVsRestLoss(nn.Module):
         reduction_override: str | None = None,
         ignore_index: int = 255,
     ) -> Tensor:
-        """The weighted loss, as ``BaseDecodeHead.loss_by_feat`` and its pixel samplers call it.
-
-        Args:
-            pred: (B, K, H, W) logits.
-            label: (B, H, W) long.
-            weight: (B, H, W), factor of each pixel.
-            avg_factor: divisor in place of the number of pixels that are not ignored.
-            reduction_override: ``'mean'`` (as None), ``'sum'``, or ``'none'`` for a (B, H, W) map.
-            ignore_index: label of pixels that add nothing.
-
-        Raises:
-            ValueError: for shapes, labels or a reduction that do not fit.
-        """
-        reduction = 'mean' if reduction_override is None else reduction_override
-        check_choice('reduction_override', reduction, _REDUCTIONS)
-        loss = one_vs_rest_map(pred, label, ignore_index)
-        if weight is not None:
-            loss = loss * weight
-        divisor = (label != ignore_index).sum().clamp(min=1) if avg_factor is None else avg_factor
-        return self.loss_weight * _REDUCTIONS[reduction](loss, divisor)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}, loss_name={self._loss_name!r}'
+        """As :class:`PixelLoss`, with the number of labelled pixels for a divisor where none is given."""
+        if avg_factor is None and reduction_override in (None, 'mean'):
+            avg_factor = _number_of_labelled(label, ignore_index)
+        return super().forward(pred, label, weight, avg_factor, reduction_override, ignore_index)
