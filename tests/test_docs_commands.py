@@ -107,7 +107,7 @@ def parse(script: Path, words: list[str], command: str) -> argparse.Namespace:
 def check_config(args: argparse.Namespace) -> None:
     """A config of ours that is named exists, and has the values that --cfg-options change."""
     path = getattr(args, 'config', None)
-    if path is None or not path.startswith('configs/'):
+    if path is None or not str(path).startswith('configs/'):
         return
     assert (ROOT / path).is_file(), f'{path} does not exist'
     cfg = Config.fromfile(ROOT / path)

@@ -212,6 +212,8 @@ def test_ctrl_c_stops_the_children(bench: Bench, number: signal.Signals) -> None
         wait_for(lambda: all((record.folder / 'stage_0/done').exists() for record in records))
         os.kill(os.getpid(), number)
 
+    # A shell starts what runs in the background deaf to Ctrl-C, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     scheduler = Scheduler(records, bench.script, Console(file=bench.told), jobs=2, poll=0.05)
@@ -221,6 +223,7 @@ def test_ctrl_c_stops_the_children(bench: Bench, number: signal.Signals) -> None
         patch.setattr(subprocess, 'Popen', lambda *a, **k: processes.append(spawn(*a, **k)) or processes[-1])
         with pytest.raises(KeyboardInterrupt):
             scheduler.run()
+    signal.signal(signal.SIGINT, before)
     thread.join()
     assert len(processes) == 2
     assert all(process.returncode == -signal.SIGTERM for process in processes)
