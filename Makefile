@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-TEST_THREADS ?= 2
+TEST_JOBS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -29,10 +29,10 @@ demo: $(STAMP) ## FT, SATS and joint on the embedded data: what each forgets
 	$(PY) -W ignore tools/demo.py $(ARGS)
 
 test: $(STAMP) ## the test suite
-	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes
-	OMP_NUM_THREADS=$(TEST_THREADS) $(PY) -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=2 $(PY) -m pytest -m slow $(ARGS)
 
 test-kill: $(STAMP) ## runs killed at 30 random moments and around every write, resumed, compared
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.kill $(ARGS)

@@ -39,9 +39,10 @@ class _SpoiltGradient(torch.autograd.Function):
 class SpoiltLoss(nn.Module):
     """A distillation whose value or gradient is not finite at the calls ``at``."""
 
-    def __init__(self, value: float = 0.0, gradient: float = 1.0, at: tuple = (2,)) -> None:
+    def __init__(self, value: float | str = 0.0, gradient: float | str = 1.0, at: tuple = (2,)) -> None:
         super().__init__()
-        self.value, self.gradient, self.at, self.calls = value, gradient, at, 0
+        # As text: a config file cannot hold numbers that are none.
+        self.value, self.gradient, self.at, self.calls = float(value), float(gradient), at, 0
 
     def forward(self, student: Any, teacher: Any, labels: Tensor) -> Tensor:
         self.calls += 1
@@ -85,9 +86,9 @@ def spoilt(shapes_cfg: MakeConfig, amp: bool = False, **options: Any) -> Config:
 @pytest.mark.parametrize(
     ('options', 'what'),
     [
-        (dict(value=float('nan')), r'loss is nan; loss_extra is nan'),
-        (dict(value=float('inf')), r'loss is inf; loss_extra is inf'),
-        (dict(gradient=float('nan')), r'the gradient of \S+, .* is not finite'),
+        (dict(value='nan'), r'loss is nan; loss_extra is nan'),
+        (dict(value='inf'), r'loss is inf; loss_extra is inf'),
+        (dict(gradient='nan'), r'the gradient of \S+, .* is not finite'),
     ],
 )
 def test_what_is_not_finite_stops_the_run(
@@ -105,7 +106,7 @@ def test_what_is_not_finite_stops_the_run(
 
 
 def test_a_skipped_step_is_counted(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
-    cfg = spoilt(shapes_cfg, amp=True, gradient=float('inf'), at=(2, 4))
+    cfg = spoilt(shapes_cfg, amp=True, gradient='inf', at=(2, 4))
     cfg.default_hooks.logger.interval = 1
     cfg.epochs = 2
     RUNNERS.build(cfg).train()
@@ -116,7 +117,7 @@ def test_a_skipped_step_is_counted(shapes_cfg: MakeConfig, tmp_path: Path) -> No
 
 
 def test_steps_skipped_for_ever_stop_the_run(shapes_cfg: MakeConfig) -> None:
-    cfg = spoilt(shapes_cfg, amp=True, gradient=float('nan'), at=tuple(range(100)))
+    cfg = spoilt(shapes_cfg, amp=True, gradient='nan', at=tuple(range(100)))
     cfg.default_hooks.finite.max_skipped = 3
     with pytest.raises(FloatingPointError, match=r'stage 1, iteration 3: 3 steps in a row'):
         RUNNERS.build(cfg).train()

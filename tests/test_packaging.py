@@ -138,7 +138,7 @@ def write_script(path: Path, text: str) -> None:
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs make as from a fresh shell, even when the tests themselves run under make."""
-    own = ('PYTHON', 'PIP_ARGS', 'ARGS', 'TEST_THREADS', 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL')
+    own = ('PYTHON', 'PIP_ARGS', 'ARGS', 'TEST_JOBS', 'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL')
     env = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(['make', 'PYTHON=./python', *words], cwd=folder, env=env, text=True,
                           capture_output=True, check=False)
@@ -182,7 +182,7 @@ def test_make_passes_words_on(checkout: Path) -> None:
     assert make(checkout, 'test', 'ARGS=-k sats', 'PIP_ARGS=--no-index').returncode == 0
     done = calls(checkout)
     assert 'install --no-index ' in done[0]
-    assert done[-1] == '-m pytest -m not slow -k sats'
+    assert done[-1] == '-m pytest -n 2 --dist loadfile -m not slow -k sats'
     assert make(checkout, 'lint', 'test-slow').returncode == 0
     assert calls(checkout) == ['-m ruff check .', '-m pytest -m slow']
 
