@@ -40,7 +40,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(
-            error.errno, f'{path} was not written ({error.strerror}), what was there before is kept'
+            error.errno, f'{path} was not written ({error.strerror or error}), what was there before is kept'
         ) from error
     finally:
         with contextlib.suppress(OSError):

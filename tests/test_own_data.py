@@ -129,7 +129,7 @@ def test_stage_0_is_the_old_model(yard: Path, monkeypatch: pytest.MonkeyPatch) -
         own = value[1:] if 'conv_seg' in key else value  # behind the new background channel
         assert torch.equal(own, old[key]), key
     model = Config.fromfile('run/stage_1/config.py').model
-    assert model.pretrained is None
+    assert model.get('pretrained') is None
     assert model.data_preprocessor.std == [255.0] * 3
     assert model.backbone.base_channels == RESNET['base_channels']
 

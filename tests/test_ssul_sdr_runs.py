@@ -39,9 +39,8 @@ class SeePrototypes(Hook):
 
     priority = 'LOWEST'
     begun: list[tuple[str, int, dict]] = []
-
-    def __init__(self, stop: bool = False) -> None:
-        self.stop = stop
+    # Not in the config: a resumed run must have the same one.
+    stop = False
 
     def before_train_epoch(self, runner: Runner) -> None:
         stage = Path(runner.work_dir).name
@@ -148,16 +147,16 @@ def test_sdr_learns_in_every_stage(shapes_cfg: MakeConfig, tmp_path: Path) -> No
 def test_a_resumed_sdr_run_goes_on_with_its_prototypes(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
     SeePrototypes.begun.clear()
     cfg = small(shapes_cfg, 'sdr', epochs=2, protocol='3-3')
-    stopping = cfg.copy()
-    stopping.custom_hooks = [*cfg.custom_hooks, dict(type='SeePrototypes', stop=True)]
-    with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(stopping).train()
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='SeePrototypes')]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SeePrototypes, 'stop', True)
+        with pytest.raises(KeyboardInterrupt):
+            RUNNERS.build(cfg).train()
     *_, (stage, epoch, interrupted) = SeePrototypes.begun
     assert (stage, epoch) == ('stage_1', 1)
     assert interrupted['counts'].sum() > prototypes_of(tmp_path / 'run/stage_0')['counts'].sum()
     SeePrototypes.begun.clear()
     cfg.resume = True
-    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='SeePrototypes')]
     RUNNERS.build(cfg).train()
     ((stage, epoch, resumed),) = SeePrototypes.begun
     assert (stage, epoch) == ('stage_1', 1)

@@ -34,14 +34,13 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
     Raises:
         NoImagesError: no image is left, and that is an error.
     """
-    dataset = evaluation_set(runner.cfg)
-    try:
-        dataset.full_init()
-    except NoImagesError as error:
-        if not may_be_empty:
-            raise
-        runner.logger.warning(f'stage {dataset.stage.index} is not evaluated: {error}')
-        return empty_metrics(dataset.metainfo['classes'])
+    if may_be_empty:
+        dataset = evaluation_set(runner.cfg)
+        try:
+            dataset.full_init()
+        except NoImagesError as error:
+            runner.logger.warning(f'stage {dataset.stage.index} is not evaluated: {error}')
+            return empty_metrics(dataset.metainfo['classes'])
     return runner.test_loop.run()
 
 
