@@ -65,7 +65,8 @@ def test_the_numbers_are_those_of_pool_and_of_the_loss(
         for mine, one in ((view.old, before), (view.new, after)):
             means, _, classes = one.pool(grid)
             expected = means[classes == channel][0]
-            torch.testing.assert_close(mine.flatten(1), expected, rtol=0, atol=0)
+            # Up to rounding: other regions of the picture change the order of a sum.
+            torch.testing.assert_close(mine.flatten(1), expected)
             dense = one.dense()[0][:, (grid == channel).flatten()].mean(1)
             torch.testing.assert_close(mine.flatten(1), dense)
         term = crp_loss([after], [before], alone[None])
