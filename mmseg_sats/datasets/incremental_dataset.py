@@ -225,6 +225,12 @@ class IncrementalDataset(Dataset):
 
     @property
     @force_full_init
+    def class_index(self) -> ClassIndex:
+        """Which labels every image of the wrapped dataset holds, those of other stages too."""
+        return self._class_index
+
+    @property
+    @force_full_init
     def presence(self) -> np.ndarray:
         """(len, 256) bool: the labels that each image holds, by annotation id."""
         return np.unpackbits(self._packed_presence, axis=1).astype(bool)

@@ -30,6 +30,7 @@ from mmseg_sats.engine.results import (
     stage_table,
     write_results,
 )
+from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.snapshot import (
     adopt_base,
@@ -43,13 +44,11 @@ from mmseg_sats.engine.snapshot import (
 from mmseg_sats.engine.stage_config import (
     build_stage_config,
     check_pretrained,
-    config_words,
-    resolve_words,
     stage_dir,
 )
 from mmseg_sats.engine.stage_runner import StageRunner
 from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
-from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.protocol import Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
 
@@ -88,7 +87,7 @@ class IncrementalRunner:
         self.cfg.setdefault('memory', 0)
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
-        self.protocol = self._build_protocol()
+        self.protocol = build_protocol(self.cfg)
         check_replay(self.cfg, self.protocol)
         check_report(self.cfg.get('report'))
         check_writable(self.work_dir)
@@ -208,14 +207,6 @@ class IncrementalRunner:
         if is_main_process():
             write_results(self.work_dir, results)
         return results
-
-    def _build_protocol(self) -> Protocol:
-        cfg = self.cfg.train_dataloader.dataset
-        cfg = resolve_words(cfg.to_dict(), config_words(self.cfg) | dict(stage=0))
-        num_classes = DATASETS.build(dict(cfg, lazy_init=True)).protocol.num_classes
-        return Protocol(
-            self.cfg.protocol, num_classes, cfg.get('class_order'), self.cfg.get('split')
-        )
 
     def _stage_config(self, stage: Stage) -> Config:
         return build_stage_config(self.cfg, self.protocol, stage, self.work_dir)

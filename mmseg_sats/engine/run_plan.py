@@ -13,7 +13,7 @@ from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
-from mmseg_sats.datasets.class_index import ClassIndex, select_train
+from mmseg_sats.datasets.class_index import select_train
 from mmseg_sats.engine.stage_config import (
     build_stage_config,
     config_words,
@@ -70,9 +70,7 @@ def read_presence(dataset: IncrementalDataset) -> np.ndarray:
 
     Every rank must call it, as reading masks is an affair of all of them.
     """
-    wrapped = dataset.dataset
-    files = [wrapped.get_data_info(row)['seg_map_path'] for row in range(len(wrapped))]
-    return ClassIndex.load_or_scan(files, cache_dir=dataset.cache_dir).presence
+    return dataset.class_index.presence
 
 
 def plan_run(

@@ -17,14 +17,18 @@ from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.engine.experiments.plain_loss import as_plain
 from mmseg_sats.engine.incremental_runner import IDENTITY
-from mmseg_sats.engine.stage_config import build_stage_config, config_words, resolve_words
+from mmseg_sats.engine.stage_config import (
+    STAGE_PARTS,
+    build_stage_config,
+    config_words,
+    resolve_words,
+)
 from mmseg_sats.protocol import Protocol, Stage
 
 Flat = dict[str, Any]
 
 TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
 EVALUATION = ('test_dataloader', 'test_evaluator')
-STAGE_PARTS = ('initial_stage', 'later_stages')
 # What the segmentor leaves alone while there is no old model, but for losses that need none.
 LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
 # What of an IncrementalDataset is said by the classes of the stage.
