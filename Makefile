@@ -18,10 +18,10 @@ CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill lint format docs clean
+.PHONY: help venv demo test test-slow test-kill bench bench-check lint format docs clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## .venv with everything installed (the others do it by themselves)
 
@@ -36,6 +36,12 @@ test-slow: $(STAMP) ## the tests that take minutes
 
 test-kill: $(STAMP) ## runs killed at 30 random moments and around every write, resumed, compared
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.kill $(ARGS)
+
+bench: $(STAMP) ## what the parts cost, as ratios (ARGS=step for one benchmark)
+	$(PY) -W ignore -m benchmarks $(ARGS)
+
+bench-check: $(STAMP) ## the same, beside the ratios on file: what got worse by more than 15 %
+	$(PY) -W ignore -m benchmarks --check $(ARGS)
 
 lint: $(STAMP) ## what ruff has to say
 	$(PY) -m ruff check .

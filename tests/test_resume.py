@@ -25,6 +25,7 @@ from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_
 from mmseg_sats.engine import AtomicCheckpointHook
 from mmseg_sats.engine.snapshot import is_whole, latest_checkpoint
 from mmseg_sats.engine.train_loop import EXIT_PREEMPTED
+from mmseg_sats.engine.work_dir import check_same_run
 from mmseg_sats.randomness import seed_all, seeded
 
 MakeConfig = Callable[..., Config]
@@ -306,3 +307,14 @@ def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_everywhere(tmp_path: Path) -> None:
     run_kills(tmp_path, '--moments', '30', '--jobs', '2')
+
+
+def test_a_path_may_be_spelt_in_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder, a run's base has another name, and is the same file."""
+    (tmp_path / 'base.pth').touch()
+    (tmp_path / 'other.pth').touch()
+    Config(dict(base=str(tmp_path / 'base.pth'))).dump(tmp_path / 'config.py')
+    monkeypatch.chdir(tmp_path)
+    check_same_run(tmp_path, Config(dict(base='./base.pth')))
+    with pytest.raises(ValueError, match=r'base: .*base\.pth.* there, .*other\.pth'):
+        check_same_run(tmp_path, Config(dict(base='other.pth')))

@@ -107,7 +107,7 @@ def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
         for key in dict.fromkeys((*there, *now)):
             where = f'{path}.{key}'.lstrip('.')
             yield from _differences(there.get(key), now.get(key), where)
-    elif _listed(there) != _listed(now):
+    elif _listed(there) != _listed(now) and not _same_file(there, now):
         yield f'{path}: {_short(there)} there, {_short(now)} in the config'
 
 
@@ -118,6 +118,13 @@ def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(item) for key, item in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _same_file(there: Any, now: Any) -> bool:
+    """Whether two texts, e.g. a relative and an absolute path, lead to one file or folder."""
+    if not (isinstance(there, str) and isinstance(now, str) and there and now):
+        return False
+    return os.path.exists(now) and os.path.realpath(there) == os.path.realpath(now)
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,149 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Time and memory of functions, measured so that ratios hold on a busy machine too."""
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Work = Callable[[], Any]
+
+REPEATS = 7
+"""The least number of measured calls behind a median."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure of a benchmark.
+
+    Args:
+        name: what is compared, the same from run to run.
+        value: the ratio, without a unit.
+        limit: what it should be at most, or at least where ``more_is_better``; None without a goal.
+        more_is_better: whether a larger value is the better one.
+        detail: what the two sides were, e.g. '1.9 s over 1.6 s'.
+    """
+
+    name: str
+    value: float
+    limit: float | None = None
+    more_is_better: bool = False
+    detail: str = ''
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal is reached; True without a goal."""
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.more_is_better else self.value <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a JSON file."""
+        return asdict(self)
+
+
+def median_seconds(
+    works: Mapping[str, Work], repeats: int = REPEATS, warmup: int = 1
+) -> dict[str, float]:
+    """The median duration of each function, called in turns.
+
+    One call of each, then the next of each: what else the machine does meets all alike. With a
+    single thread on the CPU it is the thread's own time that counts, which other processes touch
+    only through caches; otherwise the time that passes, the device's work included.
+
+    Args:
+        works: what to call, by name.
+        repeats: measured calls of each, 7 at least.
+        warmup: calls of each before.
+
+    Raises:
+        ValueError: for fewer repeats than 7.
+    """
+    if repeats < REPEATS:
+        raise ValueError(f'repeats={repeats}: a median of fewer than {REPEATS} says too little')
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(warmup + repeats):
+        for name, work in works.items():
+            seconds = _seconds(work)
+            if turn >= warmup:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(work: Work) -> float:
+    gc.collect()
+    clock = time.perf_counter if _parallel() else time.thread_time
+    _finish_device()
+    start = clock()
+    work()
+    _finish_device()
+    return clock() - start
+
+
+def _parallel() -> bool:
+    return torch.cuda.is_available() or torch.get_num_threads() > 1
+
+
+def _finish_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(work: Work) -> int:
+    """How far memory rises above what was held before, while ``work`` runs (the second call of two).
+
+    On a GPU what its tensors take; on the CPU the process's resident memory, which holds everything
+    (Linux only: the kernel's own high-water mark, set back before). For that the C library must
+    return freed memory at once: start Python by :func:`memory_environment`.
+    """
+    work()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    trim()
+    Path('/proc/self/clear_refs').write_text('5')
+    before = _status('VmRSS')
+    work()
+    return _status('VmHWM') - before
+
+
+def resident_bytes() -> int:
+    """The process's resident memory, what was freed given back first."""
+    gc.collect()
+    trim()
+    return _status('VmRSS')
+
+
+def trim() -> None:
+    """Asks the C library to give freed memory back, where it can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+
+
+def memory_environment() -> dict[str, str]:
+    """The environment in which every array of 64 KiB or more is returned when it is freed."""
+    return dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+
+
+def _status(field: str) -> int:
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(field + ':'):
+            return int(line.split()[1]) * 1024
+    raise OSError(f'/proc/self/status has no {field}: memory can be measured on Linux only')
+
+
+def device() -> torch.device:
+    """Where the benchmarks run: the GPU if there is one."""
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -1,0 +1,82 @@
+"""The tools behind `make bench`: medians, peaks, and the comparison with the ratios on file."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks.measure import Ratio, median_seconds, peak_bytes
+
+
+def test_functions_are_called_in_turns_and_the_first_calls_do_not_count() -> None:
+    calls: list[str] = []
+    medians = median_seconds({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, 7, warmup=2)
+    assert calls == ['a', 'b'] * 9
+    assert set(medians) == {'a', 'b'}
+
+
+def test_a_longer_function_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('benchmarks.measure._parallel', lambda: True)
+    medians = median_seconds({'one': lambda: time.sleep(0.002), 'five': lambda: time.sleep(0.01)})
+    assert 2 < medians['five'] / medians['one'] < 10
+
+
+def test_few_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match='fewer than 7'):
+        median_seconds({}, repeats=6)
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak is read from Linux\'s /proc')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU\'s memory is measured there')
+def test_the_peak_is_that_of_what_lives_at_one_time() -> None:
+    size = 64 * 2**20
+
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.zeros(size // 4).add_(1)
+
+    def all_together() -> None:
+        [torch.zeros(size // 4).add_(1) for _ in range(3)]
+
+    assert peak_bytes(one_after_the_other) == pytest.approx(size, rel=0.1)
+    assert peak_bytes(all_together) == pytest.approx(3 * size, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ('before', 'now', 'more_is_better', 'worse'),
+    [(1.0, 1.14, False, False), (1.0, 1.16, False, True), (1.0, 0.5, False, False),
+     (2.0, 1.75, True, False), (2.0, 1.7, True, True), (2.0, 9.0, True, False)],
+)
+def test_worse_is_more_than_15_percent_on_the_wrong_side(
+    before: float, now: float, more_is_better: bool, worse: bool
+) -> None:
+    assert command.got_worse(before, Ratio('x', now, more_is_better=more_is_better)) is worse
+
+
+def test_the_check_prints_each_pair_and_names_what_got_worse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_file = tmp_path / 'ratios.json'
+    on_file.write_text(json.dumps({'step': {'time': 1.0, 'memory': 1.1, 'gone': 1.0}}))
+    monkeypatch.setattr(command, 'ON_FILE', on_file)
+    measured = [Ratio('time', 1.3), Ratio('memory', 1.1)]
+    monkeypatch.setattr(command, 'run', lambda name, threads: measured)
+    assert command.main(['step', '--check']) == 1
+    printed = capsys.readouterr().out
+    assert 'step: time was 1, is 1.3' in printed
+    assert 'step: gone is on file and was not measured' in printed
+    assert 'memory was' not in printed
+    assert '| memory' in printed
+    assert command.main(['step', '--write']) == 0
+    assert json.loads(on_file.read_text()) == {'step': {'time': 1.3, 'memory': 1.1}}
+    assert command.main(['step', '--check']) == 0
+    assert 'Nothing got worse.' in capsys.readouterr().out
+
+
+def test_every_benchmark_that_is_listed_is_there() -> None:
+    folder = Path(command.__file__).parent
+    files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure'}
+    assert files == set(command.BENCHMARKS)
