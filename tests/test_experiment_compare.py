@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Which configs make the same run, and which share a stage 0."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,13 @@ def test_absent_and_empty_are_the_same_but_empty_and_full_are_not() -> None:
     assert differences(dict(a=None, b=0), dict(c='')) == {}
     assert differences(dict(a=0), dict(a=2)) == {'a': '0 there, 2 asked'}
     assert differences(dict(), dict(a=2)) == {'a': 'absent there, 2 asked'}
+
+
+def test_a_class_order_may_be_the_name_of_one() -> None:
+    cfg = Config.fromfile(CONFIGS / 'finetune/segformer_b2_ade20k_100-10.py')
+    spelt = copy.deepcopy(cfg)
+    cfg.merge_from_dict({'class_order': '$class_order_b'})
+    spelt.merge_from_dict({'class_order': list(cfg.class_order_b)})
+    named, listed = fingerprint(cfg, num_classes=150), fingerprint(spelt, num_classes=150)
+    assert same_start(named, listed)
+    assert not same_start(named, fingerprint(Config.fromfile(cfg.filename), num_classes=150))

@@ -79,7 +79,10 @@ def fingerprint(
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg = copy.deepcopy(cfg)
     num_classes = num_classes or _count_classes(cfg)
-    protocol = Protocol(cfg.protocol, num_classes, cfg.get('class_order'), cfg.get('split'))
+    said = resolve_words(
+        {key: cfg.get(key) for key in ('protocol', 'class_order', 'split')}, config_words(cfg)
+    )
+    protocol = Protocol(said['protocol'], num_classes, said['class_order'], said['split'])
     run = flatten({key: cfg.get(key) for key in IDENTITY})
     if cfg.get('memory'):
         run.update(flatten(cfg.get('memory_selection'), 'memory_selection'))
