@@ -1,12 +1,14 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""mmengine's Runner, reading checkpoints without running code out of them."""
+"""mmengine's Runner for one stage: safe checkpoints, and epochs no longer than the stage has images."""
 
 from collections.abc import Callable
 from typing import Any
 
-from mmengine.registry import RUNNERS
+from mmengine.dist import get_world_size
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from torch.utils.data import DataLoader
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.snapshot import unwrap
@@ -49,3 +51,21 @@ class StageRunner(Runner):
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """mmengine's, in which ``num_batch_per_epoch`` is a bound: a small stage has fewer batches.
+
+        mmengine takes it for the number of batches that are there, and asks for images past the last.
+        """
+        if not isinstance(dataloader, DataLoader) and dataloader.get('num_batch_per_epoch'):
+            dataset = dataloader['dataset']
+            if isinstance(dataset, dict):
+                dataset = DATASETS.build(dataset)
+                dataset.full_init()
+            images = dataloader['num_batch_per_epoch'] * dataloader['batch_size'] * get_world_size()
+            bound = dict(num_batch_per_epoch=None) if images >= len(dataset) else {}
+            dataloader = dict(dataloader, dataset=dataset, **bound)
+        return Runner.build_dataloader(dataloader, seed, diff_rank_seed)

@@ -82,7 +82,7 @@ class PrototypeHook(Hook):
     def _gather(self, runner: Runner, prototypes: ClassPrototypes) -> None:
         model = unwrap(runner.model).eval()
         total = 0
-        for batch in Runner.build_dataloader(training_images_once(runner)):
+        for batch in runner.build_dataloader(training_images_once(runner)):
             data = model.data_preprocessor(batch, False)
             labels = torch.stack([sample.gt_sem_seg.data for sample in data['data_samples']])
             total += prototypes.sums_of(model.backbone(data['inputs']), labels.squeeze(1).long())

@@ -55,7 +55,7 @@ class PseudoLabelThresholdHook(Hook):
         labeler = model.pseudo_labeler
         labeler.reset(model.old_model.model.num_classes)
         device = next(model.parameters()).device
-        for batch in Runner.build_dataloader(training_images_once(runner)):
+        for batch in runner.build_dataloader(training_images_once(runner)):
             data = model.data_preprocessor(batch, False)
             labels = torch.stack(
                 [sample.gt_sem_seg.data for sample in data['data_samples']]
