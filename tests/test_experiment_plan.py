@@ -37,6 +37,12 @@ def test_names_are_those_of_the_contract() -> None:
     assert 'sats_m_without_attention_5-3_seed0' in names('table3', memories=[40])
 
 
+def test_some_variants_beside_the_whole_method() -> None:
+    assert names('ablations', variants=['without_attention', 'lambda_a_5']) == [
+        'sats_without_attention_15-1_seed0', 'sats_15-1_seed0', 'sats_lambda_a_5_15-1_seed0',
+    ]  # fmt: skip
+
+
 def test_a_run_that_stands_in_several_rows_is_one_run() -> None:
     plan = make_plan(TABLES['table4'], 'voc', CONFIGS, protocols=['15-1'], memories=[100])
     assert [cell.runs[0].name for cell in plan.cells if cell.runs].count('sats_m_15-1_seed0') == 3

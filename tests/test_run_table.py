@@ -116,6 +116,8 @@ def test_another_option_is_noticed(
         (['table1', '--dataset', 'vocmini'], "did you mean 'voc_mini'?"),
         (['table1', '--methods', 'sats,plopp'], "'plopp' is unknown (did you mean 'plop'?)"),
         (['table3', '--methods', 'mib'], '--methods mib: the rows of table3 are variants of SATS'),
+        (['ablations', '--variants', 'without_atention'], "(did you mean 'without_attention'?)"),
+        (['table1', '--variants', 'eq2'], '--variants eq2: the rows of table1 are systems, named by --methods'),
         (['table1', '--jobs', '0'], '--jobs 0: expected 1 or more'),
         (['table1', '--memory', 'al'], "--memory='al' is unknown"),
         (['table1', '--cfg-options', 'seed=3'], '--cfg-options seed=...: it names the runs; give it by --seeds'),

@@ -44,6 +44,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--methods', type=words, metavar='A,B', help='rows of table1 and table2 (default: all)'
     )
+    parser.add_argument(
+        '--variants', type=words, metavar='A,B',
+        help='rows of the other tables, named as in their runs (without_attention, ...), beside the whole method',
+    )  # fmt: skip
     parser.add_argument('--protocols', type=words, metavar='15-1,...', help="default: the paper's")
     parser.add_argument(
         '--memory', metavar='N|none|both', help="exemplars (default: as in the paper's table)"
@@ -89,6 +93,10 @@ def check_args(args: argparse.Namespace) -> None:
             f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
             'expected table1 or table2'
         )
+    if args.variants and not table.parts:
+        raise ValueError(
+            f'--variants {",".join(args.variants)}: the rows of {args.table} are systems, named by --methods'
+        )
     for word, option in OWN_WORDS.items():
         if any(given.split('=')[0] == word for given in args.cfg_options):
             raise ValueError(f'--cfg-options {word}=...: it names the runs; give it by {option}')
@@ -111,6 +119,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         args.dataset,
         ROOT / 'configs',
         systems=args.methods,
+        variants=args.variants,
         protocols=args.protocols,
         memories=memory_sizes(args.memory or table.memory, args.dataset),
         seeds=args.seeds,

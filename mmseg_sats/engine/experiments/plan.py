@@ -107,6 +107,7 @@ def make_plan(
     configs: Path,
     *,
     systems: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     protocols: Sequence[str] | None = None,
     memories: Sequence[int] = (0,),
     seeds: Sequence[int] = (0,),
@@ -119,22 +120,28 @@ def make_plan(
         dataset: a name of ``DATASETS``.
         configs: the folder of configs, one folder for each method in it.
         systems: rows of a table of systems; all by default.
+        variants: rows of a table of variants beside the method as it is; all by default.
         protocols: by default those that the paper shows, or all of the data set where it shows none of them.
         memories: sizes of the memory, 0 without.
         seeds: seeds.
         words: further words for ``--cfg-options``.
 
     Raises:
-        ValueError: a system that neither the tables nor the folder know.
+        ValueError: a system that neither the tables nor the folder know, or a variant that the table lacks.
     """
     known = find_systems(configs)
     for system in systems or ():
         check_choice('--methods', system, known)
+    rows = [row for part in table.parts for row in part.rows]
+    for variant in variants or ():
+        check_choice('--variants', variant, list(dict.fromkeys(row.variant for row in rows if row.variant)))
     plan = Plan()
     for part in table.parts_for(systems or known):
         for protocol in protocols or _protocols(part, dataset):
             for memory in memories:
                 for row in part.rows:
+                    if variants and row.variant and row.variant not in variants:
+                        continue
                     config = _find_config(configs, row, dataset, protocol, memory)
                     if memory and _is_joint(config):
                         continue  # one stage has no old images to keep
