@@ -57,18 +57,23 @@ def join_process_group(cfg: Config) -> dict[str, Any]:
     return settings
 
 
-def share_batches(cfg: Config) -> None:
-    """Lets the processes share the batches that one process would have; alone it does nothing.
+def share_work(cfg: Config) -> None:
+    """Lets the processes share the batches that one process would have, and one of them write.
 
     Args:
-        cfg: a stage's config, changed in place. Batches that it composes by a ``batch_sampler`` of
-            its own, or by a sampler without epochs, are left to it.
+        cfg: a stage's config, changed in place where there is more than one process. Batches that
+            it composes by a ``batch_sampler`` of its own, or by a sampler without epochs, are left
+            to it.
     """
+    if get_world_size() == 1:
+        return
     loader = cfg.train_dataloader
-    own = loader.get('batch_sampler') or loader.sampler.type != 'DefaultSampler'
-    if get_world_size() > 1 and not own:
+    if not loader.get('batch_sampler') and loader.sampler.type == 'DefaultSampler':
         drop_last = loader.pop('drop_last', False)
         loader.batch_sampler = dict(type='SharedBatchSampler', drop_last=drop_last)
+    logger = cfg.get('default_hooks', {}).get('logger') or {}
+    if logger.get('type') == 'LoggerHook':
+        logger.type = 'OneRankLoggerHook'
 
 
 def check_shared(work_dir: Path) -> None:
