@@ -68,7 +68,7 @@ class Interfere(Hook):
 def tell_writes(event: str, args: tuple[Any, ...]) -> None:
     """Notes the files that this process opens for writing."""
     if event == 'open' and isinstance(args[0], str) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-        if args[2] & os.O_TMPFILE != os.O_TMPFILE:  # a file without a name is a try, not a result
+        if not os.path.isdir(args[0]):  # a file without a name is a try, not a result
             written.add(args[0])
 
 

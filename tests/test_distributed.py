@@ -166,7 +166,7 @@ def test_a_failing_process_ends_the_other_with_its_error_on_top(
     assert process.returncode != 0
     said = output.split('FAILED AT ')[1]
     assert ended - float(said.split('\n')[0]) < MINUTE
-    own = 'process 1 of 2 (on [^)]*) failed: ValueError: the dog ate the batch'
+    own = r'process 1 of 2 \(on [^)]*\) failed: ValueError: the dog ate the batch'
     errors = re.findall(r'^(?:process .*|\w*Error: .*)$', said, re.M)
     assert re.fullmatch(own, errors[0])
     assert set(errors[1:]) == {'ValueError: the dog ate the batch'}  # its traceback; the other is quiet

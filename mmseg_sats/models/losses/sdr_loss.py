@@ -153,7 +153,6 @@ def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tenso
     ]
     if not used:
         return features.new_zeros(())
-    # A class without a used pixel has 0 for its maximum, and nothing that is divided by it.
     largest = max_over_ranks(torch.stack([_largest(own) for own in used]))
     ratios = torch.cat([_ratios(own / top) for own, top in zip(used, largest, strict=True)])
     total, number = sum_over_ranks(torch.stack([ratios.sum(), ratios.new_full((), len(ratios))]))
@@ -167,7 +166,12 @@ def _used(vectors: Tensor) -> Tensor:
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    return vectors.max() if len(vectors) else vectors.new_zeros(())
+    """The largest of positive numbers; without any 0, by which nothing is divided.
+
+    The result always hangs on ``vectors``: if it did on some processes alone, their backward passes
+    would wait for the others'.
+    """
+    return torch.cat([vectors.flatten(), vectors.new_zeros(1)]).max()
 
 
 def _ratios(scaled: Tensor) -> Tensor:
