@@ -67,9 +67,11 @@ class Interfere(Hook):
 
 def tell_writes(event: str, args: tuple[Any, ...]) -> None:
     """Notes the files that this process opens for writing."""
-    if event == 'open' and isinstance(args[0], str) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-        if not os.path.isdir(args[0]):  # a file without a name is a try, not a result
-            written.add(args[0])
+    if event != 'open' or not isinstance(args[0], str):
+        return
+    # Opening a folder makes a file without a name: a try, not a result.
+    if (args[2] or 0) & (os.O_WRONLY | os.O_RDWR) and not os.path.isdir(args[0]):
+        written.add(args[0])
 
 
 written: set[str] = set()

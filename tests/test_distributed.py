@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine import distributed
 
 ROOT = Path(__file__).parents[1]
 MINUTE = 60
@@ -202,6 +203,85 @@ def test_stopped_by_sigterm_two_processes_go_on_as_if_they_had_not_been(
     assert 'iter_12.pth' in output
     assert read(work_dir, 1, 'losses') == read(two[0], 1, 'losses')[12:]
     same_files(work_dir, two[0])
+
+
+def test_a_work_dir_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second process sees it, whose machine has another folder of that name."""
+    monkeypatch.setattr(distributed, 'is_distributed', lambda: True)
+    monkeypatch.setattr(distributed, 'is_main_process', lambda: False)
+    monkeypatch.setattr(distributed, 'get_dist_info', lambda: (1, 2))
+    with pytest.raises(FileNotFoundError, match=r'work dir .* of process 1 of 2 .* a folder that all machines share'):
+        distributed.check_shared(tmp_path)
+    monkeypatch.setattr(distributed, 'is_main_process', lambda: True)
+    distributed.check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+SLURM = {
+    # Runs the job's script as slurm would, from a copy of it.
+    'sbatch': """
+        echo "sbatch $*" >> "$LOG"
+        for word; do case $word in
+            --export=*) export "${word#--export=ALL,}"; shift ;;
+            --*) shift ;;
+            *) break ;;
+        esac; done
+        cp "$1" "$LOG.copy.sh"; shift
+        SLURM_JOB_ID=20007 bash "$LOG.copy.sh" "$@" """,
+    'srun': 'echo "srun $MASTER_PORT $*" >> "$LOG"; if [ -n "$CANCEL" ]; then kill -TERM $PPID; fi; exit $CODE',
+    'scontrol': 'echo "scontrol $*" >> "$LOG"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Runs ``tools/slurm_train.sh`` on a cluster of stand-ins; gives its exit code and what was called."""
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def call(*words: str, **environment: str) -> tuple[int, list[str]]:
+        log = tmp_path / 'log'
+        log.write_text('')
+        own = {key: value for key, value in os.environ.items() if key not in ('MASTER_PORT', 'GPUS')}
+        more = dict(PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}', LOG=str(log), CODE='0', CANCEL='')
+        command = ['bash', str(ROOT / 'tools/slurm_train.sh'), *words]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=own | more | environment, capture_output=True, text=True, check=False
+        )
+        return result.returncode, log.read_text().splitlines()
+
+    return call
+
+
+def test_a_slurm_job(slurm: Callable[..., tuple[int, list[str]]]) -> None:
+    code, (submitted, started) = slurm('gpu', 'my job', 'a.py', '--cfg-options', 'a=b c', GPUS='16', GPUS_PER_NODE='8')
+    assert code == 0
+    for words in ('--partition=gpu', '--job-name=my job', '--ntasks=16 --ntasks-per-node=8', '--gres=gpu:8',
+                  '--requeue', '--open-mode=append', '--signal=TERM@180'):  # fmt: skip
+        assert f' {words} ' in submitted
+    assert started.startswith('srun 20007 ')
+    assert '--kill-on-bad-exit=1' in started
+    train = f'python -u {ROOT}/tools/train_incremental.py a.py --cfg-options a=b c --launcher slurm'
+    assert started.endswith(train)
+
+
+@pytest.mark.parametrize(
+    ('environment', 'code', 'requeued'),
+    [
+        (dict(CODE='143'), 143, True),  # told to stop before the time limit
+        (dict(CODE='143', CANCEL='1'), 143, False),  # scancel: the script is told as well
+        (dict(CODE='1'), 1, False),  # an error
+    ],
+)
+def test_a_slurm_job_requeues_what_was_stopped(
+    environment: dict[str, str], code: int, requeued: bool, slurm: Callable[..., tuple[int, list[str]]]
+) -> None:
+    returned, calls = slurm('gpu', 'job', 'a.py', **environment)
+    assert returned == code
+    assert [call for call in calls if call.startswith('scontrol')] == ['scontrol requeue 20007'] * requeued
+    assert '--resume' not in calls[1]
+    assert slurm('gpu', 'job', 'a.py', SLURM_RESTART_COUNT='1')[1][1].endswith('--launcher slurm --resume')
 
 
 @pytest.mark.slow

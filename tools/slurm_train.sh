@@ -13,13 +13,13 @@ submit() {
     local partition=$1 job=$2 gpus=${GPUS:-4}
     shift 2
     local per_node=${GPUS_PER_NODE:-$gpus}
-    # --signal without B: goes to the steps of the job, not to this script.
+    # --signal without B: goes to the steps of the job, not to this script, of which sbatch runs a copy.
     # SBATCH_ARGS may hold several words.
     # shellcheck disable=SC2086
     sbatch --partition="$partition" --job-name="$job" --gres="gpu:$per_node" \
         --ntasks="$gpus" --ntasks-per-node="$per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" \
         --requeue --open-mode=append --signal="TERM@${SECONDS_TO_STOP:-180}" \
-        --export=ALL,MMSEG_SATS_IN_JOB=1 ${SBATCH_ARGS:-} "$0" "$@"
+        --export="ALL,MMSEG_SATS_TOOLS=$(cd "$(dirname "$0")" && pwd)" ${SBATCH_ARGS:-} "$0" "$@"
 }
 
 # In the job: CONFIG [args].
@@ -31,11 +31,12 @@ work() {
     fi
     # The whole job is ended (scancel, preemption): what becomes of it is slurm's affair.
     trap 'ended=1' TERM
-    # The script that sbatch runs is a copy elsewhere: paths are those of the folder it was called from.
+    # Two jobs on a machine need two ports.
+    export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
     # SRUN_ARGS may hold several words.
     # shellcheck disable=SC2086
     srun --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-        python -u tools/train_incremental.py "$@" --launcher slurm \
+        python -u "$MMSEG_SATS_TOOLS/train_incremental.py" "$@" --launcher slurm \
         ${resume[@]+"${resume[@]}"} || code=$?
     # 143: stopped by SIGTERM, its checkpoint written.
     if [ "$code" -eq 143 ] && [ "$ended" -eq 0 ]; then
@@ -44,7 +45,7 @@ work() {
     exit "$code"
 }
 
-if [ -n "${MMSEG_SATS_IN_JOB:-}" ]; then
+if [ -n "${MMSEG_SATS_TOOLS:-}" ]; then
     work "$@"
 else
     submit "$@"

@@ -121,10 +121,11 @@ def losses_over_ranks(
     """
     if get_world_size() == 1:
         return dict(losses)
+    by_name = {f'loss_{name}': part for name, part in parts.items()}
     counts: dict[str, Tensor | int] = {}
     for name, value in losses.items():
         prefix, _, own = name.rpartition('.')
-        part = parts[name.removeprefix('loss_')] if name.removeprefix('loss_') in parts else None
+        part = by_name.get(name)
         if not isinstance(value, Tensor) or getattr(part, 'reduces_over_ranks', False):
             continue
         labelled = prefix in heads and own in _over_labelled_pixels(heads[prefix])
