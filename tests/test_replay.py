@@ -15,8 +15,12 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from mmseg_sats.datasets import IncrementalDataset, ReplayBatchSampler, ReplayDataset
-from mmseg_sats.datasets import replay_sampler as sampler_module
+from mmseg_sats.datasets import (
+    IncrementalDataset,
+    ReplayBatchSampler,
+    ReplayDataset,
+    shared_batches,
+)
 from mmseg_sats.datasets.exemplars import Exemplar, Exemplars, read_exemplars, write_exemplars
 from mmseg_sats.datasets.replay_sampler import batch_split, endless_draw
 
@@ -359,21 +363,22 @@ def test_the_last_batch_may_be_dropped() -> None:
 
 @pytest.mark.parametrize('share', [0.5, None])
 @pytest.mark.parametrize('count', [21, 20, 3])
-def test_processes_divide_an_epoch(
-    share: float | None, count: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('batch_size', [4, 3])
+def test_processes_share_the_batches_of_one(
+    batch_size: int, share: float | None, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where half a batch of one process is no half of a batch of both: 3 and 3, not 4 and 2."""
     dataset = Sized(stage=count, memory=5)
+    alone = indices_of(dataset, 2 * batch_size, epoch=2, share=share)
     per_rank = []
     for rank in range(2):
-        monkeypatch.setattr(sampler_module, 'get_dist_info', lambda rank=rank: (rank, 2))
-        per_rank.append(epoch_of(dataset, 4, share=share))
-    assert len(per_rank[0]) == len(per_rank[1])
-    assert [len(batch) for batch in per_rank[0]] == [len(batch) for batch in per_rank[1]]
-    flat = Counter(index for batches in per_rank for batch in batches for index in batch)
-    total = count if share else count + 5
-    own = {index: number for index, number in flat.items() if index < total}
-    assert set(own) == set(range(total))
-    assert sum(own.values()) == total + total % 2  # one comes twice where the number is odd
+        monkeypatch.setattr(shared_batches, 'get_dist_info', lambda rank=rank: (rank, 2))
+        per_rank.append(indices_of(dataset, batch_size, epoch=2, share=share))
+    for whole, *parts in zip(alone, *per_rank, strict=True):
+        seen = Counter(index for part in parts for index in part)
+        assert set(seen) == set(whole)
+        assert sum(seen.values()) == max(len(whole), 2)  # no process is without an image
+        assert abs(len(parts[0]) - len(parts[1])) <= 1
 
 
 @pytest.mark.parametrize('share', [0.5, None])

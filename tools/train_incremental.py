@@ -12,7 +12,9 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from mmseg_sats.engine.distributed import own_error_on_top
 from mmseg_sats.engine.preflight import check_options
 
 
@@ -65,6 +67,7 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+@record
 def main() -> None:
     """Builds the config and runs it."""
     args = parse_args()
@@ -77,7 +80,8 @@ def main() -> None:
         message = error.args[0] if isinstance(error, KeyError) else error
         raise SystemExit(f'{type(error).__name__}: {message}') from error
     try:
-        runner.train()
+        with own_error_on_top():
+            runner.train()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

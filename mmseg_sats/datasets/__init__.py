@@ -14,6 +14,7 @@ from mmseg_sats.datasets.replay import ReplayDataset
 from mmseg_sats.datasets.replay_sampler import ReplayBatchSampler
 from mmseg_sats.datasets.saliency import MarkUnknown
 from mmseg_sats.datasets.shapes import ShapesDataset
+from mmseg_sats.datasets.shared_batches import SharedBatchSampler
 from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     'ReplayDataset',
     'ReservoirMemory',
     'ShapesDataset',
+    'SharedBatchSampler',
     'Unlabelled',
 ]

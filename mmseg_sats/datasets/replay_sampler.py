@@ -5,19 +5,18 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from mmengine.dist import get_dist_info
 from mmseg.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 from mmseg_sats.datasets.replay import STAGE, ReplayDataset
+from mmseg_sats.datasets.shared_batches import SharedBatchSampler
 
 
 def batch_split(batch_size: int, share: float, num_sources: int) -> tuple[int, ...]:
     """How many images of a batch come from the stage and from each source of replay.
 
     Args:
-        batch_size: images in a batch of one process.
+        batch_size: images in a batch.
         share: part of it for replay, rounded down, shared evenly by its sources (the first ones
             get what is left over).
         num_sources: number of sources of replay.
@@ -60,7 +59,7 @@ def endless_draw(size: int, start: int, count: int, key: Sequence[int]) -> np.nd
 
 
 @DATA_SAMPLERS.register_module()
-class ReplayBatchSampler(Sampler):
+class ReplayBatchSampler(SharedBatchSampler):
     """Composes batches over a :class:`ReplayDataset`.
 
     With a ``share`` each batch holds so large a part of replayed images, and an epoch is the stage's
@@ -72,8 +71,8 @@ class ReplayBatchSampler(Sampler):
 
     An index says how often its image was drawn before, see :class:`ReplayDataset`.
 
-    Everything depends on (seed, epoch) and the number of processes alone, so an epoch that is begun
-    again after a resume has the same batches.
+    Everything depends on (seed, epoch) and the batch of all processes together alone, so an epoch
+    that is begun again after a resume has the same batches.
 
     Args:
         sampler: a sampler of mmengine over the data set, such as ``DefaultSampler``; its ``seed``,
@@ -90,68 +89,54 @@ class ReplayBatchSampler(Sampler):
     def __init__(
         self, sampler: Sampler, batch_size: int, share: float | None = 0.5, drop_last: bool = False
     ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
         whole = getattr(sampler.dataset, 'whole', None)
-        if not isinstance(whole, ReplayDataset) or not hasattr(sampler, 'epoch'):
+        if not isinstance(whole, ReplayDataset):
             raise TypeError(
                 'ReplayBatchSampler expected an epoch-wise sampler such as DefaultSampler over a '
                 f'ReplayDataset, got {type(sampler).__name__} over {type(sampler.dataset).__name__}'
             )
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.rank, self.world_size = get_dist_info()
         self.total = len(whole)
         ranges = whole.ranges
         if share is None:
-            self.split: tuple[int, ...] = (batch_size,)
+            self.split: tuple[int, ...] = (self.size,)
             self.ranges = [range(self.total)]
         else:
-            self.split = batch_split(batch_size, share, len(ranges) - 1)
+            batch_split(batch_size, share, len(ranges) - 1)  # of one process, as it was checked
+            self.split = batch_split(self.size, share, len(ranges) - 1)
             self.ranges = [ranges.pop(STAGE), *ranges.values()]
         self.pool = self.count = len(self.ranges[0])
         if sampler.dataset is not whole:
             # mmengine's slice (num_batch_per_epoch) asks for so many batches; the stage's first
             # images are used, as they are without replay.
-            batches = len(sampler.dataset) // (batch_size * self.world_size)
-            self.count = min(self.count, batches * self.split[0] * self.world_size)
+            batches = len(sampler.dataset) // self.size
+            self.count = min(self.count, batches * self.split[0])
             self.pool = self.pool if share is None else self.count
 
     def __len__(self) -> int:
-        """Batches of this process in an epoch."""
-        per_rank = math.ceil(self.count / self.world_size)
-        if self.drop_last:
-            return per_rank // self.split[0]
-        return math.ceil(per_rank / self.split[0])
+        """Batches in an epoch."""
+        return self._number_of(self.split[0])
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def whole_batches(self) -> Iterator[list[int]]:
+        """The batches of the epoch, each with the images of all processes."""
         own, *replayed = self._epoch()
         for number in range(len(self)):
-            at = slice(number * self.split[0], (number + 1) * self.split[0])
-            batch = own[at]
+            batch = own[number * self.split[0] : (number + 1) * self.split[0]]
             part = len(batch) / self.split[0]
             for rows, size in zip(replayed, self.split[1:], strict=True):
                 batch = [*batch, *rows[number * size : number * size + math.ceil(part * size)]]
             yield batch
 
     def _epoch(self) -> list[list[int]]:
-        """This process's indices of the epoch: its own and, in turn, each replayed source's."""
+        """The indices of the epoch: the stage's own and, in turn, each replayed source's."""
         seed, epoch = self.sampler.seed, self.sampler.epoch
-        own = torch.arange(self.pool)
-        if getattr(self.sampler, 'shuffle', True):
-            own = torch.randperm(self.pool, generator=torch.Generator().manual_seed(seed + epoch))
-        rows = [self._round_up(own[: self.count].tolist())]
+        rows = [[row + epoch * self.total for row in self._order(self.pool)[: self.count]]]
         for source, (size, indices) in enumerate(
             zip(self.split[1:], self.ranges[1:], strict=True)
         ):
-            count = len(self) * size * self.world_size
+            count = len(self) * size
             places = epoch * count + np.arange(count)
             draw = endless_draw(len(indices), int(places[0]), count, (seed, source))
             times = places // len(indices)
             rows.append((indices.start + draw + times * self.total).tolist())
-        rows[0] = [row + epoch * self.total for row in rows[0]]
-        return [row[self.rank :: self.world_size] for row in rows]
-
-    def _round_up(self, indices: list[int]) -> list[int]:
-        """As many for each process: the first ones come again, as in mmengine's samplers."""
-        total = math.ceil(self.count / self.world_size) * self.world_size
-        return (indices * math.ceil(total / len(indices)))[:total]
+        return rows

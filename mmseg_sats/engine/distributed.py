@@ -1,11 +1,32 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Joining the process group before the first stage, on GPUs or on CPUs."""
+"""Several processes as one run: meeting, sharing batches and the work dir, ending together."""
 
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import init_dist, is_distributed
+from mmengine.dist import (
+    barrier,
+    get_dist_info,
+    get_world_size,
+    init_dist,
+    is_distributed,
+    is_main_process,
+)
+
+from mmseg_sats.checkpoint import write_text
+
+# How long a process that lost another keeps quiet, so that the other's error is seen first.
+PATIENCE = 10.0
+# What gloo says of a process that is gone; NCCL has an exception of its own.
+_LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'gloo')
 
 
 def join_process_group(cfg: Config) -> dict[str, Any]:
@@ -34,3 +55,78 @@ def join_process_group(cfg: Config) -> dict[str, Any]:
     if on_cpu and cfg.get('model_wrapper_cfg') is None:
         settings['model_wrapper_cfg'] = dict(type='MMDistributedDataParallel', device_ids=None)
     return settings
+
+
+def share_work(cfg: Config) -> None:
+    """Lets the processes share the batches that one process would have, and one of them write.
+
+    Args:
+        cfg: a stage's config, changed in place where there is more than one process. Batches that
+            it composes by a ``batch_sampler`` of its own, or by a sampler without epochs, are left
+            to it.
+    """
+    if get_world_size() == 1:
+        return
+    loader = cfg.train_dataloader
+    if not loader.get('batch_sampler') and loader.sampler.type == 'DefaultSampler':
+        drop_last = loader.pop('drop_last', False)
+        loader.batch_sampler = dict(type='SharedBatchSampler', drop_last=drop_last)
+    logger = cfg.get('default_hooks', {}).get('logger') or {}
+    if logger.get('type') == 'LoggerHook':
+        logger.type = 'OneRankLoggerHook'
+
+
+def check_shared(work_dir: Path) -> None:
+    """Finds out whether all processes see the work dir that the first one writes to.
+
+    Raises:
+        FileNotFoundError: this one does not.
+    """
+    if not is_distributed():
+        return
+    mark = work_dir / '.seen_by_all'
+    if is_main_process():
+        write_text(mark, '')
+    barrier()
+    seen = mark.exists()
+    barrier()
+    if is_main_process():
+        mark.unlink()
+    if not seen:
+        raise FileNotFoundError(
+            f'work dir {work_dir} of {_me()} is not the one that process 0 writes to: expected a folder '
+            'that all machines share, named by --work-dir'
+        )
+
+
+@contextmanager
+def own_error_on_top() -> Iterator[None]:
+    """Within it, the error of the process that failed is told first, and by that process alone.
+
+    When one process of a run ends, the others fail in their next exchange with it. Whatever started
+    them (torchrun, srun) ends them all; they wait for that and say nothing of their own but where to
+    look.
+    """
+    try:
+        yield
+    except Exception as error:
+        if get_world_size() == 1:
+            raise
+        if not _lost_another(error):
+            print(f'{_me()} failed: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
+            raise
+        time.sleep(PATIENCE)
+        print(f'{_me()} ends, for another process of the run has ended', file=sys.stderr, flush=True)
+        # Not by an exception: closing a broken process group may wait for those that are gone.
+        os._exit(1)
+
+
+def _lost_another(error: Exception) -> bool:
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+    )
+
+
+def _me() -> str:
+    rank, world_size = get_dist_info()
+    return f'process {rank} of {world_size} (on {socket.gethostname()})'

@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.datasets.replay import stage_dataset_cfg
-from mmseg_sats.engine.distributed import join_process_group
+from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
@@ -123,6 +123,7 @@ class IncrementalRunner:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
             write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
+        check_shared(self.work_dir)
         finished: list[dict[str, Any]] = []
         for stage in self.protocol.stages:
             folder = stage_dir(self.work_dir, stage.index)
@@ -148,6 +149,7 @@ class IncrementalRunner:
             # mmengine resumes optimizer, schedulers and counters from it.
             cfg.resume, cfg.load_from = True, str(checkpoint)
         cfg.merge_from_dict(self._process_settings)
+        share_work(cfg)
         runner = StageRunner.from_cfg(cfg)
         runner.logger.info(
             f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, is_distributed
+from mmengine.dist import all_reduce, barrier, is_distributed
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
@@ -73,6 +73,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         super().run_iter(idx, data_batch)
         if self._must_stop():
             self.runner.call_hook('before_stop')
+            # What watches over the processes ends all at the first that ends: not while one writes.
+            barrier()
             self.runner.logger.info(
                 f'stopped by SIGTERM behind iteration {self._iter}: go on with --resume'
             )

@@ -26,7 +26,8 @@ class IncrementalIoUMetric(BaseMetric):
         num_base: Number of base labels, background included. None takes it from
             ``dataset_meta['num_base']``.
         ignore_index: Label of the pixels that do not count, whatever is predicted there.
-        collect_device: Where the results of the ranks are gathered, 'cpu' or 'gpu'.
+        collect_device: How mmengine gathers the results of the ranks: 'gpu', by messages (without a
+            GPU too), or 'cpu', by files in a folder that all of them share.
         prefix: Put before every key, as ``prefix/key``.
 
     Raises:
@@ -37,7 +38,7 @@ class IncrementalIoUMetric(BaseMetric):
         self,
         num_base: int | None = None,
         ignore_index: int = 255,
-        collect_device: str = 'cpu',
+        collect_device: str = 'gpu',
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)

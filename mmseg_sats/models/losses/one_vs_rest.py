@@ -45,6 +45,8 @@ class OneVsRestLoss(SigmoidCrossEntropyLoss):
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
     """
 
+    avg_non_ignore = True  # by mmseg's name for it: a mean over the labelled pixels
+
     def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_bce') -> None:
         super().__init__(loss_weight, loss_name)
 

@@ -5,6 +5,9 @@ Michieli and Zanuttigh, "Continual Semantic Segmentation via Repulsion-Attractio
 Disentangled Latent Representations", CVPR 2021, section 4. Labels are brought to the features' grid by
 nearest neighbour. In all of them a class counts as much as another, however many pixels it has; but in
 sparsity a pixel counts as much as another.
+
+None is a mean over images: in a distributed run they are computed from the classes' sums, numbers and
+maxima over all processes, by ``mmseg_sats.models.whole_batch``.
 """
 
 from typing import ClassVar, Protocol
@@ -14,6 +17,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels_of
+from mmseg_sats.models.whole_batch import labels_over_ranks, max_over_ranks, sum_over_ranks
 
 
 class HasFeatures(Protocol):
@@ -42,9 +46,18 @@ def _mean(terms: list[Tensor], features: Tensor) -> Tensor:
     return torch.stack(terms).mean() if terms else features.new_zeros(())
 
 
+def _class_means(vectors: list[Tensor], like: Tensor) -> Tensor:
+    """(N, C) the mean of each class's vectors (n, C), those of all processes; as many of them on each."""
+    if not vectors:
+        return like.new_zeros(0, like.shape[1])
+    sums = [torch.cat([own.sum(0), own.new_full((1,), len(own))]) for own in vectors]
+    total = sum_over_ranks(torch.stack(sums))
+    return total[:, :-1] / total[:, -1:]
+
+
 def _classes_with_prototype(labels: Tensor, known: Tensor) -> list[int]:
     known = known.tolist()
-    return [label for label in labels.unique().tolist() if label < len(known) and known[label]]
+    return [label for label in labels_over_ranks(labels) if label < len(known) and known[label]]
 
 
 def prototype_matching(
@@ -66,11 +79,10 @@ def prototype_matching(
     """
     features, labels = _prepare(features, labels)
     prototypes = prototypes.detach().to(features)
+    classes = _classes_with_prototype(labels, known)
+    means = _class_means([pixels_of(features, labels == c) for c in classes], features)
     return _mean(
-        [
-            (pixels_of(features, labels == c).mean(0) - prototypes[c]).square().mean()
-            for c in _classes_with_prototype(labels, known)
-        ],
+        [(mean - prototypes[c]).square().mean() for c, mean in zip(classes, means, strict=True)],
         features,
     )
 
@@ -84,13 +96,11 @@ def prototype_attraction(
     """
     features, labels = _prepare(features, labels)
     prototypes = prototypes.detach().to(features)
-    return _mean(
-        [
-            (pixels_of(features, labels == c) - prototypes[c]).square().mean()
-            for c in _classes_with_prototype(labels, known)
-        ],
-        features,
-    )
+    squares = [
+        (pixels_of(features, labels == c) - prototypes[c]).square()
+        for c in _classes_with_prototype(labels, known)
+    ]
+    return _mean(list(_class_means(squares, features).mean(1)), features)
 
 
 def repulsion(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
@@ -109,8 +119,8 @@ def repulsion(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tens
         ValueError: if the shapes disagree.
     """
     features, labels = _prepare(features, labels)
-    present = [c for c in labels.unique().tolist() if c != ignore_index]
-    means = [pixels_of(features, labels == c).mean(0) for c in present]
+    present = [c for c in labels_over_ranks(labels) if c != ignore_index]
+    means = _class_means([pixels_of(features, labels == c) for c in present], features)
     # The mean over i < j is that over i != j.
     squares = [
         (means[i] - means[j]).square().sum() for i in range(len(means)) for j in range(i)
@@ -138,14 +148,34 @@ def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tenso
         ValueError: if the shapes disagree.
     """
     features, labels = _prepare(features, labels)
-    ratios = []
-    for c in labels.unique().tolist():
-        positive = pixels_of(features, labels == c).relu()
-        positive = positive[positive.sum(1) > 0]
-        if c != ignore_index and len(positive):
-            scaled = positive / positive.max()
-            ratios.append(scaled.exp().sum(1) / scaled.sum(1))
-    return torch.cat(ratios).mean() if ratios else features.new_zeros(())
+    used = [
+        _used(pixels_of(features, labels == c)) for c in labels_over_ranks(labels) if c != ignore_index
+    ]
+    if not used:
+        return features.new_zeros(())
+    largest = max_over_ranks(torch.stack([_largest(own) for own in used]))
+    ratios = torch.cat([_ratios(own / top) for own, top in zip(used, largest, strict=True)])
+    total, number = sum_over_ranks(torch.stack([ratios.sum(), ratios.new_full((), len(ratios))]))
+    return total / number.clamp(min=1)
+
+
+def _used(vectors: Tensor) -> Tensor:
+    """The positive parts of those vectors (n, C) that have any."""
+    positive = vectors.relu()
+    return positive[positive.sum(1) > 0]
+
+
+def _largest(vectors: Tensor) -> Tensor:
+    """The largest of positive numbers; without any 0, by which nothing is divided.
+
+    The result always hangs on ``vectors``: if it did on some processes alone, their backward passes
+    would wait for the others'.
+    """
+    return torch.cat([vectors.flatten(), vectors.new_zeros(1)]).max()
+
+
+def _ratios(scaled: Tensor) -> Tensor:
+    return scaled.exp().sum(1) / scaled.sum(1)
 
 
 class _FeatureLoss(nn.Module):
@@ -154,6 +184,7 @@ class _FeatureLoss(nn.Module):
     needs_attention: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     needs_prototypes: ClassVar[bool] = False
+    reduces_over_ranks: ClassVar[bool] = True
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.unknown import fold_unknown, split_classifier
+from mmseg_sats.models.whole_batch import losses_over_ranks
 from mmseg_sats.protocol import UNKNOWN_LABEL
 from mmseg_sats.suggest import check_choice
 
@@ -173,7 +174,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             data_samples: their labels, ``gt_sem_seg`` (1, H, W) each.
 
         Returns:
-            Name to scalar; names that hold ``loss`` are summed by mmengine.
+            Name to scalar; names that hold ``loss`` are summed by mmengine. In a distributed run
+            they are those of the whole batch, see ``mmseg_sats.models.whole_batch``.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # To all parts but the heads' own losses, unknown pixels are background.
@@ -205,7 +207,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 if teacher is not None or not getattr(part, 'needs_teacher', True)
             }
         )
-        return losses
+        heads = {_prefix(name): head for name, head in self._named_heads()}
+        return losses_over_ranks(losses, heads, self.distillation, targets)
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, K, H, W) at the size of the images; with an unknown class scores, see fold_unknown."""
@@ -224,8 +227,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         losses = add_prefix(self.decode_head.loss_by_feat(student.trained_logits, samples), 'decode')
         for name, head in self._named_heads():
             if name != 'decode_head':
-                prefix = name.replace('auxiliary_head', 'aux').replace('.', '_')
-                losses.update(add_prefix(head.loss(head_inputs, samples, self.train_cfg), prefix))
+                own = head.loss(head_inputs, samples, self.train_cfg)
+                losses.update(add_prefix(own, _prefix(name)))
         return losses
 
     def _load_from_state_dict(
@@ -246,6 +249,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _prefix(name: str) -> str:
+    """What mmseg puts before the losses of the head of that name."""
+    short = dict(decode_head='decode').get(name, name)
+    return short.replace('auxiliary_head', 'aux').replace('.', '_')
 
 
 def _named(name: str, one_or_more: Any) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Batches of several processes: those of one process, each divided between them."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from mmengine.dist import get_dist_info
+from mmseg.registry import DATA_SAMPLERS
+from torch.utils.data import Sampler
+
+
+def share_of(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """A process's part of a batch: sizes differ by one at most, and none is empty.
+
+    Args:
+        batch: indices of the whole batch, at least one.
+        rank: which process.
+        world_size: how many there are. Where they are more than images, those that would have none
+            take one that another has, too.
+    """
+    return list(batch[rank::world_size]) or [batch[rank % len(batch)]]
+
+
+@DATA_SAMPLERS.register_module()
+class SharedBatchSampler(Sampler):
+    """Gives each process its share of the batches that one process would have.
+
+    mmengine's samplers repeat images until all processes have equally many in an epoch, and cut
+    batches afterwards. Here ``world_size`` processes with batches of b see, iteration by iteration,
+    the images that one process with batches of ``world_size * b`` sees, each once; the last batch of
+    an epoch may be divided unevenly.
+
+    Args:
+        sampler: an epoch-wise sampler of mmengine, such as ``DefaultSampler``; its ``dataset``,
+            ``seed``, ``epoch`` and ``shuffle`` count.
+        batch_size: images in a batch of this process.
+        drop_last: leave out a last batch that is not full.
+
+    Raises:
+        TypeError: the sampler is of another kind.
+
+    Attributes:
+        size: images in a batch of all processes together.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool = False) -> None:
+        if not hasattr(sampler, 'epoch'):
+            raise TypeError(
+                f'{type(self).__name__} expected an epoch-wise sampler such as DefaultSampler, '
+                f'got {type(sampler).__name__}'
+            )
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.rank, self.world_size = get_dist_info()
+        self.size = batch_size * self.world_size
+        self.count = len(sampler.dataset)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._number_of(self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (share_of(batch, self.rank, self.world_size) for batch in self.whole_batches())
+
+    def whole_batches(self) -> Iterator[list[int]]:
+        """The batches of the epoch, each with the images of all processes."""
+        order = self._order(self.count)
+        for start in range(0, len(self) * self.size, self.size):
+            yield order[start : start + self.size]
+
+    def _number_of(self, own: int) -> int:
+        """Batches of which each takes ``own`` of the ``count`` images of an epoch."""
+        return self.count // own if self.drop_last else math.ceil(self.count / own)
+
+    def _order(self, count: int) -> list[int]:
+        """0 to ``count - 1`` in the order of the epoch, which is DefaultSampler's in one process."""
+        if not getattr(self.sampler, 'shuffle', True):
+            return list(range(count))
+        generator = torch.Generator().manual_seed(self.sampler.seed + self.sampler.epoch)
+        return torch.randperm(count, generator=generator).tolist()
