@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from mmseg_sats.datasets import class_index as module
+from mmseg_sats.datasets import mask_scan
 from mmseg_sats.datasets.class_index import ClassIndex, select_eval, select_train
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
@@ -86,8 +87,8 @@ def test_processes_agree_with_one_process(tmp_path, monkeypatch):
     labels = [[i % 7, (i * i) % 11] for i in range(150)]
     files = [write_mask(tmp_path / f'{i}.png', row) for i, row in enumerate(labels)]
     alone = module.scan_masks(files, workers=1)
-    monkeypatch.setattr(module, '_IN_PROCESS', 10)
-    monkeypatch.setattr(module, '_SHOW_PROGRESS', 100)
+    monkeypatch.setattr(mask_scan, '_IN_PROCESS', 10)
+    monkeypatch.setattr(mask_scan, '_SHOW_PROGRESS', 100)
     np.testing.assert_array_equal(module.scan_masks(files, workers=2), alone)
     assert held(ClassIndex(files, alone)) == [sorted(set(row)) for row in labels]
     (tmp_path / '140.png').write_bytes(b'no image')
