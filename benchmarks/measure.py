@@ -51,7 +51,7 @@ class Ratio:
 
 
 def median_seconds(
-    works: Mapping[str, Work], repeats: int = REPEATS, warmup: int = 1
+    works: Mapping[str, Work], repeats: int = REPEATS, warmup: int = 1, *, wall: bool = False
 ) -> dict[str, float]:
     """The median duration of each function, called in turns.
 
@@ -63,6 +63,7 @@ def median_seconds(
         works: what to call, by name.
         repeats: measured calls of each, 7 at least.
         warmup: calls of each before.
+        wall: whether the time that passes counts in any case, as it must where processes help.
 
     Raises:
         ValueError: for fewer repeats than 7.
@@ -72,15 +73,15 @@ def median_seconds(
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warmup + repeats):
         for name, work in works.items():
-            seconds = _seconds(work)
+            seconds = _seconds(work, wall)
             if turn >= warmup:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _seconds(work: Work) -> float:
+def _seconds(work: Work, wall: bool) -> float:
     gc.collect()
-    clock = time.perf_counter if _parallel() else time.thread_time
+    clock = time.perf_counter if wall or _parallel() else time.thread_time
     _finish_device()
     start = clock()
     work()
@@ -97,16 +98,20 @@ def _finish_device() -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(work: Work) -> int:
+def peak_bytes(work: Work, *, host: bool = False) -> int:
     """How far memory rises above what was held before, while ``work`` runs (the second call of two).
 
     On a GPU what its tensors take; on the CPU the process's resident memory, which holds everything
     (Linux only: the kernel's own high-water mark, set back before). For that the C library must
     return freed memory at once: start Python by :func:`memory_environment`.
+
+    Args:
+        work: what to call.
+        host: whether the process's memory counts where there is a GPU, too.
     """
     work()
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not host:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from mmseg.models.backbones import MixVisionTransformer
-from mmseg.models.backbones.mit import TransformerEncoderLayer
+from mmseg.models.backbones.mit import MixFFN, TransformerEncoderLayer
+from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.models.attention import AttentionMap
-from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
+from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer, mix_ffn
+from mmseg_sats.models.backbones.self_attention import reduce_tokens
 from tests.shared import shared_path
 
 SMALL: dict[str, Any] = {
@@ -48,6 +50,11 @@ def parameter_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def scalar(features: list[Tensor]) -> Tensor:
     return sum((feature * feature.detach().cos()).mean() for feature in features)
+
+
+def value_and_gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The output, and the gradients of one scalar of it for the inputs."""
+    return [out, *torch.autograd.grad((out * out.detach().cos()).sum(), inputs)]
 
 
 def stock_attention(stock: MixVisionTransformer, x: Tensor) -> list[Tensor]:
@@ -202,6 +209,52 @@ def test_bfloat16_autocast() -> None:
     assert dense.dtype == torch.float32
     loss.backward()
     assert all(g.isfinite().all() for g in parameter_gradients(own).values() if g is not None)
+
+
+@pytest.mark.parametrize('hw', [(8, 12), (9, 7), (4, 4)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_spatial_reduction_as_a_product_is_the_convolution(hw: tuple[int, int], bias: bool) -> None:
+    """Value and gradient, also where rows and columns are left over."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, kernel_size=4, stride=4, bias=bias).double()
+    x = torch.randn(2, hw[0] * hw[1], 6, dtype=torch.float64, requires_grad=True)
+    convolved = conv(nlc_to_nchw(x, hw))
+    out, key_hw = reduce_tokens(conv, x, hw)
+    assert key_hw == tuple(convolved.shape[2:])
+    expected = value_and_gradients(nchw_to_nlc(convolved), x, *conv.parameters())
+    for mine, theirs in zip(value_and_gradients(out, x, *conv.parameters()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_a_grid_smaller_than_the_reduction_is_refused() -> None:
+    _, own = make_pair(**SMALL)
+    with pytest.raises(ValueError, match='reduction by 4 needs a grid of 4 x 4 tokens at least, got 8 x 3'):
+        own(images(32, 12))
+
+
+@pytest.mark.parametrize('drops', [{}, {'ffn_drop': 0.3}, {'dropout_layer': {'type': 'DropPath', 'drop_prob': 0.5}}])
+def test_the_feed_forward_layer_on_tokens_is_the_stock_one(drops: dict[str, Any]) -> None:
+    """Value and gradient, and the same draws of dropout."""
+    torch.manual_seed(0)
+    module = MixFFN(6, 24, **drops).double().train()
+    x, identity = (torch.randn(4, 35, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = (x, identity, *module.parameters())
+    torch.manual_seed(3)
+    expected = value_and_gradients(module(x, (5, 7), identity=identity), *inputs)
+    torch.manual_seed(3)
+    got = value_and_gradients(mix_ffn(module, x, (5, 7), identity=identity), *inputs)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_the_layout_of_the_images_does_not_matter() -> None:
+    _, own = make_pair(**SMALL)
+    with torch.no_grad():
+        expected = own(images())
+        got = own(images().contiguous(memory_format=torch.channels_last))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_submodules_are_stock() -> None:

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from mmseg_sats.datasets import class_index as module
+from mmseg_sats.datasets import mask_scan
 from mmseg_sats.datasets.class_index import ClassIndex, select_eval, select_train
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
@@ -67,12 +68,27 @@ def test_palette_and_one_bit_masks_count_by_index(tmp_path):
     assert held(ClassIndex.load_or_scan(files, cache_dir=tmp_path)) == [[0, 4, 255], [0, 1]]
 
 
+@pytest.mark.parametrize('shape', [(1, 1), (1, 7), (9, 1), (40, 30)])
+@pytest.mark.parametrize('block', [1, 5])
+def test_the_labels_of_a_mask_are_those_of_all_its_pixels(tmp_path, shape, block):
+    """Of noise and of areas; one pixel alone, in a corner too, is found."""
+    rng = np.random.default_rng(block)
+    for number in range(10):
+        labels = rng.integers(256, size=shape, dtype=np.uint8)
+        labels = labels.repeat(block, axis=0).repeat(block, axis=1)
+        labels[rng.integers(-1, 1), rng.integers(-1, 1)] = number
+        Image.fromarray(labels).save(tmp_path / 'm.png')
+        np.testing.assert_array_equal(
+            np.flatnonzero(module.labels_of(str(tmp_path / 'm.png'))), np.unique(labels)
+        )
+
+
 def test_processes_agree_with_one_process(tmp_path, monkeypatch):
     labels = [[i % 7, (i * i) % 11] for i in range(150)]
     files = [write_mask(tmp_path / f'{i}.png', row) for i, row in enumerate(labels)]
     alone = module.scan_masks(files, workers=1)
-    monkeypatch.setattr(module, '_IN_PROCESS', 10)
-    monkeypatch.setattr(module, '_SHOW_PROGRESS', 100)
+    monkeypatch.setattr(mask_scan, '_IN_PROCESS', 10)
+    monkeypatch.setattr(mask_scan, '_SHOW_PROGRESS', 100)
     np.testing.assert_array_equal(module.scan_masks(files, workers=2), alone)
     assert held(ClassIndex(files, alone)) == [sorted(set(row)) for row in labels]
     (tmp_path / '140.png').write_bytes(b'no image')

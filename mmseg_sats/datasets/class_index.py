@@ -5,32 +5,45 @@ import hashlib
 import logging
 import os
 import struct
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import cached_property, partial
-from multiprocessing import current_process, get_context
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-import mmcv
 import numpy as np
 from mmengine import dist
 from mmengine.logging import print_log
-from rich.progress import track
 
 from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.datasets.mask_scan import (
+    available_cores,
+    labels_of,
+    may_fork,
+    read_labels,
+    scan_masks,
+)
 from mmseg_sats.protocol import Stage
 from mmseg_sats.suggest import check_choice
+
+__all__ = [
+    'EVAL_IMAGES',
+    'SETTINGS',
+    'ClassIndex',
+    'available_cores',
+    'index_by_class',
+    'labels_of',
+    'may_fork',
+    'read_labels',
+    'scan_masks',
+    'select_eval',
+    'select_train',
+]
 
 SETTINGS = ('overlapped', 'disjoint', 'sequential')
 EVAL_IMAGES = ('seen', 'all')
 
 _FORMAT = 'mmseg_sats class index 1'
-_CHUNK = 64  # masks per message between processes
-_IN_PROCESS = 200  # so few masks are read faster than processes start
-_SHOW_PROGRESS = 500  # about a second of work
 
 
 class ClassIndex:
@@ -207,9 +220,6 @@ def _has_any(presence: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
     return presence[:, np.asarray(class_ids, dtype=np.intp)].any(axis=1)
 
 
-# --- the cache ---------------------------------------------------------------------------------
-
-
 def _load_or_scan(
     files: Sequence[str], cache_dir: str | Path | None, workers: int | None, backend: str
 ) -> np.ndarray:
@@ -279,94 +289,3 @@ def _write_cache(cache_file: Path, stamps: np.ndarray, packed: np.ndarray) -> No
 
 def _warn(message: str) -> None:
     print_log(message, logger='current', level=logging.WARNING)
-
-
-# --- the scan ----------------------------------------------------------------------------------
-
-
-def scan_masks(
-    files: Sequence[str], workers: int | None = None, backend: str = 'pillow'
-) -> np.ndarray:
-    """Read masks and note their labels.
-
-    Args:
-        files: Paths of N masks.
-        workers: Number of processes; defaults to the available cores, 16 at most.
-        backend: Decoder, as in mmseg's ``LoadAnnotations``.
-
-    Returns:
-        (N, 32) uint8, presence of the labels as bits.
-
-    Raises:
-        FileNotFoundError: If a mask does not exist.
-        ValueError: If a mask is unreadable or not single-channel 8-bit.
-    """
-    workers = min(available_cores(), 16) if workers is None else workers
-    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
-    scan = partial(_scan_chunk, backend=backend)
-    if len(files) < _IN_PROCESS or workers < 2 or not may_fork():
-        return _gather(map(scan, chunks), len(files))
-    # Forking after torch was imported is safe as long as the children touch neither torch nor
-    # OpenMP, which these do not: they decode and count. Spawned ones would first import the whole
-    # stack, for longer than the scan takes; threads wait for each other in the decoder. All
-    # processes are forked at the first submission, before the progress bar starts its thread.
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context('fork')) as pool:
-        return _gather(pool.map(scan, chunks), len(files))
-
-
-def _gather(parts: Iterator[np.ndarray], num_files: int) -> np.ndarray:
-    packed = np.zeros((num_files, 32), dtype=np.uint8)
-    shown: Iterable[np.ndarray] = parts
-    if num_files >= _SHOW_PROGRESS:
-        total = -(-num_files // _CHUNK)
-        shown = track(parts, description=f'reading the labels of {num_files} masks', total=total)
-    start = 0
-    for part in shown:
-        packed[start : start + len(part)] = part
-        start += len(part)
-    return packed
-
-
-def _scan_chunk(files: Sequence[str], backend: str) -> np.ndarray:
-    return np.stack([np.packbits(labels_of(file, backend)) for file in files])
-
-
-def read_labels(file: str, backend: str = 'pillow') -> np.ndarray:
-    """(H, W) uint8: one mask, decoded as mmseg's ``LoadAnnotations`` does.
-
-    Raises:
-        FileNotFoundError: If the mask does not exist.
-        ValueError: If it is unreadable or not single-channel 8-bit.
-    """
-    expected = 'expected a single-channel 8-bit label image (PNG of mode L or P)'
-    try:
-        content = Path(file).read_bytes()
-        seg = mmcv.imfrombytes(content, flag='unchanged', backend=backend)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'mask {file} does not exist') from None
-    # Pillow answers broken files with any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f'mask {file} is unreadable ({error}); {expected}') from error
-    if seg is None or seg.ndim != 2 or seg.dtype not in (np.uint8, bool):
-        found = 'nothing' if seg is None else f'shape {seg.shape} of {seg.dtype}'
-        raise ValueError(f'mask {file}: {expected}, found {found}')
-    return seg
-
-
-def labels_of(file: str, backend: str = 'pillow') -> np.ndarray:
-    """(256,) bool: the labels that one mask holds, see :func:`read_labels`."""
-    return np.bincount(read_labels(file, backend).ravel(), minlength=256) > 0
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def may_fork() -> bool:
-    """Whether worker processes may be forked here."""
-    # A daemonic process, such as a data loader's worker, may not have children; macOS' own
-    # libraries do not survive a fork.
-    return sys.platform == 'linux' and not current_process().daemon

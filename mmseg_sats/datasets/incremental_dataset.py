@@ -3,15 +3,14 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import BaseDataset, Compose, force_full_init
-from mmseg.registry import DATASETS, TRANSFORMS
+from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
 from mmseg_sats.datasets.class_index import (
@@ -23,12 +22,20 @@ from mmseg_sats.datasets.class_index import (
     select_train,
 )
 from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
-from mmseg_sats.datasets.image_sizes import check_inside, check_sizes
+from mmseg_sats.datasets.image_sizes import check_sizes
 from mmseg_sats.datasets.transforms import (
     MODES,
     RelabelSegMap,
     relabel_table,
     through_label_ids,
+)
+from mmseg_sats.datasets.wrapped_dataset import (
+    build_transforms,
+    build_wrapped,
+    classes_by_label,
+    full_init_wrapped,
+    mask_of,
+    with_relabelling,
 )
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.randomness import seeded
@@ -129,8 +136,8 @@ class IncrementalDataset(Dataset):
         self.ignore_index = ignore_index
         self.seed = seed
         self._epoch: torch.Tensor | None = None
-        self.dataset, transforms = _build_wrapped(dataset, pipeline)
-        names, palette = _classes_by_label(self.dataset)
+        self.dataset, transforms = build_wrapped(dataset, pipeline)
+        names, palette = classes_by_label(self.dataset)
         self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
         self.stage = self.protocol.stage(stage)
         self.table = relabel_table(
@@ -138,9 +145,9 @@ class IncrementalDataset(Dataset):
         )
         self._label_ids = getattr(self.dataset, 'label_ids', None)
         in_masks = through_label_ids(self.table, self._label_ids, ignore_index)
-        self._label_transforms = _built(label_transforms)
+        self._label_transforms = build_transforms(label_transforms)
         chain = [RelabelSegMap(in_masks), *self._label_transforms]
-        self.pipeline = Compose(_with_relabelling(transforms, chain, mode))
+        self.pipeline = Compose(with_relabelling(transforms, chain, mode))
         self.class_names = names
         self._metainfo = self._stage_metainfo(palette)
         self._fully_initialized = False
@@ -160,8 +167,8 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        _full_init_wrapped(self.dataset)
-        files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
+        full_init_wrapped(self.dataset)
+        files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
         class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
         if self._label_ids is not None:
             class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
@@ -332,129 +339,3 @@ class IncrementalDataset(Dataset):
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
             f'{names} under {rule}'
         )
-
-
-def _build_wrapped(
-    dataset: Mapping[str, Any] | BaseDataset, pipeline: Sequence[dict | Callable] | None
-) -> tuple[BaseDataset, list[Callable]]:
-    """The wrapped dataset and the transforms that we run in place of its own."""
-    if isinstance(dataset, Mapping):
-        cfg = dict(copy.deepcopy(dataset))
-        own = cfg.pop('pipeline', ())
-        pipeline = own if pipeline is None else pipeline
-        dataset = DATASETS.build({**cfg, 'lazy_init': True})
-    if not isinstance(dataset, BaseDataset):
-        raise TypeError(
-            'IncrementalDataset: dataset must be the config or an instance of a subclass of '
-            f"mmengine's BaseDataset, such as PascalVOCDataset, got {type(dataset).__name__}"
-        )
-    if pipeline is None:
-        # An instance may be wrapped once per stage: its own transforms stay as they are.
-        return dataset, copy.deepcopy(dataset.pipeline.transforms)
-    return dataset, _built(pipeline)
-
-
-def _built(transforms: Sequence[dict | Callable]) -> list[Callable]:
-    return [
-        TRANSFORMS.build(t) if isinstance(t, Mapping) else copy.deepcopy(t) for t in transforms
-    ]
-
-
-def _classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
-    """Names and colours by annotation id, background included."""
-    where = type(dataset).__name__
-    if getattr(dataset, 'reduce_zero_label', False):
-        raise ValueError(
-            f'{where} has reduce_zero_label=True, which turns background into ignored pixels and '
-            'shifts all ids; background is a class here: set reduce_zero_label=False'
-        )
-    if getattr(dataset, 'label_map', None) is not None:
-        raise ValueError(
-            f'{where} has a label_map because metainfo.classes differs from its own classes, '
-            'which ignores the dropped classes instead of making them background: leave its '
-            'classes whole and choose them by protocol and class_order'
-        )
-    metainfo = dataset.metainfo
-    names, palette = tuple(metainfo.get('classes') or ()), list(metainfo.get('palette') or ())
-    if not names or len(names) != len(palette):
-        raise ValueError(
-            f'{where}: metainfo must name the classes and a colour for each, '
-            f'got {len(names)} classes and {len(palette)} colours'
-        )
-    if names[0].lower() != 'background':
-        names, palette = ('background', *names), [[0, 0, 0], *palette]
-    if len(names) < 2:
-        raise ValueError(f'{where}: metainfo.classes holds background alone: {names}')
-    return names, palette
-
-
-def _with_relabelling(
-    transforms: Sequence[Callable], chain: Sequence[Callable], mode: str
-) -> list[Callable]:
-    """The transforms with ``chain``, a :class:`RelabelSegMap` first, behind every ``LoadAnnotations``."""
-    result = list(transforms)
-    num_found = sum(_insert(branch, chain) for branch in (result, *_branches(result)))
-    if mode != 'eval' and num_found == 0:
-        names = [type(t).__name__ for t in transforms]
-        raise ValueError(
-            'IncrementalDataset: the training pipeline needs LoadAnnotations, behind which labels '
-            f'are replaced by those of the stage; got {names}'
-        )
-    return result
-
-
-def _branches(transforms: Sequence[Callable]) -> Iterator[list]:
-    """The lists of transforms inside transforms: RandomChoice, TestTimeAug and the like."""
-    for transform in transforms:
-        for name in ('transforms', 'subroutines'):
-            inner = getattr(transform, name, None)
-            if isinstance(inner, list):
-                yield inner
-                yield from _branches(inner)
-            elif callable(inner):
-                yield from _branches([inner])
-
-
-def _insert(transforms: list, chain: Sequence[Callable]) -> int:
-    """Put the relabelling and what follows it into one list, in place; returns how many loaders it found."""
-    places = [i for i, t in enumerate(transforms) if isinstance(t, LoadAnnotations)]
-    for place in reversed(places):
-        if getattr(transforms[place], 'reduce_zero_label', None):
-            raise ValueError(
-                'IncrementalDataset: LoadAnnotations(reduce_zero_label=True) shifts all ids '
-                'before they are looked up; remove reduce_zero_label'
-            )
-        transforms[place + 1 : place + 1] = chain
-    return len(places)
-
-
-def _full_init_wrapped(dataset: BaseDataset) -> None:
-    where, ann_file = type(dataset).__name__, dataset.ann_file
-    # mmseg takes every image of the folder where the list is missing: a slip of the pen in its
-    # name would mix training and validation images.
-    if ann_file and not os.path.isfile(ann_file):
-        raise FileNotFoundError(f'{where}: ann_file {ann_file} does not exist')
-    nothing = (
-        f'{where} gives no images (ann_file={ann_file!r}, '
-        f'data_prefix={dict(dataset.data_prefix)})'
-    )
-    try:
-        dataset.full_init()
-    except ValueError as error:  # mmengine cannot serialise an empty list
-        raise ValueError(f'{nothing}: {error}') from error
-    if len(dataset) == 0:
-        raise ValueError(nothing)
-    if ann_file and dataset.data_root:
-        infos = [dataset.get_data_info(row) for row in range(len(dataset))]
-        keys = ('img_path', 'seg_map_path')
-        check_inside([info[k] for info in infos for k in keys if info.get(k)], dataset.data_root)
-
-
-def _mask_of(dataset: BaseDataset, row: int) -> str:
-    info = dataset.get_data_info(row)
-    if not info.get('seg_map_path'):
-        raise ValueError(
-            f"{type(dataset).__name__}: image {info.get('img_path')} has no 'seg_map_path'; "
-            "data_prefix must name the masks' folder: dict(img_path=..., seg_map_path=...)"
-        )
-    return info['seg_map_path']

@@ -3,8 +3,10 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from mmseg.models.backbones import MixVisionTransformer
-from mmseg.models.backbones.mit import TransformerEncoderLayer
+from mmseg.models.backbones.mit import MixFFN, TransformerEncoderLayer
 from mmseg.models.utils import nlc_to_nchw
 from mmseg.registry import MODELS
 from torch import Tensor
@@ -54,6 +56,9 @@ class AttentionMixVisionTransformer(MixVisionTransformer):
         """
         features: list[Tensor] = []
         attentions: list[AttentionMap] = []
+        # Everything behind is channels last and so a view of tokens; a convolution of an image in
+        # another layout would hand its own on, and the norm behind it would walk across.
+        x = x.contiguous(memory_format=torch.channels_last)
         for index, (patch_embed, blocks, norm) in enumerate(self.layers):
             x, hw = patch_embed(x)
             chosen = range(len(blocks))[ATTENTION_LAYERS[self.attention_layers]]
@@ -72,4 +77,28 @@ def _layer(
 ) -> tuple[Tensor, AttentionMap]:
     """One encoder layer on (B, L, C)."""
     x, attention = self_attention(layer.attn, layer.norm1(x), hw, identity=x)
-    return layer.ffn(layer.norm2(x), hw, identity=x), attention
+    return mix_ffn(layer.ffn, layer.norm2(x), hw, identity=x), attention
+
+
+def mix_ffn(module: MixFFN, x: Tensor, hw: GridSize, *, identity: Tensor) -> Tensor:
+    """``module(x, hw, identity=identity)`` on tokens throughout.
+
+    The 1 x 1 convolutions are products with the tokens. The depth-wise one sees the tokens as a
+    channels-last image, which is a view both ways, so that the activation and dropout run over
+    memory in order.
+
+    Args:
+        module: SegFormer's feed-forward layer.
+        x: (B, L, C) normalised tokens.
+        hw: (h, w) of their grid, L = h * w.
+        identity: (B, L, C), what the residual connection adds.
+
+    Returns:
+        (B, L, C)
+    """
+    widen, depthwise, activate, drop, narrow, drop_out = module.layers
+    hidden = F.linear(x, widen.weight.flatten(1), widen.bias)
+    hidden = depthwise(hidden.unflatten(1, tuple(hw)).permute(0, 3, 1, 2))
+    hidden = drop(activate(hidden.permute(0, 2, 3, 1).flatten(1, 2)))
+    out = F.linear(hidden, narrow.weight.flatten(1), narrow.bias)
+    return identity + module.dropout_layer(drop_out(out))

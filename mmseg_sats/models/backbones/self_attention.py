@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
-from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,12 +97,40 @@ def self_attention(
     """
     context, key_hw = None, None
     if getattr(module, 'sr_ratio', 1) > 1:
-        reduced = module.sr(nlc_to_nchw(x, hw))
-        context, key_hw = module.norm(nchw_to_nlc(reduced)), tuple(reduced.shape[2:])
+        reduced, key_hw = reduce_tokens(module.sr, x, hw)
+        context = module.norm(reduced)
     out, attention = attend_with_map(
         module.attn, x, hw, context=context, key_hw=key_hw, extra_tokens=extra_tokens
     )
     return identity + module.dropout_layer(module.proj_drop(out)), attention
+
+
+def reduce_tokens(conv: nn.Conv2d, x: Tensor, hw: GridSize) -> tuple[Tensor, GridSize]:
+    """The spatial reduction of tokens, a convolution whose stride is its kernel, as one product.
+
+    Args:
+        conv: from C to D channels, kernel and stride (r, r), without padding.
+        x: (B, L, C) tokens.
+        hw: (h, w) of their grid, L = h * w. What is left over of a grid that r does not divide
+            is dropped, as the convolution does.
+
+    Returns:
+        (B, (h // r) * (w // r), D) tokens, and their grid (h // r, w // r).
+
+    Raises:
+        ValueError: if the grid is smaller than the kernel.
+    """
+    ratio = conv.kernel_size[0]
+    height, width = hw[0] // ratio, hw[1] // ratio
+    if not height or not width:
+        raise ValueError(
+            f'the spatial reduction by {ratio} needs a grid of {ratio} x {ratio} tokens at least, '
+            f'got {hw[0]} x {hw[1]}: the image is too small'
+        )
+    image = x.unflatten(1, tuple(hw))[:, : height * ratio, : width * ratio]
+    cells = image.unflatten(2, (width, ratio)).unflatten(1, (height, ratio)).transpose(2, 3)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return F.linear(cells.flatten(3).flatten(1, 2), weight, conv.bias), (height, width)
 
 
 def run_layer(
