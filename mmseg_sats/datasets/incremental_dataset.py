@@ -30,6 +30,7 @@ from mmseg_sats.datasets.transforms import (
     relabel_table,
     through_label_ids,
 )
+from mmseg_sats.once import once
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.randomness import seeded
 from mmseg_sats.suggest import check_choice
@@ -160,21 +161,26 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        _full_init_wrapped(self.dataset)
-        files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
-        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
-        if self._label_ids is not None:
-            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
-        class_index.check_labels(self.protocol.num_classes, self.ignore_index)
+        key = ('class index', self.dataset, self.cache_dir, self.ignore_index)
+        class_index = once(key, self._read_class_index)
         indices = self._select(class_index.presence)
         if indices.size == 0:
-            raise NoImagesError(self._nothing_left(len(files), self.stage))
+            raise NoImagesError(self._nothing_left(len(class_index), self.stage))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
         self._class_index = class_index
         self._fully_initialized = True
         self._check_label_transforms()
+
+    def _read_class_index(self) -> ClassIndex:
+        _full_init_wrapped(self.dataset)
+        files = [_mask_of(self.dataset, row) for row in range(len(self.dataset))]
+        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
+        if self._label_ids is not None:
+            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
+        class_index.check_labels(self.protocol.num_classes, self.ignore_index)
+        return class_index
 
     def _check_label_transforms(self) -> None:
         checks = [t.check_images for t in self._label_transforms if hasattr(t, 'check_images')]
@@ -342,7 +348,8 @@ def _build_wrapped(
         cfg = dict(copy.deepcopy(dataset))
         own = cfg.pop('pipeline', ())
         pipeline = own if pipeline is None else pipeline
-        dataset = DATASETS.build({**cfg, 'lazy_init': True})
+        # One list of files for all stages of a run, and for each of its looks at a stage.
+        dataset = once(('data set', cfg), lambda: DATASETS.build({**cfg, 'lazy_init': True}))
     if not isinstance(dataset, BaseDataset):
         raise TypeError(
             'IncrementalDataset: dataset must be the config or an instance of a subclass of '

@@ -4,6 +4,8 @@
 import copy
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from mmseg_sats.engine.stage_config import (
 )
 from mmseg_sats.engine.stage_runner import StageRunner
 from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
+from mmseg_sats.once import Sharing
 from mmseg_sats.protocol import Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
@@ -105,8 +108,10 @@ class IncrementalRunner:
             else:
                 check_base(stages[0], self.base)
         self._process_settings = join_process_group(self.cfg)
-        # The data of a stage 0 that comes from a checkpoint need not be at hand.
-        check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
+        self._sharing = Sharing()
+        with self._sharing:
+            # The data of a stage 0 that comes from a checkpoint need not be at hand.
+            check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
@@ -123,17 +128,27 @@ class IncrementalRunner:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
             write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
-        finished: list[dict[str, Any]] = []
-        for stage in self.protocol.stages:
-            folder = stage_dir(self.work_dir, stage.index)
-            if not (folder / 'done').exists():
-                self._run_stage(stage, folder)
-            finished.append(read_json(folder / 'metrics.json')['results'])
-            results = self._report(finished)
+        with self._sharing, _old_objects_left_alone():
+            results = self._run_stages()
+        self._sharing.forget()
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
             report_at_end(self.work_dir, self.cfg.get('report'))
+        return results
+
+    def _run_stages(self) -> dict[str, Any]:
+        finished: list[dict[str, Any]] = []
+        results: dict[str, Any] = {}
+        for stage in self.protocol.stages:
+            folder = stage_dir(self.work_dir, stage.index)
+            done = _is_done(folder)
+            if not done:
+                self._run_stage(stage, folder)
+            finished.append(read_json(folder / 'metrics.json')['results'])
+            # Of stages done before, the last one's results hold all.
+            if not done or not _is_done(stage_dir(self.work_dir, stage.index + 1)):
+                results = self._report(finished)
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:
@@ -217,6 +232,21 @@ class IncrementalRunner:
             key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
         }
         return identity | dict(class_order=list(self.protocol.class_order))
+
+
+def _is_done(folder: Path) -> bool:
+    return (folder / 'done').exists()
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Garbage is looked for among the run's own objects, not in the libraries' a million."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
