@@ -27,13 +27,18 @@ class StageConfig(Config):
     @property
     def pretty_text(self) -> str:
         """The config as Python code."""
-        content = self._cfg_dict.to_dict()
-        key = repr(content)
-        if key not in _LAST:
-            plain = [Config({k: content[k]}, format_python_code=False) for k in sorted(content)]
-            _LAST.clear()
-            _LAST[key] = ''.join(_laid_out(config.pretty_text) for config in plain)
-        return _LAST[key]
+        return config_text(self)
+
+
+def config_text(cfg: Config) -> str:
+    """What ``cfg.pretty_text`` is in mmengine."""
+    content = cfg._cfg_dict.to_dict()
+    key = repr(content)
+    if key not in _LAST:
+        plain = [Config({k: content[k]}, format_python_code=False) for k in sorted(content)]
+        _LAST.clear()
+        _LAST[key] = ''.join(_laid_out(config.pretty_text) for config in plain)
+    return _LAST[key]
 
 
 @lru_cache(maxsize=256)

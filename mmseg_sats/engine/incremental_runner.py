@@ -20,6 +20,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.datasets.replay import stage_dataset_cfg
+from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import join_process_group
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
@@ -127,7 +128,7 @@ class IncrementalRunner:
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
-            write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
+            write_text(self.work_dir / 'config.py', config_text(self.cfg))
         with self._sharing, _old_objects_left_alone():
             results = self._run_stages()
         self._sharing.forget()

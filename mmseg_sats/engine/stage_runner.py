@@ -20,7 +20,7 @@ _FOR_THE_FILE = (
     'System environment:', 'Runtime environment:', 'Config:', 'Hooks will be executed',
     'paramwise_options',
 )  # fmt: skip
-_environment = cache(collect_env)
+collect_environment = cache(collect_env)
 
 
 @RUNNERS.register_module()
@@ -50,7 +50,7 @@ class StageRunner(Runner):
             launcher=self._launcher,
             processes=self._world_size,
         )
-        for name, values in (('System', _environment()), ('Runtime', run)):
+        for name, values in (('System', collect_environment()), ('Runtime', run)):
             lines = [f'{name} environment:', *(f'{key}: {value}' for key, value in values.items())]
             self.logger.info('\n    '.join(lines))
         self.logger.info(f'Config:\n{self.cfg.pretty_text}')
