@@ -13,6 +13,7 @@ five events share one comparison. Where that run differs, each of its events is 
 """
 
 import argparse
+import copy
 import errno
 import functools
 import gc
@@ -38,7 +39,8 @@ import torch._dynamo  # the first optimizer imports it, which takes seconds
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-import mmseg_sats  # noqa: F401  registers everything
+import mmseg_sats
+import mmseg_sats.visualization.report  # noqa: F401  with matplotlib, which takes seconds too
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.stage_runner import collect_environment
@@ -89,13 +91,19 @@ class Job:
         return replace(self, work_dir=self.work_dir.with_name(name))
 
     def config(self, resume: bool) -> Config:
-        cfg = Config.fromfile(CONFIGS / self.method / 'segformer_tiny_shapes_3-1.py')
+        cfg = copy.deepcopy(recipe(self.method))
         cfg.merge_from_dict(SMALL | dict(data_root=str(self.data_root)) | self.options)
         cfg.work_dir, cfg.resume = str(self.work_dir), resume
         # The class index, too, is written by each run.
         for loader in (cfg.train_dataloader, cfg.test_dataloader):
             loader.dataset.cache_dir = str(self.work_dir / 'cache')
         return cfg
+
+
+@functools.cache
+def recipe(method: str) -> Config:
+    """The config of a method on the embedded data, read once."""
+    return Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
 
 
 class Watch:

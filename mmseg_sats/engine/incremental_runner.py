@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import RUNNERS, DefaultScope, init_default_scope
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
@@ -262,15 +262,13 @@ def _release(runner: Runner) -> None:
     """Lets go of a finished stage: its workers, model, log files and mmengine's global entries."""
     for handler in list(runner.logger.handlers):
         handler.close()
-    for manager, name in (
-        (MMLogger, runner.logger.instance_name),
-        (MessageHub, runner.message_hub.instance_name),
-        (Visualizer, runner.visualizer.instance_name),
-        (DefaultScope, runner.default_scope.instance_name),
-    ):
-        # The last instance stays: mmengine has no "no current logger".
-        if len(manager._instance_dict) > 1:
-            manager._instance_dict.pop(name, None)
+    for instance in (runner.logger, runner.message_hub, runner.visualizer, runner.default_scope):
+        # A visualizer is noted twice, as mmseg's and as mmengine's.
+        for manager in type(instance).__mro__:
+            instances = vars(manager).get('_instance_dict', {})
+            # The last one stays: mmengine has no "no current logger".
+            if len(instances) > 1 or isinstance(instance, Visualizer):
+                instances.pop(instance.instance_name, None)
     runner.__dict__.clear()
     gc.collect()
     if torch.cuda.is_available():
