@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,24 +17,6 @@ def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Class indices of test data never land in the user's cache."""
     patch = pytest.MonkeyPatch()
     patch.setenv('MMSEG_SATS_CACHE', str(tmp_path_factory.mktemp('cache')))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope='session', autouse=True)
-def unformatted_configs() -> None:
-    """mmengine lays out a config by yapf about seven times a stage, half of a short run's time."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **options: (text, True))
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope='session', autouse=True)
-def uncollected_lists() -> None:
-    """mmengine collects garbage for every list of images that it packs, a quarter of a short run's time."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr('mmengine.dataset.base_dataset.gc', SimpleNamespace(collect=lambda: 0))
     yield
     patch.undo()
 

@@ -3,13 +3,17 @@
 
 make test-kill, or python -m tests.kill --moments 30 --method sats
 
-Every run is a process of its own, forked from this one so that it starts at once, and is killed with
-SIGKILL: at random moments over the whole run, and right before and right after every write, fsync
-and rename. Resumed, it must leave the same results.json and exemplars.json byte for byte and the
-same weights bit for bit.
+Runs are killed with SIGKILL: at random moments over the whole run, and right before and right after
+every write, fsync and rename. A full disk meets every write, too. Resumed, a run must leave the same
+results.json and exemplars.json byte for byte and the same weights bit for bit.
+
+What makes that feasible: processes are forked from this one, which has everything imported; and a run
+is killed several times, each time a fifth of the run after it was resumed the last time, so that about
+five events share one comparison. Where that run differs, each of its events is tried again alone.
 """
 
 import argparse
+import copy
 import errno
 import functools
 import gc
@@ -23,26 +27,54 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import mmengine.hooks.runtime_info_hook as runtime_info_hook
 import mmengine.runner.runner as runner_module
 import torch
 import torch._dynamo  # the first optimizer imports it, which takes seconds
-import yapf.yapflib.yapf_api as yapf_api
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-import mmseg_sats  # noqa: F401  registers everything
+import mmseg_sats
+import mmseg_sats.visualization.report  # noqa: F401  with matplotlib, which takes seconds too
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.config_text import config_text
+from mmseg_sats.engine.stage_runner import collect_environment
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SMALL = dict(
-    image_size=64, crop_size=64, train_images=12, val_images=8, batch_size=4, epochs=2, checkpoint_iters=2
+    image_size=64, crop_size=64, train_images=12, val_images=8, batch_size=4, epochs=2, checkpoint_iters=2,
+    report=dict(images=1, attention=0),
 )  # fmt: skip
-Event = tuple[str, str, str]  # ('before' or 'after', 'write', 'fsync' or 'rename', file)
+COMPARED = (
+    'results.json', 'results.csv', 'stage_*/exemplars.json', 'stage_*/pseudo_label_thresholds.json',
+)  # fmt: skip
+Event = tuple[str, str, str]  # ('before' or 'after', 'write', 'fsync', ... , which file)
+SHARE = 5  # a chain's kills lie at least so much of a run apart
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One thing that happens to a run.
+
+    Args:
+        how: 'event' (killed at it), 'full' (a full disk from it on) or 'moment' (killed then).
+        at: the event, or seconds.
+        place: number of the event.
+    """
+
+    how: str
+    at: Any
+    place: int = 0
+
+    def __str__(self) -> str:
+        if self.how == 'moment':
+            return f'killed after {self.at:.2f} s'
+        return f'{"killed" if self.how == "event" else "disk full"} {" ".join(self.at)}'
 
 
 @dataclass
@@ -54,8 +86,12 @@ class Job:
     method: str = 'sats'
     options: dict[str, Any] = field(default_factory=dict)
 
+    def beside(self, name: str) -> 'Job':
+        """The same run in another folder."""
+        return replace(self, work_dir=self.work_dir.with_name(name))
+
     def config(self, resume: bool) -> Config:
-        cfg = Config.fromfile(CONFIGS / self.method / 'segformer_tiny_shapes_3-1.py')
+        cfg = copy.deepcopy(recipe(self.method))
         cfg.merge_from_dict(SMALL | dict(data_root=str(self.data_root)) | self.options)
         cfg.work_dir, cfg.resume = str(self.work_dir), resume
         # The class index, too, is written by each run.
@@ -64,40 +100,50 @@ class Job:
         return cfg
 
 
+@functools.cache
+def recipe(method: str) -> Config:
+    """The config of a method on the embedded data, read once."""
+    return Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
+
+
 class Watch:
-    """Calls ``act(number, event)`` around every write, fsync and rename of this process.
+    """Calls ``act(event)`` around every write, fsync and rename of this process.
+
+    A file's name in an event says behind which others it is written, so that an event is the same
+    one in a resumed run.
 
     Args:
-        act: what to do, e.g. end the process at event 17.
+        root: the run's work dir.
+        act: what to do, e.g. end the process at a certain event.
     """
 
-    def __init__(self, act: Callable[[int, Event], None]) -> None:
-        self.act, self.count = act, 0
+    def __init__(self, root: Path, act: Callable[[Event], None]) -> None:
+        self.root, self.act, self.files = root, act, ('', '', '')
         real_fsync, real_replace, real_open = os.fsync, os.replace, Path.open
 
         def fsync(descriptor: int) -> None:
-            name = os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))
-            self.around('fsync', name, lambda: real_fsync(descriptor))
+            folder = os.path.isdir(f'/proc/self/fd/{descriptor}')
+            self.around('fsync of the folder' if folder else 'fsync', lambda: real_fsync(descriptor))
 
-        def replace(source: Path, target: Path) -> None:
-            self.around('rename', Path(target).name, lambda: real_replace(source, target))
+        def rename(source: Path, target: Path) -> None:
+            self.around('rename', lambda: real_replace(source, target))
 
         def open_(path: Path, mode: str = 'r', *args: Any, **options: Any) -> Any:
             if path.suffix == '.tmp':
+                name = path.name.removeprefix('.').rsplit('.', 2)[0]  # .NAME.PROCESS.tmp
+                file = os.path.relpath(path.with_name(name), self.root)
+                self.files = (file, *self.files[:2])
                 return _WatchedFile(path, self)
             return real_open(path, mode, *args, **options)
 
-        os.fsync, os.replace, Path.open = fsync, replace, open_
+        os.fsync, os.replace, Path.open = fsync, rename, open_
 
-    def around(self, what: str, name: str, do: Callable[[], Any]) -> Any:
-        self.event(('before', what, name))
+    def around(self, what: str, do: Callable[[], Any]) -> Any:
+        name = '{} behind {}, {}'.format(*self.files)
+        self.act(('before', what, name))
         result = do()
-        self.event(('after', what, name))
+        self.act(('after', what, name))
         return result
-
-    def event(self, event: Event) -> None:
-        self.act(self.count, event)
-        self.count += 1
 
 
 class _WatchedFile(io.BufferedWriter):
@@ -105,7 +151,7 @@ class _WatchedFile(io.BufferedWriter):
 
     def __init__(self, path: Path, watch: Watch) -> None:
         super().__init__(io.FileIO(path, 'w'))
-        self.watch, self.label, self.written = watch, path.name, False
+        self.watch, self.written = watch, False
 
     def write(self, data: Any) -> int:
         if self.written:
@@ -117,22 +163,21 @@ class _WatchedFile(io.BufferedWriter):
             self.flush()
             return written
 
-        return self.watch.around('write', self.label, really)
+        return self.watch.around('write', really)
 
 
-def prepare() -> None:
+def prepare(job: Job) -> None:
     """Does once what every run would do again, so that runs of seconds do not take half a minute."""
     torch.set_num_threads(1)
-    for module, name in ((runner_module, 'collect_env'), (runner_module, 'get_git_hash')):
-        setattr(module, name, functools.cache(getattr(module, name)))
-    runner_module.collect_env()
-    runner_module.get_git_hash()
-    # Configs stay as they are before their layout is made beautiful.
-    yapf_api.FormatCode = lambda text, **_: (text, True)
+    collect_environment()
+    for module in (runner_module, runtime_info_hook):
+        module.get_git_hash = functools.cache(module.get_git_hash)
+        module.get_git_hash()
+    config_text(job.config(resume=False))
     gc.freeze()
 
 
-def start(job: Job, resume: bool, act: Callable[[int, Event], None] | None = None) -> int:
+def start(job: Job, resume: bool, act: Callable[[Event], None] | None = None) -> int:
     """Forks a process that does the run; returns its id."""
     job.work_dir.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
@@ -144,7 +189,7 @@ def start(job: Job, resume: bool, act: Callable[[int, Event], None] | None = Non
         os.dup2(log.fileno(), 2)
         try:
             if act is not None:
-                Watch(act)
+                Watch(job.work_dir, act)
             RUNNERS.build(job.config(resume)).train()
             code = 0
         except SystemExit as error:
@@ -178,7 +223,7 @@ def differences(one: Path, other: Path) -> list[str]:
     names = {
         str(path.relative_to(root))
         for root in (one, other)
-        for pattern in ('results.json', 'results.csv', 'stage_*/exemplars.json')
+        for pattern in COMPARED
         for path in root.glob(pattern)
     }
     found = [
@@ -194,49 +239,52 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def kill_at_moment(job: Job, seconds: float) -> str:
-    """Kills a run after so many seconds; says where it stood."""
-    pid = start(job, resume=False)
+def kill_at_moment(job: Job, resume: bool, seconds: float) -> None:
+    """Kills a run after so many seconds."""
+    pid = start(job, resume)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     wait(pid)
-    done = len(list(job.work_dir.glob('stage_*/done')))
-    return f'killed after {seconds:.2f} s, {done} stages done'
 
 
-def kill_at_event(job: Job, number: int) -> str:
+def kill_at_event(job: Job, resume: bool, wanted: Event) -> None:
     """Has a run kill itself at an event."""
 
-    def act(count: int, event: Event) -> None:
-        if count == number:
-            print(f'stopped {event[0]} {event[1]} of {event[2]}', flush=True)
+    def act(event: Event) -> None:
+        if event == wanted:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    code = wait(start(job, resume=False, act=act))
+    code = wait(start(job, resume, act))
     if code != -signal.SIGKILL:
-        raise RuntimeError(f'event {number} did not come up: exit code {code}: {tail(job)}')
-    return tail(job).strip().split('\n')[-1]
+        raise RuntimeError(f'{wanted} did not come up: exit code {code}: {tail(job)}')
 
 
-def fill_disk_at_event(job: Job, number: int) -> str:
-    """Lets the disk be full from an event on; the run must say so and end."""
+def fill_disk_at_event(job: Job, resume: bool, wanted: Event) -> None:
+    """Lets the disk be full from an event on; the run must say so and, unless all is done, end."""
+    full = False
 
-    def act(count: int, event: Event) -> None:
-        if count >= number and event[0] == 'before':
+    def act(event: Event) -> None:
+        nonlocal full
+        full = full or event == wanted
+        if full and event[0] == 'before':
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    code = wait(start(job, resume=False, act=act))
+    code = wait(start(job, resume, act))
     said = tail(job)
-    if code == 0 or 'No space left on device' not in said:
-        raise RuntimeError(f'a full disk at event {number}: exit code {code}: {said}')
-    return f'disk full from event {number} on'
+    # A report that cannot be written is a warning.
+    good = code == 0 if wanted[2].startswith('report') else code > 0
+    if not good or os.strerror(errno.ENOSPC) not in said:
+        raise RuntimeError(f'a full disk {wanted}: exit code {code}: {said}')
+
+
+STOPS = dict(moment=kill_at_moment, event=kill_at_event, full=fill_disk_at_event)
 
 
 def reference(job: Job) -> tuple[list[Event], float]:
     """The run that is left alone: its events and how long it takes."""
-    record = job.work_dir.with_name('events.txt')
+    record = job.work_dir.with_name(f'{job.work_dir.name}_events.txt')
 
-    def act(_: int, event: Event) -> None:
+    def act(event: Event) -> None:
         with open(record, 'a') as file:
             file.write('\t'.join(event) + '\n')
 
@@ -245,21 +293,51 @@ def reference(job: Job) -> tuple[list[Event], float]:
     seconds = time.perf_counter() - before
     if code:
         raise RuntimeError(f'the run itself ended with {code}: {tail(job)}')
-    return [tuple(line.split('\t')) for line in record.read_text().splitlines()], seconds
+    events = [tuple(line.split('\t')) for line in record.read_text().splitlines()]
+    if len(set(events)) < len(events):
+        raise RuntimeError(f'{record}: two events cannot be told from each other')
+    return events, seconds
 
 
-def check(case: tuple[str, Any, Job, Path]) -> tuple[str, list[str]]:
-    """Interrupts a run as ``case`` says, resumes it, compares it; cleans up where it is identical."""
-    how, where, job, untouched = case
+def chains(stops: Sequence[Stop], apart: int) -> list[list[Stop]]:
+    """Stops that one run can meet one after the other, at least so many events apart."""
+    result: list[list[Stop]] = []
+    for stop in stops:
+        fitting = (chain for chain in result if chain[-1].place + apart <= stop.place)
+        chain = next(fitting, None)
+        if chain is None:
+            result.append([stop])
+        else:
+            chain.append(stop)
+    return result
+
+
+def check(case: tuple[Sequence[Stop], Job, Path]) -> list[tuple[str, str]]:
+    """Stops a run as ``case`` says, resuming it after each, and compares its end.
+
+    Returns:
+        Of every stop, what it was and what went wrong ('': nothing).
+    """
+    stops, job, untouched = case
     try:
-        name = dict(moment=kill_at_moment, event=kill_at_event, full=fill_disk_at_event)[how](job, where)
+        for number, stop in enumerate(stops):
+            STOPS[stop.how](job, number > 0, stop.at)
         finish(job)
-        found = differences(untouched, job.work_dir)
+        wrong = ', '.join(differences(untouched, job.work_dir))
     except RuntimeError as error:
-        name, found = f'{how} {where}', [str(error)]
-    if not found:
+        wrong = str(error)
+    if not wrong:
         shutil.rmtree(job.work_dir)
-    return name, found
+    elif len(stops) > 1:
+        alone = [
+            found
+            for number, stop in enumerate(stops)
+            for found in check(([stop], job.beside(f'{job.work_dir.name}_{number}'), untouched))
+        ]
+        if any(found for _, found in alone):
+            return alone
+        wrong = f'each alone is identical, one after the other they are not: {wrong}'
+    return [(str(stop), wrong) for stop in stops]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,49 +345,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--out', type=Path, help='folder of the runs (default: a temporary one)')
     parser.add_argument('--method', default='sats', help='folder of configs/')
-    parser.add_argument('--memory', type=int, default=0, help='exemplars')
+    parser.add_argument('--memory', type=int, default=6, help='exemplars')
     parser.add_argument('--moments', type=int, default=30, help='random moments')
     parser.add_argument('--events', type=int, help='so many of the events, at random (default: all)')
     parser.add_argument('--full', type=int, help='so many full disks, at random (default: all)')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parser.parse_args(arguments)
-    prepare()
     out = args.out or Path(tempfile.mkdtemp(prefix='mmseg_sats_kill_'))
-    options = dict(memory=args.memory)
-
-    def job(name: str) -> Job:
-        return Job(out / name, out / 'data', args.method, options)
-
-    first = job('first')
+    first = Job(out / 'first', out / 'data', args.method, dict(memory=args.memory))
+    prepare(first)
     reference(first)  # draws the images, so that the one that counts finds them
-    out.joinpath('events.txt').unlink()
-    untouched = job('untouched')
+    untouched = first.beside('untouched')
     events, seconds = reference(untouched)
     if found := differences(first.work_dir, untouched.work_dir):
         print(f'two runs that nobody stopped differ: {found}')
         return 1
     print(f'the run takes {seconds:.1f} s and has {len(events)} events', flush=True)
     draw = random.Random(args.seed)
-    where = [('moment', draw.uniform(0.0, seconds)) for _ in range(args.moments)]
-    numbers = list(range(len(events)))
-    where += [('event', n) for n in _some(draw, numbers, args.events)]
-    before = [n for n in numbers if events[n][:2] == ('before', 'write')]
-    where += [('full', n) for n in _some(draw, before, args.full)]
-    cases = [(how, at, job(f'{how}_{at}'), untouched.work_dir) for how, at in where]
-    identical = 0
+    apart = len(events) // SHARE
+    stops = [[Stop('moment', draw.uniform(0.0, seconds))] for _ in range(args.moments)]
+    for how, count, whats in (('event', args.events, None), ('full', args.full, ('before', 'write'))):
+        all_ = [Stop(how, e, n) for n, e in enumerate(events) if whats in (None, e[:2])]
+        stops += chains(_some(draw, all_, count), apart)
+    cases = [(c, first.beside(f'stopped_{n}'), untouched.work_dir) for n, c in enumerate(stops)]
+    identical = total = 0
     with get_context('fork').Pool(args.jobs) as pool:
-        for name, found in pool.imap_unordered(check, cases):
-            identical += not found
-            print(f'{name}: {found or "identical"}', flush=True)
-    if args.out is None and identical == len(cases):
+        for results in pool.imap_unordered(check, cases):
+            for name, wrong in results:
+                total, identical = total + 1, identical + (not wrong)
+                print(f'{name}: {wrong or "identical"}', flush=True)
+    if args.out is None and identical == total:
         shutil.rmtree(out)
-    print(f'{identical} of {len(cases)} identical')
-    return 0 if identical == len(cases) else 1
+    print(f'{identical} of {total} identical')
+    return 0 if identical == total else 1
 
 
-def _some(draw: random.Random, numbers: list[int], count: int | None) -> list[int]:
-    return numbers if count is None else sorted(draw.sample(numbers, min(count, len(numbers))))
+def _some(draw: random.Random, stops: list[Stop], count: int | None) -> list[Stop]:
+    if count is None:
+        return stops
+    return sorted(draw.sample(stops, min(count, len(stops))), key=lambda stop: stop.place)
 
 
 if __name__ == '__main__':

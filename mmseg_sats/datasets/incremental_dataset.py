@@ -37,6 +37,7 @@ from mmseg_sats.datasets.wrapped_dataset import (
     mask_of,
     with_relabelling,
 )
+from mmseg_sats.once import once
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.randomness import seeded
 from mmseg_sats.suggest import check_choice
@@ -167,21 +168,26 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        full_init_wrapped(self.dataset)
-        files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
-        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
-        if self._label_ids is not None:
-            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
-        class_index.check_labels(self.protocol.num_classes, self.ignore_index)
+        key = ('class index', self.dataset, self.cache_dir, self.ignore_index)
+        class_index = once(key, self._read_class_index)
         indices = self._select(class_index.presence)
         if indices.size == 0:
-            raise NoImagesError(self._nothing_left(len(files), self.stage))
+            raise NoImagesError(self._nothing_left(len(class_index), self.stage))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
         self._class_index = class_index
         self._fully_initialized = True
         self._check_label_transforms()
+
+    def _read_class_index(self) -> ClassIndex:
+        full_init_wrapped(self.dataset)
+        files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
+        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
+        if self._label_ids is not None:
+            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
+        class_index.check_labels(self.protocol.num_classes, self.ignore_index)
+        return class_index
 
     def _check_label_transforms(self) -> None:
         checks = [t.check_images for t in self._label_transforms if hasattr(t, 'check_images')]

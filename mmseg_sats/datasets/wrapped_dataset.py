@@ -11,6 +11,7 @@ from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
 from mmseg_sats.datasets.image_sizes import check_inside
+from mmseg_sats.once import once
 
 
 def build_wrapped(
@@ -29,7 +30,8 @@ def build_wrapped(
         cfg = dict(copy.deepcopy(dataset))
         own = cfg.pop('pipeline', ())
         pipeline = own if pipeline is None else pipeline
-        dataset = DATASETS.build({**cfg, 'lazy_init': True})
+        # One list of files for all stages of a run, and for each of its looks at a stage.
+        dataset = once(('data set', cfg), lambda: DATASETS.build({**cfg, 'lazy_init': True}))
     if not isinstance(dataset, BaseDataset):
         raise TypeError(
             'IncrementalDataset: dataset must be the config or an instance of a subclass of '

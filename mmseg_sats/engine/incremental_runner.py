@@ -4,20 +4,23 @@
 import copy
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import RUNNERS, DefaultScope, init_default_scope
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
 from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
 from mmseg_sats.datasets.replay import stage_dataset_cfg
+from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
@@ -48,6 +51,7 @@ from mmseg_sats.engine.stage_config import (
 )
 from mmseg_sats.engine.stage_runner import StageRunner
 from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
+from mmseg_sats.once import Sharing
 from mmseg_sats.protocol import Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
@@ -105,8 +109,10 @@ class IncrementalRunner:
             else:
                 check_base(stages[0], self.base)
         self._process_settings = join_process_group(self.cfg)
-        # The data of a stage 0 that comes from a checkpoint need not be at hand.
-        check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
+        self._sharing = Sharing()
+        with self._sharing:
+            # The data of a stage 0 that comes from a checkpoint need not be at hand.
+            check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
@@ -122,19 +128,29 @@ class IncrementalRunner:
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
-            write_text(self.work_dir / 'config.py', self.cfg.pretty_text)
+            write_text(self.work_dir / 'config.py', config_text(self.cfg))
         check_shared(self.work_dir)
-        finished: list[dict[str, Any]] = []
-        for stage in self.protocol.stages:
-            folder = stage_dir(self.work_dir, stage.index)
-            if not (folder / 'done').exists():
-                self._run_stage(stage, folder)
-            finished.append(read_json(folder / 'metrics.json')['results'])
-            results = self._report(finished)
+        with self._sharing, _old_objects_left_alone():
+            results = self._run_stages()
+        self._sharing.forget()
         if is_main_process():
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
             report_at_end(self.work_dir, self.cfg.get('report'))
+        return results
+
+    def _run_stages(self) -> dict[str, Any]:
+        finished: list[dict[str, Any]] = []
+        results: dict[str, Any] = {}
+        for stage in self.protocol.stages:
+            folder = stage_dir(self.work_dir, stage.index)
+            done = _is_done(folder)
+            if not done:
+                self._run_stage(stage, folder)
+            finished.append(read_json(folder / 'metrics.json')['results'])
+            # Of stages done before, the last one's results hold all.
+            if not done or not _is_done(stage_dir(self.work_dir, stage.index + 1)):
+                results = self._report(finished)
         return results
 
     def _run_stage(self, stage: Stage, folder: Path) -> None:
@@ -221,6 +237,21 @@ class IncrementalRunner:
         return identity | dict(class_order=list(self.protocol.class_order))
 
 
+def _is_done(folder: Path) -> bool:
+    return (folder / 'done').exists()
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Garbage is looked for among the run's own objects, not in the libraries' a million."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
     """Classes and palette as plain lists, which a safe read of the snapshot accepts."""
     return dict(
@@ -233,15 +264,13 @@ def _release(runner: Runner) -> None:
     """Lets go of a finished stage: its workers, model, log files and mmengine's global entries."""
     for handler in list(runner.logger.handlers):
         handler.close()
-    for manager, name in (
-        (MMLogger, runner.logger.instance_name),
-        (MessageHub, runner.message_hub.instance_name),
-        (Visualizer, runner.visualizer.instance_name),
-        (DefaultScope, runner.default_scope.instance_name),
-    ):
-        # The last instance stays: mmengine has no "no current logger".
-        if len(manager._instance_dict) > 1:
-            manager._instance_dict.pop(name, None)
+    for instance in (runner.logger, runner.message_hub, runner.visualizer, runner.default_scope):
+        # A visualizer is noted twice, as mmseg's and as mmengine's.
+        for manager in type(instance).__mro__:
+            instances = vars(manager).get('_instance_dict', {})
+            # The last one stays: mmengine has no "no current logger".
+            if len(instances) > 1 or isinstance(instance, Visualizer):
+                instances.pop(instance.instance_name, None)
     runner.__dict__.clear()
     gc.collect()
     if torch.cuda.is_available():

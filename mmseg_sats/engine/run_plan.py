@@ -43,6 +43,8 @@ def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
     """The stage's own images in a dataset that may have others wrapped around it."""
     while not isinstance(dataset, IncrementalDataset):
         inner = [
+            # Of mmengine's slice (num_batch_per_epoch), which passes all other names on.
+            vars(dataset).get('_dataset'),
             getattr(dataset, 'dataset', None),
             *getattr(dataset, 'datasets', ()),
             *getattr(dataset, 'parts', {}).values(),

@@ -18,6 +18,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.config_text import StageConfig
 from mmseg_sats.engine.replay import add_replay
 from mmseg_sats.engine.trained_model import take_trained_model
 from mmseg_sats.models.classifier import shape_mismatches
@@ -127,7 +128,7 @@ def build_stage_config(
     words = config_words(merged) | dict(
         stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
     )
-    result = Config(resolve_words(merged._cfg_dict.to_dict(), words))
+    result = StageConfig(resolve_words(merged._cfg_dict.to_dict(), words))
     for key in ('runner_type', 'base', 'launcher'):
         result.pop(key, None)
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):

@@ -1,17 +1,28 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """mmengine's Runner for one stage: safe checkpoints, and epochs no longer than the stage has images."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from mmengine.dist import get_world_size
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from mmengine.utils.dl_utils import collect_env
 from torch.utils.data import DataLoader
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.snapshot import unwrap
+
+# How mmengine's messages of hundreds of lines at a stage's start begin.
+_FOR_THE_FILE = (
+    'System environment:', 'Runtime environment:', 'Config:', 'Hooks will be executed',
+    'paramwise_options',
+)  # fmt: skip
+collect_environment = cache(collect_env)
 
 
 @RUNNERS.register_module()
@@ -20,7 +31,31 @@ class StageRunner(Runner):
 
     mmengine's loader unpickles anything where the safe read fails, and its ``resume`` executes a
     config text that it finds in a checkpoint. This one does neither.
+
+    What fills screens at a stage's start (environment, config, order of the hooks, options by
+    parameter) goes to the log file alone.
     """
+
+    def build_logger(self, *args: Any, **options: Any) -> MMLogger:
+        """As mmengine's, the screen spared."""
+        logger = super().build_logger(*args, **options)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:  # a FileHandler is one too
+                handler.addFilter(_for_the_screen)
+        return logger
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Notes environment and config; mmengine would start compilers again at every stage."""
+        run = dict(
+            env_cfg,
+            **(self._randomness_cfg | dict(seed=self.seed)),
+            launcher=self._launcher,
+            processes=self._world_size,
+        )
+        for name, values in (('System', collect_environment()), ('Runtime', run)):
+            lines = [f'{name} environment:', *(f'{key}: {value}' for key, value in values.items())]
+            self.logger.info('\n    '.join(lines))
+        self.logger.info(f'Config:\n{self.cfg.pretty_text}')
 
     def load_checkpoint(
         self,
@@ -66,6 +101,10 @@ class StageRunner(Runner):
                 dataset = DATASETS.build(dataset)
                 dataset.full_init()
             images = dataloader['num_batch_per_epoch'] * dataloader['batch_size'] * get_world_size()
-            bound = dict(num_batch_per_epoch=None) if images >= len(dataset) else {}
-            dataloader = dict(dataloader, dataset=dataset, **bound)
+            if images >= len(dataset):
+                dataloader = dict(dataloader, num_batch_per_epoch=None)
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+
+def _for_the_screen(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or not record.getMessage().startswith(_FOR_THE_FILE)

@@ -31,6 +31,7 @@ from mmseg_sats.engine.run_plan import (
     read_presence,
     time_left,
 )
+from mmseg_sats.once import once
 from mmseg_sats.protocol import Stage
 
 _REFRESH = 0.5  # seconds between two drawings of the display
@@ -171,10 +172,14 @@ def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
     path = work_dir / 'config.py'
     if not (is_main_process() and path.is_file()):
         return []
-    cfg = Config.fromfile(path)
-    if cfg.get('runner_type') != 'IncrementalRunner' or cfg.protocol != dataset.protocol.name:
-        return []
-    return plan_run(cfg, dataset, presence, work_dir)
+
+    def plan() -> list[StagePlan]:
+        cfg = Config.fromfile(path)
+        if cfg.get('runner_type') != 'IncrementalRunner' or cfg.protocol != dataset.protocol.name:
+            return []
+        return plan_run(cfg, dataset, presence, work_dir)
+
+    return once(('plan', path, dataset.setting), plan)
 
 
 def _losses(runner: Runner) -> dict[str, float]:
@@ -204,10 +209,11 @@ def _bar(done: int, total: int) -> Table:
 
 
 def _stages_so_far(folder: Path) -> list[Sequence[str]]:
-    """Stage, classes learned, base, new and all of the stages before."""
-    number = folder.resolve().name.removeprefix('stage_')
+    """Stage, classes learned, base, new and all of the last stages before."""
+    name = folder.resolve().name.removeprefix('stage_')
+    number = int(name) if name.isdigit() else 0
     rows = []
-    for index in range(int(number) if number.isdigit() else 0):
+    for index in range(max(0, number - _SHOWN_STAGES), number):
         path = folder.resolve().parent / f'stage_{index}' / 'metrics.json'
         if path.is_file():
             results = json.loads(path.read_text(encoding='utf-8'))['results']
