@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from prettytable import PrettyTable, TableStyle
 
-from benchmarks.measure import Ratio, memory_environment
+from benchmarks.measure import Ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_FILE = ROOT / 'benchmarks/ratios.json'
@@ -78,7 +78,7 @@ def run(name: str, threads: int) -> list[Ratio]:
             [sys.executable, '-W', 'ignore', '-c', code],
             check=True,
             cwd=ROOT,
-            env=memory_environment() | {'OMP_NUM_THREADS': str(threads)},
+            env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
         )
         ratios = [Ratio(**entry) for entry in json.loads(path.read_text())]
     table = PrettyTable(['ratio', 'measured', 'goal', 'met', 'of what'])

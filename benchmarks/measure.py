@@ -3,11 +3,10 @@
 
 import ctypes
 import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +81,10 @@ def median_seconds(
 def _seconds(work: Work, wall: bool) -> float:
     gc.collect()
     clock = time.perf_counter if wall or _parallel() else time.thread_time
-    _finish_device()
+    finish_device()
     start = clock()
     work()
-    _finish_device()
+    finish_device()
     return clock() - start
 
 
@@ -93,7 +92,8 @@ def _parallel() -> bool:
     return torch.cuda.is_available() or torch.get_num_threads() > 1
 
 
-def _finish_device() -> None:
+def finish_device() -> None:
+    """Waits for what the device has been given to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -102,8 +102,7 @@ def peak_bytes(work: Work, *, host: bool = False) -> int:
     """How far memory rises above what was held before, while ``work`` runs (the second call of two).
 
     On a GPU what its tensors take; on the CPU the process's resident memory, which holds everything
-    (Linux only: the kernel's own high-water mark, set back before). For that the C library must
-    return freed memory at once: start Python by :func:`memory_environment`.
+    (Linux only: the kernel's own high-water mark, set back before), freed memory returned at once.
 
     Args:
         work: what to call.
@@ -117,11 +116,12 @@ def peak_bytes(work: Work, *, host: bool = False) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    trim()
-    Path('/proc/self/clear_refs').write_text('5')
-    before = _status('VmRSS')
-    work()
-    return _status('VmHWM') - before
+    with _freed_memory_returned():
+        trim()
+        Path('/proc/self/clear_refs').write_text('5')
+        before = _status('VmRSS')
+        work()
+        return _status('VmHWM') - before
 
 
 def resident_bytes() -> int:
@@ -137,9 +137,25 @@ def trim() -> None:
         ctypes.CDLL('libc.so.6').malloc_trim(0)
 
 
-def memory_environment() -> dict[str, str]:
-    """The environment in which every array of 64 KiB or more is returned when it is freed."""
-    return dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536')
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Within it, the C library returns every array of 64 KiB or more when it is freed.
+
+    That takes time, a fault for each page of each new array, so what is timed must not run in it.
+    """
+    _set_thresholds(64 * 2**10, 64 * 2**10)
+    try:
+        yield
+    finally:
+        # What the library's own rule comes to in a process that has freed large arrays.
+        _set_thresholds(32 * 2**20, 64 * 2**20)
+
+
+def _set_thresholds(mmap: int, trim_above: int) -> None:
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL('libc.so.6')
+        library.mallopt(-3, mmap)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, trim_above)  # M_TRIM_THRESHOLD
 
 
 def _status(field: str) -> int:

@@ -32,6 +32,7 @@ class Output:
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
+    align_corners: bool = False
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         return F.interpolate(self.logits, size=size, mode='bilinear', align_corners=False)

@@ -179,9 +179,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        views = ('view', 'detach', 'alias', 'unbind', 'select', 'slice')
+        views = ('view', 'detach', 'alias', 'unbind', 'select', 'slice', 'transpose')
         name = func.overloadpacket.__name__
-        if isinstance(out, Tensor) and out.numel() >= self.size and not name.startswith(views):
+        if isinstance(out, Tensor) and out.numel() >= self.size and not name.startswith(views) and name[-1] != '_':
             self.made += 1
         return out
 

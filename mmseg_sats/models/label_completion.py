@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.output import SegmentorOutput, labelling_pieces
 
 
 def complete_labels(
@@ -24,7 +24,8 @@ def complete_labels(
             stage's own images (``'stage'``) where it does not.
         labelers: source to an object called as ``labeler(labels, teacher_logits)`` with (b, H, W)
             and (b, K_old, H, W), or, where it has a true ``needs_student``, as ``labeler(labels,
-            teacher_logits, student_logits)`` with (b, K, H, W) without gradients. Its
+            teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
+            ``pixelwise`` is called for a few rows of pixels at a time. Its
             ``image_weights(labels, completed)``, if any, gives (b,) or None.
         student: the student's output for the batch.
         teacher: the old model's.
@@ -43,14 +44,16 @@ def complete_labels(
             continue
         # The usual batch is of one source: no copies.
         at = slice(None) if len(rows) == len(sources) else rows
-        logits = [teacher.labelling_logits(size)[at]]
-        if getattr(labeler, 'needs_student', False):
-            logits.append(student.labelling_logits(size).detach()[at])
-        own = labeler(labels[at], *logits)
+        models = [teacher, student] if getattr(labeler, 'needs_student', False) else [teacher]
         completed = completed.clone()
-        completed[at] = own
+        if getattr(labeler, 'pixelwise', False):
+            for piece, logits in labelling_pieces(completed, models, rows):
+                piece.copy_(labeler(piece, *logits))
+        else:
+            logits = [model.labelling_logits(size).detach()[at] for model in models]
+            completed[at] = labeler(labels[at], *logits)
         weigh = getattr(labeler, 'image_weights', None)
-        own_weights = weigh(labels[at], own) if weigh else None
+        own_weights = weigh(labels[at], completed[at]) if weigh else None
         if own_weights is not None:
             weights = own_weights.new_ones(len(labels)) if weights is None else weights
             weights[at] = own_weights

@@ -61,6 +61,9 @@ class _BackgroundLabeler:
     needs_pass = False
     """No thresholds are found before a stage, see ``EntropyPseudoLabeler``."""
 
+    pixelwise = True
+    """Each pixel is labelled by itself, so that it may be called with any part of them."""
+
     @staticmethod
     def _fill(labels: Tensor, opinion: Tensor) -> Tensor:
         return torch.where(labels == 0, opinion.to(labels.dtype), labels)

@@ -1,14 +1,16 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What a segmentor computed for a batch, as the losses and pseudo-labellers see it."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention import AttentionMap, full_precision
 from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.resizing import ResizedLogits
 
 
 @dataclass(eq=False)
@@ -49,7 +51,7 @@ class SegmentorOutput:
         unknown = F.interpolate(
             self.unknown, logits.shape[2:], mode='bilinear', align_corners=self.align_corners
         )
-        return torch.cat([torch.maximum(logits[:, :1], unknown), logits[:, 1:]], dim=1)
+        return _with_unknown(torch.cat([logits, unknown], 1))
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """Logits resized bilinearly to ``size`` (H, W): (B, K, H, W), computed once per size.
@@ -66,3 +68,43 @@ class SegmentorOutput:
                 self.logits, size, mode='bilinear', align_corners=self.align_corners
             )
         return self._resized[key]
+
+
+def labelling_pieces(
+    labels: Tensor, outputs: Sequence[SegmentorOutput], images: Iterable[int]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The labels and the models' ``labelling_logits`` a few rows at a time, without gradients.
+
+    Args:
+        labels: (B, H, W).
+        outputs: of the models, for the same B images.
+        images: which of them.
+
+    Yields:
+        Views (n, 1, W) of the labels, n pictures of one row, and each model's logits (n, K, 1, W).
+    """
+    size = labels.shape[1:]
+    logits = [
+        ResizedLogits(output.trained_logits.detach(), size, output.align_corners)
+        for output in outputs
+    ]
+    largest = max(logits, key=lambda own: own.images.shape[2])
+    for image in images:
+        for block_rows in largest.blocks():
+            with full_precision(labels):
+                blocks = [own.block(image, block_rows) for own in logits]
+            for rows in largest.pieces(block_rows):
+                with full_precision(labels):
+                    pieces = [block.rows(rows).unsqueeze(2) for block in blocks]
+                yield (
+                    labels[image, rows].unsqueeze(1),
+                    [
+                        piece if output.unknown is None else _with_unknown(piece)
+                        for piece, output in zip(pieces, outputs, strict=True)
+                    ],
+                )
+
+
+def _with_unknown(logits: Tensor) -> Tensor:
+    """Logits (B, K, ...) of (B, K + 1, ...), the unknown class last."""
+    return torch.cat([torch.maximum(logits[:, :1], logits[:, -1:]), logits[:, 1:-1]], dim=1)

@@ -23,6 +23,9 @@ class SigmoidPseudoLabeler:
     needs_pass = False
     """Nothing is to be found before the first call."""
 
+    pixelwise = True
+    """Each pixel is labelled by itself, so that it may be called with any part of them."""
+
     def __init__(self, threshold: float = 0.7) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f'threshold must be in (0, 1], got {threshold}')

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.replay import stage_dataset_cfg
+from mmseg_sats.models.output import labelling_pieces
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.protocol import UNKNOWN_LABEL
 
@@ -63,7 +64,9 @@ class PseudoLabelThresholdHook(Hook):
             # As in training, unknown pixels count as background here.
             labels = labels.masked_fill(labels == UNKNOWN_LABEL, 0)
             output = model.old_model(data['inputs'])
-            labeler.update(labels.to(device).long(), output.labelling_logits(labels.shape[-2:]))
+            labels = labels.to(device).long()
+            for piece, logits in labelling_pieces(labels, [output], range(len(labels))):
+                labeler.update(piece, *logits)
         all_reduce(labeler.histograms)
         labeler.compute()
 

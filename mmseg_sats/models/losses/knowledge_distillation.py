@@ -8,8 +8,8 @@ divisor of the released code of MiB and PLOP, which compare with it: the mean ov
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention import working_dtype
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation, by_image, check_distillation
+from mmseg_sats.models.losses.pixelwise import LogitsDistillation, mean_over_pixels
+from mmseg_sats.models.pixels import Pixels
 
 
 def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -28,15 +28,12 @@ def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Te
     Raises:
         ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
     """
-    check_distillation(student_logits, teacher_logits)
-    return by_image(_cross_entropy_to_teacher, student_logits, teacher_logits.detach()).mean()
+    return mean_over_pixels(_cross_entropy_to_teacher, student_logits, teacher_logits)
 
 
-def _cross_entropy_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
-    dtype = working_dtype(student, teacher)
-    q = teacher.to(dtype).softmax(0)
-    log_p = student[: len(teacher)].to(dtype).log_softmax(0)
-    return -(q * log_p).mean(0)
+def _cross_entropy_to_teacher(pixels: Pixels) -> Tensor:
+    log_p = pixels.student[:, : pixels.q.shape[1]].log_softmax(1)
+    return -(pixels.q * log_p).mean(1)
 
 
 @MODELS.register_module()
@@ -48,6 +45,6 @@ class KnowledgeDistillationLoss(LogitsDistillation):
             comparison.
     """
 
-    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """See :func:`knowledge_distillation`."""
-        return knowledge_distillation(student_logits, teacher_logits)
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """The loss of each pixel of a piece, (n, w)."""
+        return _cross_entropy_to_teacher(pixels)

@@ -1,9 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What losses over the pixels of a batch share: their memory, their checks, their reductions.
+"""What losses over the pixels of a batch share: what they see, their checks, their reductions.
 
-Logits of a whole batch at the labels' size are the largest tensor of a training step. A loss written
-as a function of one image, called through :func:`by_image`, holds no more of that size than the logits
-themselves and their gradient.
+Such a loss says what one pixel costs, of a piece of the batch's pixels; see
+``mmseg_sats.models.pixels`` for how several of them are computed in one pass.
 """
 
 from abc import abstractmethod
@@ -12,8 +11,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mmseg_sats.models.pixels import Pixels, pixel_maps
 from mmseg_sats.suggest import check_choice
 
 
@@ -21,28 +20,8 @@ class HasLogits(Protocol):
     """What a loss over the logits needs of a segmentor's output."""
 
     logits: Tensor
+    align_corners: bool
 
-    def resized(self, size: tuple[int, int]) -> Tensor:
-        """The logits, bilinearly resized to ``size`` (H, W)."""
-
-
-def by_image(pixels: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """A map of losses, computed image by image; backward computes each image's once more.
-
-    Args:
-        pixels: gives (H, W) for one image of each of ``tensors``.
-        tensors: (B, ...) each.
-
-    Returns:
-        (B, H, W).
-    """
-    images = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
-    return torch.stack(
-        [
-            checkpoint(pixels, *image, use_reentrant=False, preserve_rng_state=False)
-            for image in images
-        ]
-    )
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -50,7 +29,11 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(f'logits must be (B, K, H, W) and labels (B, H, W) of that size, '
                          f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
-    channels = logits.shape[1]
+    check_label_values(labels, logits.shape[1], ignore_index)
+
+
+def check_label_values(labels: Tensor, channels: int, ignore_index: int) -> None:
+    """Raises ValueError unless each label is one of the channels or ignored."""
     unknown = ((labels < 0) | (labels >= channels)) & (labels != ignore_index)
     if unknown.any():
         raise ValueError(f'labels must be in 0..{channels - 1} or ignore_index={ignore_index}, for '
@@ -59,14 +42,27 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
 
 def check_distillation(student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError where these logits cannot be distilled: other sizes, or too few channels."""
-    new, old = tuple(student.shape), tuple(teacher.shape)
-    got = f'got student {new} and teacher {old}'
+    if student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(
+            f'student and teacher must agree in height and width, {_got(student, teacher)}'
+        )
+    check_channels(student, teacher)
+
+
+def check_channels(student: Tensor, teacher: Tensor) -> None:
+    """The same for logits that are yet to be resized."""
+    new, old = student.shape, teacher.shape
+    got = _got(student, teacher)
     if len(new) != 4 or len(old) != 4:
         raise ValueError(f'student and teacher logits must be (B, K, H, W), {got}')
-    if (new[0], *new[2:]) != (old[0], *old[2:]):
-        raise ValueError(f'student and teacher must agree in batch, height and width, {got}')
+    if new[0] != old[0]:
+        raise ValueError(f'student and teacher must agree in their number of images, {got}')
     if new[1] < old[1]:
         raise ValueError(f'the student must have at least the channels of the teacher, {got}')
+
+
+def _got(student: Tensor, teacher: Tensor) -> str:
+    return f'got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
 
 
 def _mean(loss: Tensor, avg_factor: float | None) -> Tensor:
@@ -86,8 +82,30 @@ _REDUCTIONS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
 }
 
 
-class PixelLoss(nn.Module):
-    """A classification loss as the ``loss_decode`` of an mmseg head; subclasses say what a pixel costs.
+class PixelwiseLoss(nn.Module):
+    """A loss that is a mean over pixels; subclasses say what one costs.
+
+    Those of a segmentor's head and its distillation are computed together.
+
+    Args:
+        loss_weight: factor of the loss.
+    """
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    @abstractmethod
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """The loss of each pixel of a piece, (n, w)."""
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'loss_weight={self.loss_weight}'
+
+
+class PixelLoss(PixelwiseLoss):
+    """A classification loss as the ``loss_decode`` of an mmseg head; 0 where ignored.
 
     Args:
         loss_weight: factor of the loss.
@@ -95,18 +113,16 @@ class PixelLoss(nn.Module):
     """
 
     def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_ce') -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
+        super().__init__(loss_weight)
         self._loss_name = loss_name
-
-    @abstractmethod
-    def pixels(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        """The loss of every pixel (B, H, W), 0 where ignored."""
 
     @property
     def loss_name(self) -> str:
         """Key of the loss in the head's dict."""
         return self._loss_name
+
+    def check(self, channels: int) -> None:
+        """Raises ValueError where the loss has no meaning for logits of so many channels."""
 
     def forward(
         self,
@@ -131,9 +147,23 @@ class PixelLoss(nn.Module):
         Raises:
             ValueError: for shapes, labels or a reduction that do not fit.
         """
+        check_labels(pred, label, ignore_index)
+        self.check(pred.shape[1])
+        (loss,) = pixel_maps([self.pixels], pred, None, label, ignore_index=ignore_index)
+        return self.reduce(loss, label, weight, avg_factor, reduction_override, ignore_index)
+
+    def reduce(
+        self,
+        loss: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int = 255,
+    ) -> Tensor:
+        """The weighted loss from its map (B, H, W); for the rest see :meth:`forward`."""
         reduction = 'mean' if reduction_override is None else reduction_override
         check_choice('reduction_override', reduction, _REDUCTIONS)
-        loss = self.pixels(pred, label, ignore_index)
         if weight is not None:
             if weight.shape != label.shape:
                 raise ValueError(f'weight must have the shape of label {tuple(label.shape)}, '
@@ -143,31 +173,47 @@ class PixelLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}, loss_name={self._loss_name!r}'
+        return f'{super().extra_repr()}, loss_name={self._loss_name!r}'
 
 
-class LogitsDistillation(nn.Module):
-    """A distillation of logits at the labels' size; subclasses name the pure function.
-
-    Args:
-        loss_weight: factor of the loss.
-    """
+class LogitsDistillation(PixelwiseLoss):
+    """A distillation of logits at the labels' size: the mean over all pixels, ignored ones too."""
 
     needs_attention: ClassVar[bool] = False
 
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-
-    @abstractmethod
     def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The loss of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
+        """The loss, without its weight, of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
+        return mean_over_pixels(self.pixels, student_logits, teacher_logits)
 
     def forward(self, student: HasLogits, teacher: HasLogits, labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar over all pixels of ``labels`` (B, H, W), ignored ones too."""
-        size = (labels.shape[-2], labels.shape[-1])
-        return self.loss_weight * self.distance(student.resized(size), teacher.resized(size))
+        """The weighted loss, a scalar, at the size of ``labels`` (B, H, W)."""
+        check_channels(student.logits, teacher.logits)
+        (loss,) = pixel_maps(
+            [self.pixels],
+            student.logits,
+            teacher.logits,
+            labels,
+            align_corners=student.align_corners,
+        )
+        return self.loss_weight * loss.mean()
 
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}'
+
+def mean_over_pixels(
+    pixels: Callable[[Pixels], Tensor], student_logits: Tensor, teacher_logits: Tensor
+) -> Tensor:
+    """The mean of a distillation over all pixels, a scalar of at least float32.
+
+    Args:
+        pixels: what each pixel of a piece costs.
+        student_logits: (B, K, H, W).
+        teacher_logits: (B, K_o, H, W), of the same size, with at most as many channels.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    check_distillation(student_logits, teacher_logits)
+    labels = student_logits.new_zeros((), dtype=torch.long).expand(
+        len(student_logits), *student_logits.shape[2:]
+    )
+    (loss,) = pixel_maps([pixels], student_logits, teacher_logits, labels)
+    return loss.mean()

@@ -4,11 +4,11 @@
 Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 2022.
 """
 
-import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.losses.pixelwise import LogitsDistillation, mean_over_pixels
+from mmseg_sats.models.pixels import Pixels
 
 
 def self_entropy(logits: Tensor) -> Tensor:
@@ -20,24 +20,26 @@ def self_entropy(logits: Tensor) -> Tensor:
     Returns:
         A scalar in [0, log K].
     """
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1).mean()
+    return mean_over_pixels(_entropy, logits, logits.detach())
+
+
+def _entropy(pixels: Pixels) -> Tensor:
+    return -(pixels.log_p.exp() * pixels.log_p).sum(1)
 
 
 @MODELS.register_module()
-class SelfEntropyLoss(nn.Module):
+class SelfEntropyLoss(LogitsDistillation):
     """``-loss_weight * self_entropy``: minimising it smooths the new model's predictions.
+
+    The old model plays no part in it.
 
     Args:
         loss_weight: its factor.
     """
 
     def __init__(self, loss_weight: float = 0.1) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
+        super().__init__(loss_weight)
 
-    def forward(
-        self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor
-    ) -> Tensor:
-        """The loss of a batch, a scalar; the old model plays no part in it."""
-        return -self.loss_weight * self_entropy(student.resized(labels.shape[-2:]))
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """Minus the entropy of each pixel of a piece, (n, w)."""
+        return -_entropy(pixels)

@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention import working_dtype
-from mmseg_sats.models.losses.pixelwise import (
-    LogitsDistillation,
-    PixelLoss,
-    by_image,
-    check_distillation,
-    check_labels,
-)
+from mmseg_sats.models.losses.pixelwise import LogitsDistillation, PixelLoss, mean_over_pixels
+from mmseg_sats.models.pixels import Pixels
 
 
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
@@ -35,20 +29,13 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 25
     Raises:
         ValueError: if the shapes disagree or a label has no channel.
     """
-    return _pixels(logits, labels, ignore_index).mean()
+    return SigmoidCrossEntropyLoss()(logits, labels, ignore_index=ignore_index)
 
 
-def _pixels(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    check_labels(logits, labels, ignore_index)
-    ignored = labels == ignore_index
-    targets = labels.long().masked_fill(ignored, 0)
-    return by_image(_against_one_hot, logits, targets).masked_fill(ignored, 0)
-
-
-def _against_one_hot(logits: Tensor, target: Tensor) -> Tensor:
-    x = logits.to(working_dtype(logits))
-    one_hot = torch.zeros_like(x).scatter_(0, target[None], 1)
-    return F.binary_cross_entropy_with_logits(x, one_hot, reduction='none').sum(0)
+def _against_one_hot(pixels: Pixels) -> Tensor:
+    one_hot = torch.zeros_like(pixels.student).scatter_(1, pixels.targets, 1)
+    loss = F.binary_cross_entropy_with_logits(pixels.student, one_hot, reduction='none').sum(1)
+    return loss.masked_fill(pixels.ignored, 0)
 
 
 def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -64,14 +51,12 @@ def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tens
     Raises:
         ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
     """
-    check_distillation(student_logits, teacher_logits)
-    return by_image(_against_sigmoids, student_logits, teacher_logits.detach()).mean()
+    return mean_over_pixels(_against_sigmoids, student_logits, teacher_logits)
 
 
-def _against_sigmoids(student: Tensor, teacher: Tensor) -> Tensor:
-    dtype = working_dtype(student, teacher)
-    x, old = student[: len(teacher)].to(dtype), teacher.to(dtype).sigmoid()
-    return F.binary_cross_entropy_with_logits(x, old, reduction='none').sum(0)
+def _against_sigmoids(pixels: Pixels) -> Tensor:
+    x, old = pixels.student[:, : pixels.teacher.shape[1]], pixels.teacher.sigmoid()
+    return F.binary_cross_entropy_with_logits(x, old, reduction='none').sum(1)
 
 
 @MODELS.register_module()
@@ -85,9 +70,9 @@ class SigmoidCrossEntropyLoss(PixelLoss):
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
     """
 
-    def pixels(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        """The loss of every pixel (B, H, W), 0 where ignored."""
-        return _pixels(logits, labels, ignore_index)
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """The loss of each pixel of a piece, (n, w), 0 where ignored."""
+        return _against_one_hot(pixels)
 
 
 @MODELS.register_module()
@@ -98,6 +83,6 @@ class SigmoidDistillationLoss(LogitsDistillation):
         loss_weight: factor of the loss: 10 published for LwF-MC.
     """
 
-    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """See :func:`sigmoid_distillation`."""
-        return sigmoid_distillation(student_logits, teacher_logits)
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """The loss of each pixel of a piece, (n, w)."""
+        return _against_sigmoids(pixels)

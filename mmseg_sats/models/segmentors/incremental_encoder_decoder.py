@@ -2,7 +2,7 @@
 """The segmentor that learns a stage: mmseg's EncoderDecoder beside its frozen predecessor."""
 
 import copy
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.shared_losses import shared_losses
 from mmseg_sats.models.unknown import fold_unknown, split_classifier
 from mmseg_sats.models.whole_batch import losses_over_ranks
 from mmseg_sats.protocol import UNKNOWN_LABEL
@@ -195,16 +196,25 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             )
         # What got a class, or was found unsure, is not unknown any more.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
-        with weighted_images((head for _, head in self._named_heads()), weights):
-            losses = self._segmentation_losses(student, head_inputs, targets)
+        parts = {
+            name: part
+            for name, part in self.distillation.items()
+            if teacher is not None or not getattr(part, 'needs_teacher', True)
+        }
+        shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
+        heads = dict(self._named_heads())
+        if any(name.startswith('decode.') for name in shared):
+            del heads['decode_head']
+        with weighted_images(heads.values(), weights):
+            losses = shared | self._segmentation_losses(heads, student, head_inputs, targets)
         if self.prototypes is not None:
             self.prototypes.update(student.features, labels)
             student.prototypes = self.prototypes
         losses.update(
             {
                 f'loss_{name}': part(student, teacher, labels)
-                for name, part in self.distillation.items()
-                if teacher is not None or not getattr(part, 'needs_teacher', True)
+                for name, part in parts.items()
+                if f'loss_{name}' not in shared
             }
         )
         heads = {_prefix(name): head for name, head in self._named_heads()}
@@ -220,15 +230,21 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         return super()._forward(inputs, data_samples)[:, : self.out_channels]
 
     def _segmentation_losses(
-        self, student: SegmentorOutput, head_inputs: tuple[Tensor, ...], labels: Tensor
+        self,
+        heads: Mapping[str, nn.Module],
+        student: SegmentorOutput,
+        head_inputs: tuple[Tensor, ...],
+        labels: Tensor,
     ) -> dict[str, Tensor]:
         """The heads' own losses on the completed labels (B, H, W), K where unknown, by mmseg's names."""
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
-        losses = add_prefix(self.decode_head.loss_by_feat(student.trained_logits, samples), 'decode')
-        for name, head in self._named_heads():
-            if name != 'decode_head':
+        losses: dict[str, Tensor] = {}
+        for name, head in heads.items():
+            if name == 'decode_head':
+                own = head.loss_by_feat(student.trained_logits, samples)
+            else:
                 own = head.loss(head_inputs, samples, self.train_cfg)
-                losses.update(add_prefix(own, _prefix(name)))
+            losses.update(add_prefix(own, _prefix(name)))
         return losses
 
     def _load_from_state_dict(

@@ -1,0 +1,213 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Pixel-wise losses in one pass, a few rows at a time: the same numbers as each loss alone."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import ConfigDict
+from mmseg.models import FCNHead
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmseg_sats.models import resizing
+from mmseg_sats.models.label_completion import complete_labels
+from mmseg_sats.models.losses import (
+    KnowledgeDistillationLoss,
+    SelfEntropyLoss,
+    UnbiasedCrossEntropyLoss,
+    UnbiasedDistillationLoss,
+)
+from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.pixels import pixel_maps
+from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
+from mmseg_sats.models.resizing import ResizedLogits
+from mmseg_sats.models.shared_losses import shared_losses
+from tests.small_models import CROSS_ENTROPY, samples
+from tests.tensors import random_labels, random_tensor
+
+SIZE = (22, 30)
+PLAIN = [CROSS_ENTROPY, dict(type='UnbiasedCrossEntropyLoss', num_old=3, loss_weight=2.0)]
+
+
+@pytest.fixture(autouse=True, params=[1, 4000, 10**6], ids=['rows', 'pieces', 'whole'])
+def piece_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', request.param)
+    monkeypatch.setitem(resizing.BLOCK_ELEMENTS, 'cpu', 3 * request.param)
+
+
+def outputs(align_corners: bool = False) -> tuple[SegmentorOutput, SegmentorOutput, Tensor]:
+    student = random_tensor(3, 6, 7, 9).requires_grad_()
+    teacher = random_tensor(3, 4, 7, 9, seed=1)
+    made = [SegmentorOutput(x, (), align_corners=align_corners) for x in (student, teacher)]
+    return *made, random_labels(3, *SIZE, classes=6)
+
+
+def head(**options: Any) -> FCNHead:
+    cfg: dict[str, Any] = dict(
+        in_channels=4, channels=4, in_index=0, num_convs=0, concat_input=False, num_classes=6,
+        loss_decode=CROSS_ENTROPY, align_corners=False,
+    )
+    return FCNHead(**ConfigDict(cfg | options))
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize(('old', 'new'), [((7, 9), SIZE), ((5, 8), (5, 8)), ((16, 16), (64, 64)), ((9, 12), (4, 5))])
+def test_rows_and_their_adjoint_are_those_of_interpolate(
+    old: tuple[int, int], new: tuple[int, int], align_corners: bool
+) -> None:
+    logits = random_tensor(2, 5, *old).requires_grad_()
+    expected = F.interpolate(logits, new, mode='bilinear', align_corners=align_corners)
+    grad = random_tensor(*expected.shape, seed=1)
+    resized = ResizedLogits(logits.detach(), new, align_corners)
+    found, total = torch.empty_like(expected), resized.zeros()
+    for image in range(2):
+        for rows in resized.blocks():
+            block = resized.block(image, rows)
+            for piece in resized.pieces(rows):
+                found[image, :, piece] = block.rows(piece).transpose(0, 1)
+                block.add_gradient(grad[image, :, piece].transpose(0, 1), piece)
+            block.give_gradient(total)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    (adjoint,) = torch.autograd.grad(expected, logits, grad)
+    torch.testing.assert_close(total.transpose(1, 2), adjoint, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_shared_losses_are_those_of_head_and_parts(align_corners: bool) -> None:
+    student, teacher, labels = outputs(align_corners)
+    own = head(loss_decode=PLAIN, align_corners=align_corners)
+    parts = torch.nn.ModuleDict(
+        {
+            'output': UnbiasedDistillationLoss(20.0),
+            'lwf': KnowledgeDistillationLoss(3.0),
+            'entropy': SelfEntropyLoss(0.5),
+        }
+    )
+    found = shared_losses(own, parts, student, teacher, labels)
+    expected = {f'decode.{name}': value for name, value in
+                own.loss_by_feat(student.logits, samples(labels)).items()}
+    resized = [SegmentorOutput(output.resized(SIZE), ()) for output in (student, teacher)]
+    expected |= {f'loss_{name}': part(*resized, labels) for name, part in parts.items()}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-12, check_dtype=False)
+    # Each term by itself: a gradient that is not the sum's reaches the right losses.
+    for factors in ([1, 1, 1, 1], [0.5, 3, -1, 2], [0, 1, 0, 0]):
+        sums = [
+            sum(factor * losses[name] for factor, name in
+                zip(factors, ['decode.loss_ce', 'loss_output', 'loss_lwf', 'loss_entropy'], strict=True))
+            for losses in (found, expected)
+        ]
+        gradients = [torch.autograd.grad(total, student.logits, retain_graph=True)[0] for total in sums]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+    assert not found['decode.acc_seg'].requires_grad
+
+
+def test_weights_of_images_are_factors_of_the_heads_losses() -> None:
+    student, teacher, labels = outputs()
+    weights = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
+    found = shared_losses(head(), {}, student, teacher, labels, weights)
+    pixels = F.cross_entropy(student.resized(SIZE), labels, ignore_index=255, reduction='none')
+    expected = (pixels * weights[:, None, None]).mean()
+    torch.testing.assert_close(found['decode.loss_ce'], expected)
+    gradients = [torch.autograd.grad(loss, student.logits)[0]
+                 for loss in (found['decode.loss_ce'], expected)]
+    torch.testing.assert_close(*gradients)
+
+
+class OwnHead(FCNHead):
+    def loss_by_feat(self, *args: Any) -> dict[str, Tensor]:
+        return super().loss_by_feat(*args)
+
+
+@pytest.mark.parametrize('options', [
+    dict(sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=8)),
+    dict(loss_decode=[CROSS_ENTROPY, dict(type='DiceLoss')]),
+    dict(loss_decode=CROSS_ENTROPY | dict(avg_non_ignore=True)),
+    dict(loss_decode=CROSS_ENTROPY | dict(class_weight=[1.0] * 5 + [2.0])),
+    dict(loss_decode=CROSS_ENTROPY | dict(use_sigmoid=True)),
+])
+def test_heads_of_another_kind_keep_their_own_way(options: dict[str, Any]) -> None:
+    student, teacher, labels = outputs()
+    parts = {'output': UnbiasedDistillationLoss()}
+    assert set(shared_losses(head(**options), parts, student, teacher, labels)) == {'loss_output'}
+    assert shared_losses(head(**options), {}, student, None, labels) == {}
+
+
+def test_a_head_with_a_loss_of_its_own_and_an_unknown_class_keep_their_own_way() -> None:
+    student, teacher, labels = outputs()
+    own = head()
+    own.__class__ = OwnHead
+    assert shared_losses(own, {}, student, teacher, labels) == {}
+    student.unknown = random_tensor(3, 1, 7, 9)
+    assert shared_losses(head(), {}, student, teacher, labels) == {}
+
+
+def test_a_label_without_a_channel_is_named() -> None:
+    student, teacher, labels = outputs()
+    with pytest.raises(ValueError, match=r'0\.\.5 .* got \[7\]'):
+        shared_losses(head(), {}, student, teacher, labels.masked_fill(labels == 2, 7))
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    student, teacher, labels = outputs()
+    low = student.logits.detach().bfloat16().requires_grad_()
+    losses = [UnbiasedCrossEntropyLoss(2).pixels, UnbiasedDistillationLoss().pixels]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = pixel_maps(losses, low, teacher.logits.bfloat16(), labels)
+    exact = low.detach().double().requires_grad_()
+    expected = pixel_maps(losses, exact, teacher.logits.bfloat16().double(), labels)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(sum(m.mean() for m in maps), x)[0]
+                 for maps, x in ((found, low), (expected, exact))]
+    assert gradients[0].dtype == torch.bfloat16
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=0.01, atol=1e-7)
+
+
+@pytest.mark.parametrize('unknown', [False, True])
+def test_labels_in_pieces_are_those_of_the_whole(unknown: bool) -> None:
+    student, teacher, labels = outputs()
+    if unknown:
+        teacher.unknown = random_tensor(3, 1, 7, 9, seed=2)
+    data_samples = samples(labels)
+    data_samples[1].set_metainfo(dict(source='memory'))
+    labeler = EntropyPseudoLabeler()
+    labeler.thresholds = torch.tensor([0.2, 0.3, 0.4, 0.5])
+    found, _ = complete_labels(labels, data_samples, {'stage': labeler}, student, teacher)
+    expected = labeler(labels, teacher.labelling_logits(SIZE))
+    expected[1] = labels[1]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, labels)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_all_pixels_and_classes_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', 1000)
+    monkeypatch.setitem(resizing.BLOCK_ELEMENTS, 'cpu', 2000)
+    student, teacher, labels = outputs()
+    labeler = EntropyPseudoLabeler(threshold=0.5)
+    with LargestTensor() as largest:
+        completed, _ = complete_labels(labels, samples(labels), {'stage': labeler}, student, teacher)
+        losses = shared_losses(
+            head(), {'output': UnbiasedDistillationLoss()}, student, teacher, completed)
+        (losses['decode.loss_ce'] + losses['loss_output']).backward()
+    # The maps of losses and labels have 3 * 22 * 30 = 1980 entries.
+    assert largest.elements < 4 * labels.numel() / 2
