@@ -1,10 +1,12 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Reading the masks, relabelling them, and whether one worker keeps a training fed."""
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from mmengine.config import Config
@@ -15,8 +17,9 @@ from PIL import Image
 from torch.optim import AdamW
 
 import mmseg_sats  # noqa: F401  registers the parts
-from benchmarks.measure import Ratio, device, median_seconds, peak_bytes
+from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
 from benchmarks.voc_size import LIST, make_pairs, repeat, where_from
+from mmseg_sats.datasets import mask_scan
 from mmseg_sats.datasets.class_index import ClassIndex, scan_masks
 from mmseg_sats.datasets.transforms import RelabelSegMap, relabel_table
 from mmseg_sats.engine.run_plan import build_protocol
@@ -31,7 +34,8 @@ CROP, BATCH, STEPS = 256, 12, 15
 def measure() -> list[Ratio]:
     """The ratios; prints what the data is."""
     print(f'{MASKS} masks of VOC\'s size: {DISTINCT} of {where_from()}')
-    with tempfile.TemporaryDirectory() as folder:
+    quiet = patch.object(mask_scan, '_SHOW_PROGRESS', MASKS + 1)
+    with tempfile.TemporaryDirectory() as folder, quiet:
         root = Path(folder, 'voc')
         masks = make_pairs(root, DISTINCT)
         files = repeat(masks, Path(folder, 'masks'), MASKS)
@@ -45,6 +49,10 @@ def measure() -> list[Ratio]:
 
 def index_ratios(files: Sequence[str], cache: Path) -> list[Ratio]:
     """Two processes against one, and the cache against a scan; time that passes."""
+    few = files[:FEW_MASKS]
+    alone, shared = (processor_seconds(lambda n=n: scan_masks(few, workers=n)) for n in (1, 2))
+    print(f'processor time of {FEW_MASKS} masks: {sum(alone):.3g} s in one process; '
+          f'{shared[0]:.3g} s and, in two others, {shared[1]:.3g} s', flush=True)
     ClassIndex.load_or_scan(files, cache_dir=cache)
     seconds = median_seconds(
         {
@@ -63,6 +71,18 @@ def index_ratios(files: Sequence[str], cache: Path) -> list[Ratio]:
             detail=f'{cached * 1e3:.0f} ms over {two:.3g} s',
         ),
     ]  # fmt: skip
+
+
+def processor_seconds(work: Work) -> tuple[float, float]:
+    """What ``work`` costs this process and its children: on a busy machine, too, what it would save."""
+    before = os.times()
+    work()
+    after = os.times()
+    own, children = (
+        sum(getattr(after, name) - getattr(before, name) for name in names)
+        for names in (('user', 'system'), ('children_user', 'children_system'))
+    )
+    return own, children
 
 
 def memory(files: Sequence[str]) -> Ratio:
