@@ -187,8 +187,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             len(self.distillation) > 0 or len(self._labelers) > 0
         )
         with_attention = taught and self._needs_attention
-        student, head_inputs = run_segmentor(self, inputs, with_attention)
+        # The old model first: what it needs for a moment is free again when the student keeps its own.
         teacher = self.old_model(inputs, with_attention) if taught else None
+        student, head_inputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
             labels, weights = complete_labels(
