@@ -349,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--moments', type=int, default=30, help='random moments')
     parser.add_argument('--events', type=int, help='so many of the events, at random (default: all)')
     parser.add_argument('--full', type=int, help='so many full disks, at random (default: all)')
+    parser.add_argument('--apart', type=int, help='events between two kills of a run (default: a fifth)')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parser.parse_args(arguments)
@@ -363,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f'the run takes {seconds:.1f} s and has {len(events)} events', flush=True)
     draw = random.Random(args.seed)
-    apart = len(events) // SHARE
+    apart = args.apart or len(events) // SHARE
     stops = [[Stop('moment', draw.uniform(0.0, seconds))] for _ in range(args.moments)]
     for how, count, whats in (('event', args.events, None), ('full', args.full, ('before', 'write'))):
         all_ = [Stop(how, e, n) for n, e in enumerate(events) if whats in (None, e[:2])]

@@ -243,7 +243,7 @@ def _is_done(folder: Path) -> bool:
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Garbage is looked for among the run's own objects, not in the libraries' a million."""
+    """Garbage is looked for among the run's own objects, not in the libraries'."""
     gc.collect()
     gc.freeze()
     try:
