@@ -17,7 +17,6 @@ HEADS = (1, 2, 5, 8)
 """MiT-B2's; its keys lie 32 pixels apart at every stage."""
 STRIDES = (4, 8, 16, 32)
 CROPS = (512, 1024)
-LOOP_BATCH, LOOP_CROP = 2, 512
 
 
 def measure() -> list[Ratio]:
@@ -26,13 +25,13 @@ def measure() -> list[Ratio]:
 
 
 def attention(crop: int, block: int, batch: int = BATCH, seed: int = 0) -> AttentionMap:
-    """Queries and keys of MiT-B2's stage for a crop, random."""
+    """Queries and keys of MiT-B2's stage for a crop, random, laid out as a linear layer gives them."""
     generator = torch.Generator().manual_seed(seed)
     side, keys = crop // STRIDES[block], crop // 32
 
     def tensor(length: int) -> Tensor:
-        shape = (batch, HEADS[block], length, DIM)
-        return torch.randn(shape, generator=generator).to(device()).requires_grad_()
+        shape = (batch, length, HEADS[block], DIM)
+        return torch.randn(shape, generator=generator).to(device()).transpose(1, 2).requires_grad_()
 
     return AttentionMap(tensor(side**2), tensor(keys**2), DIM**-0.5, (side, side), (keys, keys))
 
@@ -140,11 +139,9 @@ def _gradient_bytes(maps: AttentionMap) -> int:
 
 
 def _against_loop() -> list[Ratio]:
-    """The whole loss of four stages, a batch of two: the loop takes its time."""
-    blocks = [
-        [attention(LOOP_CROP, block, LOOP_BATCH, seed) for block in range(4)] for seed in (0, 1)
-    ]
-    labels = labels_on(LOOP_CROP, batch=LOOP_BATCH)
+    """The whole loss of four stages."""
+    blocks = [[attention(CROPS[0], block, seed=seed) for block in range(4)] for seed in (0, 1)]
+    labels = labels_on(CROPS[0])
     student = blocks[0]
     inputs = [tensor for own in student for tensor in (own.query, own.key)]
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import crp, many_classes
 from benchmarks.measure import Ratio, median_seconds, peak_bytes
+from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
+from mmseg_sats.models.shared_losses import shared_losses
 
 
 def test_functions_are_called_in_turns_and_the_first_calls_do_not_count() -> None:
@@ -81,6 +84,31 @@ def test_the_check_prints_each_pair_and_names_what_got_worse(
     assert json.loads(on_file.read_text()) == {'step': {'time': 1.3, 'memory': 1.1}}
     assert command.main(['step', '--check']) == 0
     assert 'Nothing got worse.' in capsys.readouterr().out
+
+
+def test_what_the_attention_loss_is_compared_with_computes_the_same() -> None:
+    blocks = [[crp.attention(64, block, 2, seed) for block in range(4)] for seed in (0, 1)]
+    labels = crp.labels_on(64, batch=2)
+    inputs = [tensor for own in blocks[0] for tensor in (own.query, own.key)]
+    losses = [loss(*blocks, labels) for loss in (crp.loop_loss, crp_loss)]
+    torch.testing.assert_close(*losses)
+    for one, other in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_the_losses_at_full_size_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_classes, 'SIZE', 32)
+    student, teacher, labels = many_classes._outputs(9)
+    parts = {'output': UnbiasedDistillationLoss()}
+    head = many_classes.SegformerHead(
+        in_channels=[4], in_index=[0], channels=4, num_classes=9, norm_cfg=dict(type='BN')
+    )
+    found = shared_losses(head, parts, student, teacher, labels)['loss_output']
+    x, old = student.resized((32, 32)), teacher.resized((32, 32))
+    expected = many_classes.unbiased_distillation_at_full_size(x, old)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, student.logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_every_benchmark_that_is_listed_is_there() -> None:
