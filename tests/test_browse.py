@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.engine import PseudoLabelThresholdHook
+from mmseg_sats.engine import PseudoLabelThresholdHook, StageRunner
 from mmseg_sats.visualization import contact_sheet, theme
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / 'tools/browse_incremental.py'))
@@ -52,7 +52,8 @@ def test_pseudo_labels_are_those_of_the_loss(
     stage_cfg: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = MODELS.build(stage_cfg.model)
-    PseudoLabelThresholdHook().find(SimpleNamespace(cfg=stage_cfg), model)
+    runner = SimpleNamespace(cfg=stage_cfg, build_dataloader=StageRunner.build_dataloader)
+    PseudoLabelThresholdHook().find(runner, model)
     dataset = DATASETS.build(contact_sheet.keep_full_labels(stage_cfg.train_dataloader.dataset))
     sample = dataset[0]
     (shown,) = contact_sheet.training_pictures([sample], model)
@@ -61,7 +62,7 @@ def test_pseudo_labels_are_those_of_the_loss(
     )
     seen = []
     monkeypatch.setattr(
-        model, '_segmentation_losses', lambda student, inputs, labels: seen.append(labels) or {}
+        model, '_segmentation_losses', lambda heads, student, inputs, labels: seen.append(labels) or {}
     )
     model.loss(batch['inputs'], batch['data_samples'])
     np.testing.assert_array_equal(shown.completed, seen[0][0, :40, :48].numpy())

@@ -204,20 +204,17 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         }
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
-        if any(name.startswith('decode.') for name in shared):
+        losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
+        if losses:
             del heads['decode_head']
         with weighted_images(heads.values(), weights):
-            losses = shared | self._segmentation_losses(heads, student, head_inputs, targets)
+            losses.update(self._segmentation_losses(heads, student, head_inputs, targets))
         if self.prototypes is not None:
             self.prototypes.update(student.features, labels)
             student.prototypes = self.prototypes
-        losses.update(
-            {
-                f'loss_{name}': part(student, teacher, labels)
-                for name, part in parts.items()
-                if f'loss_{name}' not in shared
-            }
-        )
+        for name, part in parts.items():
+            key = f'loss_{name}'
+            losses[key] = shared[key] if key in shared else part(student, teacher, labels)
         heads = {_prefix(name): head for name, head in self._named_heads()}
         return losses_over_ranks(losses, heads, self.distillation, targets)
 
