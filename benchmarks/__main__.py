@@ -47,11 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f'{", ".join(sorted(unknown))}: expected some of {", ".join(BENCHMARKS)}')
     on_file = json.loads(ON_FILE.read_text()) if ON_FILE.exists() else {}
     print(machine(args.threads))
-    measured = {name: run(name, args.threads) for name in args.names or BENCHMARKS}
-    if args.write:
-        kept = on_file | {n: {r.name: r.value for r in ratios} for n, ratios in measured.items()}
-        ON_FILE.write_text(json.dumps(kept, indent=2, sort_keys=True) + '\n')
+    measured = {}
+    for name in args.names or BENCHMARKS:
+        measured[name] = run(name, args.threads)
+        if args.write:  # after each: the next may be stopped
+            write(on_file := on_file | {name: {r.name: r.value for r in measured[name]}})
     return compare(measured, on_file) if args.check else 0
+
+
+def write(ratios: Mapping[str, Mapping[str, float]]) -> None:
+    """Puts ratios on file, by benchmark and name."""
+    ON_FILE.write_text(json.dumps(ratios, indent=2, sort_keys=True) + '\n')
 
 
 def machine(threads: int) -> str:

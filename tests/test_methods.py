@@ -94,7 +94,8 @@ def test_two_iterations_of_every_stage_on_photographs(
         cfg.outside_root = str(data_root / 'JPEGImages')
     cfg.merge_from_dict(dict(
         data_root=str(data_root), train_list='ImageSets/Segmentation/smoke.txt',
-        work_dir=str(tmp_path / 'run'), pretrained=None, batch_size=2, crop_size=96,
+        work_dir=str(tmp_path / 'run'), pretrained=None, crop_size=96,
+        batch_size=4 if memory and 'outside_root' in cfg else 2,  # a place for each source
         num_workers=0, persistent_workers=False))
     # Some stages of the list have three images: one whole batch.
     results = two_iterations_a_stage(cfg, epochs=2)
