@@ -115,7 +115,7 @@ def _growth() -> list[Ratio]:
     seconds = median_seconds(works)
     small, large = (attention(crop, 0) for crop in CROPS)
     extra = [
-        peak_bytes(pooled(own, labels_on(own.query_hw[0]))) - 2 * _gradient_bytes(own)
+        peak_bytes(pooled(own, labels_on(own.query_hw[0]))) - _gradient_bytes(own)
         for own in (small, large)
     ]
     return [
@@ -135,7 +135,7 @@ def _growth() -> list[Ratio]:
 
 
 def _gradient_bytes(maps: AttentionMap) -> int:
-    return sum(own.numel() * own.element_size() for own in (maps.query, maps.key)) // 2
+    return sum(own.numel() * own.element_size() for own in (maps.query, maps.key))
 
 
 def _against_loop() -> list[Ratio]:

@@ -301,6 +301,7 @@ class _RegionMean(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, scale: float, regions: ClassRegions
     ) -> Tensor:
+        """Means (R, heads, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
         ctx.save_for_backward(query, key)
         ctx.scale, ctx.regions = scale, regions
         with full_precision(query):
@@ -314,6 +315,7 @@ class _RegionMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients like queries and keys, from that of the means (R, heads, S)."""
         query, key = ctx.saved_tensors
         with full_precision(query):
             rows = _Rows(query, key, ctx.scale, ctx.regions)

@@ -102,6 +102,7 @@ class _PixelMaps(torch.autograd.Function):
         align_corners: bool,
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
+        """One (B, H, W) of at least float32 for each loss; see :func:`pixel_maps`."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, labels)
         ctx.losses, ctx.options = losses, (align_corners, ignore_index)
@@ -117,6 +118,7 @@ class _PixelMaps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient (B, K, h, w) of the student's logits, from those (B, H, W) of the maps."""
         student, teacher, labels = ctx.saved_tensors
         asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
         total = ResizedLogits(student, labels.shape[1:], ctx.options[0]).zeros()

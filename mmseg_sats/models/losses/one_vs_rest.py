@@ -50,16 +50,6 @@ class OneVsRestLoss(SigmoidCrossEntropyLoss):
     def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_bce') -> None:
         super().__init__(loss_weight, loss_name)
 
-    def reduce(
-        self,
-        loss: Tensor,
-        label: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: float | None = None,
-        reduction_override: str | None = None,
-        ignore_index: int = 255,
-    ) -> Tensor:
-        """As :class:`PixelLoss`, with the number of labelled pixels for a divisor where none is given."""
-        if avg_factor is None and reduction_override in (None, 'mean'):
-            avg_factor = _number_of_labelled(label, ignore_index)
-        return super().reduce(loss, label, weight, avg_factor, reduction_override, ignore_index)
+    def divisor(self, label: Tensor, ignore_index: int) -> Tensor:
+        """The number of labelled pixels, 1 at least."""
+        return _number_of_labelled(label, ignore_index)

@@ -164,12 +164,17 @@ class PixelLoss(PixelwiseLoss):
         """The weighted loss from its map (B, H, W); for the rest see :meth:`forward`."""
         reduction = 'mean' if reduction_override is None else reduction_override
         check_choice('reduction_override', reduction, _REDUCTIONS)
+        if avg_factor is None and reduction == 'mean':
+            avg_factor = self.divisor(label, ignore_index)
         if weight is not None:
             if weight.shape != label.shape:
                 raise ValueError(f'weight must have the shape of label {tuple(label.shape)}, '
                                  f'got {tuple(weight.shape)}')
             loss = loss * weight.to(loss.dtype)
         return self.loss_weight * _REDUCTIONS[reduction](loss, avg_factor)
+
+    def divisor(self, label: Tensor, ignore_index: int) -> Tensor | None:
+        """What the sum over labels (B, H, W) is divided by; None for the number of pixels."""
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
