@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
@@ -150,6 +151,42 @@ def test_a_terminal_gets_a_display_that_fits_it(
     lines = display.file.getvalue().splitlines()
     assert len(lines) <= 20
     assert max(map(len, lines)) <= 80
+
+
+def test_a_terminal_of_its_own_gets_the_display_and_nothing_else(
+    runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, rest = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(
+        rich, '_console', Console(file=terminal, force_terminal=True, width=80, height=24))
+    monkeypatch.setattr(sys, 'stdout', rest)
+    (handler,) = runner.logger.handlers
+    handler.setStream(rest)
+    hook = ProgressHook()
+    hook.before_train(runner)
+    for runner.iter in range(6):
+        print('one of many lines')
+        hook.after_train_iter(runner, runner.iter)
+    hook.after_train(runner)
+    assert 'loss: ce 1  attention 2  loss 3' in terminal.getvalue()
+    assert 'one of many lines' not in terminal.getvalue()
+    assert rest.getvalue().count('one of many lines') == 6
+    assert 'training left: 0:00:00' in rest.getvalue()  # the log goes on as without a display
+    assert '\x1b' not in rest.getvalue()
+
+
+def test_the_first_iteration_says_nothing_about_the_time_left(runner: SimpleNamespace) -> None:
+    hook = ProgressHook(terminal=False)
+    hook.before_train(runner)
+    hook._started -= 3600  # the workers took an hour to start
+    shown = []
+    for runner.iter in range(2):
+        hook.after_train_iter(runner, runner.iter)
+        display = Console(file=io.StringIO(), width=80)
+        display.print(hook._display(runner))
+        shown.append(display.file.getvalue())
+    assert 'left' not in shown[0]
+    assert 'left: 0:00:0' in shown[1]
 
 
 def test_a_file_gets_lines_alone(

@@ -12,9 +12,9 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import rich
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from rich.console import Console
 
 from mmseg_sats.engine.results import comparison_table, forgetting_table, stage_table
 from mmseg_sats.visualization.report import write_report
@@ -46,7 +46,9 @@ def main() -> None:
         help='work dir of the three runs, replaced',
     )
     out = parser.parse_args().out
-    console = Console(file=sys.stdout)
+    # The training's display is drawn here, while all else that it prints goes to a file.
+    rich.reconfigure(file=sys.stdout)
+    console = rich.get_console()
     start = time.perf_counter()
     runs = []
     for method, base in (
@@ -54,12 +56,10 @@ def main() -> None:
         ('finetune', out / 'sats/stage_0/snapshot.pth'),
         ('joint', None),
     ):
-        with console.status(
-            f'training {method} on the embedded data (log: {out / method}/log.txt) ...'
-        ):
-            runs.append(run(method, out, base))
+        console.print(f'\nTraining {method} on the embedded data, log in {out / method}/log.txt')
+        runs.append(run(method, out, base))
         console.print(
-            f'\n{method}: mIoU in percent after each stage ({time.perf_counter() - start:.0f} s so far)'
+            f'{method}: mIoU in percent after each stage ({time.perf_counter() - start:.0f} s so far)'
         )
         print(stage_table(runs[-1]))
         if len(runs[-1]['stages']) > 1:

@@ -13,10 +13,14 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from mmseg.apis import inference_model
 from rich.console import Console
 from rich.progress import track
 from torch import nn
+
+import mmseg_sats  # noqa: F401  first, since it keeps what mmseg says at its import off the screen
+
+# isort: split
+from mmseg.apis import inference_model
 
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES

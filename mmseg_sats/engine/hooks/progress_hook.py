@@ -17,6 +17,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -48,14 +49,15 @@ class ProgressHook(Hook):
 
     Args:
         interval: seconds between plain lines.
-        terminal: whether to draw the display; None draws it where the output is a terminal.
+        terminal: whether to draw the display; None draws it where the output is a terminal, or
+            where rich's own console has been given one (``rich.reconfigure(file=...)``).
     """
 
     priority = 'LOW'  # after the losses of an iteration were noted
 
     def __init__(self, interval: float = 60.0, terminal: bool | None = None) -> None:
         self.interval = interval
-        self.console = Console(file=sys.stdout, force_terminal=terminal)
+        self.console = get_console() if terminal is None else Console(force_terminal=terminal)
         self.plans: list[StagePlan] = []
         self._live: Live | None = None
         self._quiet: list[tuple[logging.StreamHandler, int, Any]] = []
@@ -70,7 +72,7 @@ class ProgressHook(Hook):
             [] if dataset is None else [dataset.class_names[c] for c in dataset.stage.new]
         )
         self.rows = _stages_so_far(Path(runner.work_dir))
-        self._started = self._drawn = self._told = time.perf_counter()
+        self._started = self._warm = self._drawn = self._told = time.perf_counter()
         self._first = runner.iter
         if not is_main_process():
             return
@@ -85,6 +87,8 @@ class ProgressHook(Hook):
         if not is_main_process():
             return
         now = time.perf_counter()
+        if runner.iter == self._first:
+            self._warm = now
         last = runner.iter + 1 >= runner.max_iters
         if self._live is not None and (last or now - self._drawn >= _REFRESH):
             self._drawn = now
@@ -122,19 +126,24 @@ class ProgressHook(Hook):
 
     def _left(self, runner: Runner) -> tuple[str, str]:
         done = runner.iter + 1
-        pace = (time.perf_counter() - self._started) / max(1, done - self._first)
+        # The first iteration starts the workers, too: it counts where there is no other.
+        counted = done - self._first - 1
+        start = self._warm if counted else self._started
+        pace = (time.perf_counter() - start) / max(1, counted)
         seconds = time_left(self.plans, self.index, done, runner.max_iters, pace)
         stage, run = (str(datetime.timedelta(seconds=round(value))) for value in seconds)
         return stage, run
 
     def _display(self, runner: Runner) -> RenderableType:
         """At most 20 lines of at most 80 columns."""
-        stage, run = self._left(runner)
+        left = ''
+        if runner.iter > self._first:
+            left = '   left: {} for the stage, about {} for the run'.format(*self._left(runner))
         losses = '  '.join(f'{name} {value:.4g}' for name, value in _losses(runner).items())
         lines: list[RenderableType] = [
             Text(f'{self._where()}: {self._what()}', style='bold', overflow='ellipsis', no_wrap=True),
             _bar(runner.iter + 1, runner.max_iters),
-            Text(f'{_epoch(runner)}   left: {stage} for the stage, about {run} for the run'),
+            Text(_epoch(runner) + left),
             Text(f'loss: {losses}', overflow='ellipsis', no_wrap=True),
         ]
         if self.rows:
@@ -142,10 +151,20 @@ class ProgressHook(Hook):
         return Group(*lines)
 
     def _open(self, runner: Runner) -> None:
-        self._live = Live(self._display(runner), console=self.console, auto_refresh=False, transient=True)
+        shares_screen = self.console.file is sys.stdout
+        self._live = Live(
+            self._display(runner),
+            console=self.console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=shares_screen,
+            redirect_stderr=shares_screen,
+        )
         self._live.start(refresh=True)
         # An error ends training without after_train: the cursor must come back all the same.
         atexit.register(self._close)
+        if not shares_screen:
+            return
         for handler in runner.logger.handlers:
             if type(handler) is logging.StreamHandler:  # a FileHandler is one too
                 self._quiet.append((handler, handler.level, handler.stream))
