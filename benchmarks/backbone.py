@@ -2,6 +2,9 @@
 """``AttentionMixVisionTransformer`` against mmseg's own, and what each of its changes is worth."""
 
 import importlib
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -42,6 +45,7 @@ def measure() -> list[Ratio]:
         ratios += memory(name, stock, own, images)
         if name == 'MiT-B0':
             print(f'{name}, fp32, with one change taken back:\n{ablation(stock, own, images)}')
+            ratios += compiled(f'{name}, fp32', own, images)
     return ratios
 
 
@@ -94,6 +98,25 @@ def memory(name: str, stock: nn.Module, own: nn.Module, images: Tensor) -> list[
         ours, theirs = (peak_bytes(work(model, images)) / 2**20 for model in (own, stock))
         detail = f'{ours:.0f} MiB instead of {theirs:.0f} MiB'
         ratios.append(Ratio(f'{name}, fp32: {what}, memory', ours / theirs, 1, detail=detail))
+    return ratios
+
+
+def compiled(what: str, own: nn.Module, images: Tensor) -> list[Ratio]:
+    """Throughput of ours under ``torch.compile`` over ours as it is; none without a C++ compiler."""
+    if not shutil.which(os.environ.get('CXX', 'g++')):
+        print('no C++ compiler: torch.compile is not measured')
+        return []
+    faster = torch.compile(own)
+    ratios = []
+    for name, work in (('training step', training_step), ('inference', inference)):
+        works = {'as it is': work(own, images), 'compiled': work(faster, images)}
+        start = time.perf_counter()
+        works['compiled']()
+        first = time.perf_counter() - start
+        seconds = median_seconds(works)
+        detail = f'{seconds["compiled"]:.3g} s instead of {seconds["as it is"]:.3g} s; {first:.0f} s the first time'
+        value = seconds['as it is'] / seconds['compiled']
+        ratios.append(Ratio(f'{what}, compiled: {name}, throughput', value, None, True, detail))
     return ratios
 
 

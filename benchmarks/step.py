@@ -60,7 +60,7 @@ def _ratios(precision: str) -> list[Ratio]:
 def crop_size(precision: str) -> int:
     """512; less where a CPU without instructions for bfloat16 would take minutes for a step."""
     slow = precision == 'bf16' and device().type == 'cpu'
-    return 256 if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else 512
+    return 128 if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else 512
 
 
 def parts_of(sats: Stage) -> dict[str, Work]:
