@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.snapshot import unwrap
 
-# How mmengine's messages of hundreds of lines at a stage's start begin.
+# How mmengine's messages begin that have hundreds of lines, and its warnings about itself.
 _FOR_THE_FILE = (
     'System environment:', 'Runtime environment:', 'Config:', 'Hooks will be executed',
-    'paramwise_options',
+    'paramwise_options', '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
+    'The prefix is not set in metric class',
 )  # fmt: skip
 collect_environment = cache(collect_env)
 
@@ -33,7 +34,7 @@ class StageRunner(Runner):
     config text that it finds in a checkpoint. This one does neither.
 
     What fills screens at a stage's start (environment, config, order of the hooks, options by
-    parameter) goes to the log file alone.
+    parameter), and what mmengine has to say about its own calls, goes to the log file alone.
     """
 
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
@@ -107,4 +108,4 @@ class StageRunner(Runner):
 
 
 def _for_the_screen(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO or not record.getMessage().startswith(_FOR_THE_FILE)
+    return record.levelno > logging.WARNING or not record.getMessage().startswith(_FOR_THE_FILE)
