@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index as as_int
+from typing import SupportsIndex
 
 JOINT = 'joint'
 UNKNOWN_LABEL = 254
@@ -100,8 +101,7 @@ class Protocol:
         Raises:
             ValueError: If there is no such stage.
         """
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f'stage must be an int, got {index!r} ({type(index).__name__})')
+        index = _as_count('stage', index)
         if not 0 <= index < len(self.stages):
             raise ValueError(
                 f'stage={index}: protocol {self.name!r} with {self.num_classes} classes has '
@@ -162,11 +162,15 @@ def _cut(class_order: tuple[int, ...], sizes: Sequence[int]) -> tuple[Stage, ...
     return tuple(stages)
 
 
+def _as_count(name: str, value: SupportsIndex) -> int:
+    """The int that a number is, NumPy's too; a bool is none."""
+    if isinstance(value, bool) or not hasattr(value, '__index__'):
+        raise TypeError(f'{name} must be an int, got {value!r} ({type(value).__name__})')
+    return as_int(value)
+
+
 def _check_num_classes(num_classes: int) -> int:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(
-            f'num_classes must be an int, got {num_classes!r} ({type(num_classes).__name__})'
-        )
+    num_classes = _as_count('num_classes', num_classes)
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1 foreground class, got {num_classes}')
     return num_classes

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.models import attention as module
 from mmseg_sats.models.attention import AttentionMap, find_regions
+from mmseg_sats.models.losses import crp_loss
 
 
 def make_map(
@@ -49,6 +50,14 @@ def gradients(output: Tensor, attention: AttentionMap) -> tuple[Tensor, Tensor]:
     return torch.autograd.grad(
         (output * weights.to(output.dtype)).sum(), (attention.query, attention.key)
     )
+
+
+def test_grids_may_be_lists() -> None:
+    made = make_map()
+    lists = AttentionMap(made.query, made.key, made.scale, list(made.query_hw), list(made.key_hw))
+    labels = torch.ones(len(made.query), 10, 14, dtype=torch.long)
+    assert lists.query_hw == made.query_hw
+    assert crp_loss([lists], [made], labels) == 0
 
 
 def test_dense_is_the_softmax_of_scaled_products() -> None:

@@ -120,6 +120,11 @@ def test_attention_is_that_of_stock(config: dict[str, Any], layers: str) -> None
         torch.testing.assert_close(mine.dense(), theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_arguments_by_place_are_those_of_stock() -> None:
+    model = AttentionMixVisionTransformer(4, 16, attention_layers='all')
+    assert model.layers[0][0].projection.weight.shape[:2] == (16, 4)
+
+
 def test_grids_and_heads_of_each_stage() -> None:
     _, own = make_pair(**SMALL)
     features, attentions = own.forward_with_attention(images(64, 96))

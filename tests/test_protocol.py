@@ -4,6 +4,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mmseg_sats import protocol as protocol_module
@@ -131,6 +132,16 @@ def test_numbers_and_names_of_the_wrong_type():
         Protocol('1-1', num_classes='20')
     with pytest.raises(TypeError, match=r"such as '15-1', got 15"):
         Protocol(15, num_classes=20)
+    with pytest.raises(TypeError, match='num_classes must be an int, got True'):
+        Protocol('1-1', num_classes=True)
+    with pytest.raises(TypeError, match=r'stage must be an int, got 1\.0'):
+        Protocol('15-1').stage(1.0)
+
+
+def test_numbers_may_be_numpys():
+    protocol = Protocol('15-1', np.int64(20))
+    assert protocol.stage(np.int32(1)) == Protocol('15-1').stage(1)
+    assert type(protocol.num_classes) is int
 
 
 @pytest.mark.parametrize('index', [6, -1])

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
+from mmseg_sats.models.sigmoid_pseudo_labeler import SigmoidPseudoLabeler
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -104,6 +106,28 @@ def test_medians_of_few_pixels(count: int) -> None:
     assert len(values) == count
     threshold = fitted([(labels, logits)], 2).thresholds[1].item()
     assert threshold == pytest.approx(np.median(values), abs=2e-5)
+
+
+@pytest.mark.parametrize('sharpness', [0.3, 1.0, 1.1, 1.2, 1.4, 2.0, 3.0])
+@pytest.mark.parametrize('count', [1, 3, 25])
+def test_a_pixel_at_the_median_does_not_pass(sharpness: float, count: int) -> None:
+    logits = torch.zeros(1, 4, 1, count)
+    logits[:, 1] = sharpness
+    labels = torch.zeros(1, 1, count, dtype=torch.long)
+    assert (fitted([(labels, logits)], 4)(labels, logits) == 255).all()
+    logits[..., 0] *= 2  # of several, one is surer than all others
+    expected = [1 if count > 1 else 255] + [255] * (count - 1)
+    assert fitted([(labels, logits)], 4)(labels, logits).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize('labeler', [EntropyPseudoLabeler(threshold=0.5), SigmoidPseudoLabeler()])
+def test_logits_at_the_heads_resolution_are_resized(labeler: Any) -> None:
+    (labels, _), = batches_of(3, count=1)
+    logits = 5 * torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    resized = F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=False)
+    assert torch.equal(labeler(labels, logits), labeler(labels, resized))
+    with pytest.raises(ValueError, match=r'must be \(B, K_o, h, w\) and labels \(B, H, W\)'):
+        labeler(labels[:1], logits)
 
 
 def test_half_of_each_class_passes() -> None:

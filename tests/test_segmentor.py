@@ -476,6 +476,21 @@ def test_a_misspelt_argument_is_refused() -> None:
         build(model_cfg(6, classifier_init='balance'))
 
 
+def test_without_an_unknown_class_254_is_a_label_like_any_other() -> None:
+    losses = {
+        label: build(model_cfg(255)).loss(images(), samples(torch.full((2, 64, 64), label)))
+        for label in (0, 254)
+    }
+    assert losses[254]['decode.loss_ce'] > 1
+    assert losses[254]['decode.loss_ce'] != losses[0]['decode.loss_ce']
+    cfg = model_cfg(6)
+    cfg['decode_head']['ignore_index'] = 254
+    assert build(cfg).loss(images(), samples(torch.full((2, 64, 64), 254)))['decode.loss_ce'] == 0
+    for refused in (cfg, model_cfg(255)):
+        with pytest.raises(ValueError, match='label 254 stands for the unknown class'):
+            build(dict(refused, unknown=True, classifier_init='unknown'))
+
+
 # Whole steps at the edges
 
 

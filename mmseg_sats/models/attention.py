@@ -146,6 +146,8 @@ class AttentionMap:
                 'query must be (B, heads, L, d) and key (B, heads, S, d) with the same B, heads'
                 f' and d, got {query} and {key}'
             )
+        for name in ('query_hw', 'key_hw'):  # lists would not do as keys of a dict
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, length, (height, width) in (
             ('query', query[2], self.query_hw),
             ('key', key[2] - self.extra_keys, self.key_hw),

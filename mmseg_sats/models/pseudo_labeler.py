@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
@@ -36,14 +37,12 @@ def _released_entropy(q: Tensor) -> Tensor:
 def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
     """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
 
-    Values are taken to lie evenly within their bin, so the error is below one bin's width.
+    It is the lower end of that value's bin, so the error is below one bin's width, and no value that
+    equals a median is under it.
     """
     cumulative = counts.cumsum(1)
     index = torch.searchsorted(cumulative, rank[:, None], right=True)
-    index = index.clamp_(max=counts.shape[1] - 1)
-    own = counts.gather(1, index)
-    within = (rank[:, None] - (cumulative.gather(1, index) - own) + 0.5) / own.clamp(min=1)
-    return ((index + within) / counts.shape[1])[:, 0]
+    return (index.clamp_(max=counts.shape[1] - 1) / counts.shape[1])[:, 0]
 
 
 def _median(counts: Tensor) -> Tensor:
@@ -72,6 +71,20 @@ def _released_median(counts: Tensor) -> Tensor:
     threshold = (index + missing / counts.gather(1, index)) / bins
     threshold = torch.where(total > 0, threshold, 0).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
     return threshold[:, 0]
+
+
+def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Logits (B, K, h, w) at the size of labels (B, H, W), bilinearly, corners not aligned.
+
+    Raises:
+        ValueError: if they are not of these shapes.
+    """
+    if logits.dim() != 4 or labels.dim() != 3 or len(labels) != len(logits):
+        raise ValueError(f'teacher_logits must be (B, K_o, h, w) and labels (B, H, W), '
+                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
+    if logits.shape[2:] == labels.shape[1:]:
+        return logits
+    return F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=False)
 
 
 def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
@@ -214,13 +227,13 @@ class EntropyPseudoLabeler:
 
         Args:
             labels: (B, H, W) integers.
-            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
+            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
 
         Raises:
             ValueError: if the shapes disagree with each other or with ``num_old``.
             RuntimeError: before :meth:`reset`.
         """
-        self._check_shapes(labels, teacher_logits, len(self.histograms))
+        teacher_logits = self._for_labels(labels, teacher_logits, len(self.histograms))
         self._histograms = self.histograms.to(teacher_logits.device)
         counts = self._histograms.view(-1)
         entropy, pseudo = self._predict(teacher_logits)
@@ -244,7 +257,7 @@ class EntropyPseudoLabeler:
 
         Args:
             labels: (B, H, W) integers; left as they are.
-            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
+            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
 
         Returns:
             A new tensor like ``labels``.
@@ -255,7 +268,7 @@ class EntropyPseudoLabeler:
         """
         if self._thresholds is None:
             self._start_without_pass(teacher_logits.shape[1])
-        self._check_shapes(labels, teacher_logits, len(self._thresholds))
+        teacher_logits = self._for_labels(labels, teacher_logits, len(self._thresholds))
         self._thresholds = self._thresholds.to(teacher_logits.device)
         entropy, pseudo = self._predict(teacher_logits)
         sure = entropy < self._thresholds[pseudo]
@@ -289,13 +302,12 @@ class EntropyPseudoLabeler:
         return self._rule.entropy(logits.softmax(1)), logits.max(1).indices
 
     @staticmethod
-    def _check_shapes(labels: Tensor, logits: Tensor, num_old: int) -> None:
-        if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-            raise ValueError(f'teacher_logits must be (B, K_o, H, W) and labels (B, H, W) of that '
-                             f'size, got {tuple(logits.shape)} and {tuple(labels.shape)}')
+    def _for_labels(labels: Tensor, logits: Tensor, num_old: int) -> Tensor:
+        resized = logits_for_labels(labels, logits)
         if logits.shape[1] != num_old:
             raise ValueError(f'teacher_logits have {logits.shape[1]} channels, expected the '
                              f'{num_old} that the thresholds are for')
+        return resized
 
     def state_dict(self) -> dict[str, Any]:
         """The rule and its thresholds as plain values, for a JSON file."""

@@ -5,6 +5,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.models.pseudo_labeler import logits_for_labels
+
 
 @MODELS.register_module()
 class SigmoidPseudoLabeler:
@@ -37,7 +39,7 @@ class SigmoidPseudoLabeler:
 
         Args:
             labels: (B, H, W) long.
-            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
+            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
 
         Returns:
             (B, H, W), of the labels' type; ``labels`` itself is not changed.
@@ -45,12 +47,6 @@ class SigmoidPseudoLabeler:
         Raises:
             ValueError: if the shapes disagree.
         """
-        shape = teacher_logits.shape
-        if teacher_logits.dim() != 4 or labels.shape != (shape[0], *shape[2:]):
-            raise ValueError(
-                f'teacher_logits must be (B, K_o, H, W) and labels (B, H, W) of that size, '
-                f'got {tuple(shape)} and {tuple(labels.shape)}'
-            )
-        best, channel = teacher_logits.max(1)
+        best, channel = logits_for_labels(labels, teacher_logits).max(1)
         sure = (channel > 0) & (best.float().sigmoid() >= self.threshold)
         return torch.where((labels == 0) & sure, channel.to(labels.dtype), labels)

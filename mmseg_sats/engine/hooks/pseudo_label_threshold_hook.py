@@ -16,7 +16,6 @@ from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.models.output import labelling_pieces
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
-from mmseg_sats.protocol import UNKNOWN_LABEL
 
 
 @HOOKS.register_module()
@@ -62,7 +61,7 @@ class PseudoLabelThresholdHook(Hook):
                 [sample.gt_sem_seg.data for sample in data['data_samples']]
             ).squeeze(1)
             # As in training, unknown pixels count as background here.
-            labels = labels.masked_fill(labels == UNKNOWN_LABEL, 0)
+            labels, _ = model.without_unknown(labels)
             output = model.old_model(data['inputs'])
             labels = labels.to(device).long()
             for piece, logits in labelling_pieces(labels, [output], range(len(labels))):

@@ -28,15 +28,15 @@ class AttentionMixVisionTransformer(MixVisionTransformer):
     Args:
         attention_layers: which layers' attention ``forward_with_attention`` returns: ``'last'`` of
             each stage, or ``'all'``.
-        **kwargs: the arguments of mmseg's ``MixVisionTransformer``.
+        *args, **kwargs: the arguments of mmseg's ``MixVisionTransformer``.
 
     Raises:
         ValueError: if ``attention_layers`` is neither of the two.
     """
 
-    def __init__(self, *, attention_layers: str = 'last', **kwargs: Any) -> None:
+    def __init__(self, *args: Any, attention_layers: str = 'last', **kwargs: Any) -> None:
         check_choice('attention_layers', attention_layers, ATTENTION_LAYERS)
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         self.attention_layers = attention_layers
 
     def forward(self, x: Tensor) -> list[Tensor]:

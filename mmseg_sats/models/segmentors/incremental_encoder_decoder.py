@@ -72,8 +72,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     Raises:
         TypeError: a head cannot grow.
-        ValueError: a part asks for attention that the backbone cannot give, or ``frozen`` names
-            nothing in the model.
+        ValueError: a part asks for attention that the backbone cannot give, ``frozen`` names
+            nothing in the model, or with ``unknown`` a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -110,6 +110,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         )
         self.prototypes = self._build_prototypes(prototypes)
         self.unknown = unknown
+        if unknown and UNKNOWN_LABEL in (*range(self.num_classes), self.decode_head.ignore_index):
+            raise ValueError(
+                f'unknown=True: label {UNKNOWN_LABEL} stands for the unknown class, expected at most '
+                f'{UNKNOWN_LABEL} channels and another ignore_index, got {self.num_classes} channels '
+                f'and ignore_index={self.decode_head.ignore_index}'
+            )
         for name, head in self._named_heads():
             check_head_can_grow(name, head, head_cfgs.get(name))
             if unknown:
@@ -180,8 +186,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # To all parts but the heads' own losses, unknown pixels are background.
-        unknown = labels == UNKNOWN_LABEL
-        labels = labels.masked_fill(unknown, 0)
+        labels, unknown = self.without_unknown(labels)
         # Stage 0 and methods without a teacher's part never touch the old model.
         taught = self._old_model_cfg is not None and (
             len(self.distillation) > 0 or len(self._labelers) > 0
@@ -217,6 +222,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             losses[key] = shared[key] if key in shared else part(student, teacher, labels)
         heads = {_prefix(name): head for name, head in self._named_heads()}
         return losses_over_ranks(losses, heads, self.distillation, targets)
+
+    def without_unknown(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels with background in the place of unknown, and where that was, both (B, H, W).
+
+        In a model without an unknown class, ``UNKNOWN_LABEL`` is a label like any other.
+        """
+        unknown = (labels == UNKNOWN_LABEL) & self.unknown
+        return labels.masked_fill(unknown, 0), unknown
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, K, H, W) at the size of the images; with an unknown class scores, see fold_unknown."""
