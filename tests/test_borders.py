@@ -107,7 +107,7 @@ def test_a_run_does_once_what_can_be_done_once(
     for words in ('System environment:', 'Config:\n', 'Hooks will be executed', 'paramwise_options'):
         assert words in log.read_text()
         assert words not in screen
-    assert 'stage 1 of 4: 1 new classes, 3 old' in screen
+    assert 'stage 1 of 4: 3 old classes, 1 new' in screen
     start = screen[screen.index('stage 1 of 4') :]
     assert len(start[: start.index('Epoch(train)')].splitlines()) < 24
 

@@ -103,7 +103,7 @@ def test_the_tool_draws_a_stage_of_a_run(
     whole, rest = (cv2.imread(str(tmp_path / f'stage_1_{i}.png')) for i in (0, 1))
     assert whole.shape[0] > 2 * rest.shape[0]
     TOOL['main']([config, '--stage', '0', '--number', '1', '--out', str(tmp_path)])
-    assert 'no pseudo-labels: the method has none, or it is stage 0' in capsys.readouterr().out
+    assert 'no pseudo-labels: there is no old model in stage 0' in capsys.readouterr().out
     TOOL['main']([config, '--stage', '1', '--number', '1', '--out', str(tmp_path),
                   '--work-dir', str(tmp_path / 'none')])
     assert 'stage_0/snapshot.pth does not exist yet' in capsys.readouterr().out

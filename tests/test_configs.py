@@ -192,7 +192,7 @@ def test_configs_inherit_over_at_most_three_levels_and_name_their_method(path: P
 @pytest.mark.parametrize('path', FILES, ids=short)
 def test_the_file_name_tells_the_protocol(path: Path) -> None:
     cfg = read(path)
-    named = re.search(r'_(\d+-\d+)(_disjoint)?(_m)?$', path.stem)
+    named = re.search(r'_(\d+-\d+)(_disjoint)?(_m)?(_poly)?$', path.stem)
     assert named[1] == (cfg.split if cfg.protocol == 'joint' else cfg.protocol)
     assert cfg.setting == ('disjoint' if named[2] else 'overlapped')
     assert bool(cfg.memory) == bool(named[3])

@@ -224,6 +224,12 @@ def test_resume_goes_on_in_the_middle_of_a_stage(
     assert (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns == kept
     logs = '\n'.join(path.read_text() for path in sorted((folder / 'stage_1').glob('*/*.log')))
     assert f'resumed epoch: 1, iter: {checkpoint["meta"]["iter"]}' in logs
+    # The time of training is that of both parts.
+    hub = load_checkpoint_safely(folder / 'stage_1/epoch_3.pth')['message_hub']
+    seconds = hub['log_scalars']['train/time'].data[0]
+    assert len(seconds) == 3 * checkpoint['meta']['iter']
+    told = json.loads((folder / 'stage_1/metrics.json').read_text())['train_seconds']
+    assert told == pytest.approx(seconds.sum())
 
 
 def test_base_shares_stage_0(finished: Path, shapes_cfg: MakeConfig, tmp_path: Path) -> None:

@@ -364,8 +364,8 @@ def test_bad_arguments_are_named() -> None:
     labeler.reset(3)
     with pytest.raises(ValueError, match=r'int64 of shape \(3, 65536\), got torch.float32'):
         labeler.histograms = torch.zeros(3, 65536)
-    with pytest.raises(ValueError, match=r'\(1, 3, 2, 2\) and \(1, 2, 3\)'):
-        labeler.update(torch.zeros(1, 2, 3).long(), torch.zeros(1, 3, 2, 2))
+    with pytest.raises(ValueError, match=r'\(1, 3, 2, 2\) and \(2, 2, 3\)'):
+        labeler.update(torch.zeros(2, 2, 3).long(), torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match='4 channels, expected the 3'):
         labeler.update(torch.zeros(1, 2, 2).long(), torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match=r'thresholds must be numbers of shape \(K_o,\)'):

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine import PseudoLabelThresholdHook
+from mmseg_sats.engine.command_line import add_cfg_options, read_config
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.models import IncrementalEncoderDecoder
@@ -34,22 +35,19 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--number', type=int, default=12, help='pictures (default: 12)')
     parser.add_argument('--out', type=Path, help='folder to write into (default: WORK_DIR/browse)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
-    )
+    add_cfg_options(parser)
     return parser.parse_args(arguments)
 
 
-def read_config(args: argparse.Namespace) -> tuple[Config, Path]:
+def run_config(args: argparse.Namespace) -> tuple[Config, Path]:
     """The run's config and its work dir.
 
     Raises:
         FileNotFoundError: no such config.
+        KeyError: an option that the config does not have.
+        ValueError: the file is no run's config.
     """
-    if not args.config.is_file():
-        raise FileNotFoundError(f'config {args.config} does not exist')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     default = f'work_dirs/{args.config.parent.name}/{args.config.stem}'
     return cfg, Path(args.work_dir or cfg.get('work_dir') or default)
@@ -59,7 +57,7 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
     """The stage's model, ready to complete labels; None, saying why, where that cannot be."""
     old = cfg.model.get('old_model')
     if not cfg.model.get('pseudo_labeler') or old is None:
-        print('no pseudo-labels: the method has none, or it is stage 0')
+        print(f'no pseudo-labels: {"the method has none" if old else "there is no old model in stage 0"}')
         return None
     if not Path(old['checkpoint']).is_file():
         print(f'no pseudo-labels: the old model {old["checkpoint"]} does not exist yet')
@@ -79,7 +77,7 @@ def browse(args: argparse.Namespace) -> list[Path]:
     """Draws the sheets; returns their files."""
     if args.number < 1:
         raise ValueError(f'--number {args.number}: expected at least 1 picture')
-    cfg, work_dir = read_config(args)
+    cfg, work_dir = run_config(args)
     protocol = build_protocol(cfg)
     stage = protocol.stage(args.stage)
     cfg = build_stage_config(cfg, protocol, stage, work_dir)
@@ -118,8 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the contact sheets."""
     try:
         files = browse(parse_args(arguments))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
     for file in files:
         print(f'wrote {file}')
 

@@ -8,10 +8,9 @@ import argparse
 import sys
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 from prettytable import PrettyTable
@@ -20,6 +19,7 @@ from rich.progress import track
 
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.examination import Examination, examine, published_counts
+from mmseg_sats.engine.command_line import add_cfg_options, read_config
 from mmseg_sats.engine.stage_config import config_words, resolve_words
 
 MODES = {'train': 'train_dataloader', 'val': 'test_dataloader'}
@@ -31,9 +31,7 @@ def parse_args() -> argparse.Namespace:
         description="Count a config's images and pixels, and list all that is wrong with them"
     )
     parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -144,12 +142,23 @@ class Check:
 def main() -> int:
     """Prints tables, notes and faults; returns 1 if there is a fault."""
     args = parse_args()
-    if not Path(args.config).is_file():
-        raise SystemExit(f'config {args.config} does not exist')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    check = Check(cfg)
+    try:
+        cfg = read_config(args.config, args.cfg_options)
+        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        check = Check(cfg)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+    if all(found.images for found in check.found.values()):
+        print_tables(check)
+    # Else tables of nothing would hide why there is nothing.
+    for fault in check.faults:
+        print(f'wrong: {fault}')
+    print(f'{len(check.faults)} faults' if check.faults else 'no fault found')
+    return 1 if check.faults else 0
+
+
+def print_tables(check: Check) -> None:
+    """Images and pixels by stage and class, and the notes; what is wrong with them joins the faults."""
     print(f'{check.protocol}, {check.setting}: images per stage')
     print(check.images_table())
     print("images and pixels per class (train: in the class's own stage)")
@@ -157,10 +166,6 @@ def main() -> int:
     check.note_shared_images()
     for note in check.notes:
         print(f'note: {note}')
-    for fault in check.faults:
-        print(f'wrong: {fault}')
-    print(f'{len(check.faults)} faults' if check.faults else 'no fault found')
-    return 1 if check.faults else 0
 
 
 if __name__ == '__main__':

@@ -43,7 +43,7 @@ def main() -> None:
         '--out',
         type=Path,
         default=Path('work_dirs/demo'),
-        help='work dir of the three runs, replaced',
+        help='work dir of the three runs (default: work_dirs/demo); what earlier demos left there is deleted',
     )
     out = parser.parse_args().out
     # The training's display is drawn here, while all else that it prints goes to a file.

@@ -88,9 +88,13 @@ def main() -> int:
     """Writes an overlay per image; returns 1 if an image could not be read."""
     args = parse_args()
     try:
-        model = load_stage(args.stage_dir)[1].to(args.device)
+        model = load_stage(args.stage_dir)[1]
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
+    try:
+        model = model.to(args.device)
+    except (AssertionError, RuntimeError) as error:  # torch's words for a device that it has not
+        raise SystemExit(f'--device {args.device}: {error}') from error
     images = find_images(args.images)
     if not images:
         raise SystemExit(f'no images in {", ".join(map(str, args.images))}')
@@ -105,7 +109,8 @@ def main() -> int:
             console.print(str(error), style='red', markup=False, soft_wrap=True)
             continue
         _write_png(out / name, overlay)
-    print(f'{len(images) - failed} of {len(images)} images: overlays in {out}')
+    written = f'overlays in {out}' if failed < len(images) else 'nothing written'
+    print(f'{len(images) - failed} of {len(images)} images: {written}')
     return 1 if failed else 0
 
 

@@ -7,13 +7,12 @@ python tools/test_incremental.py work_dirs/sats/segformer_b2_voc_15-1 [--stage 5
 import argparse
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
-
 from mmseg_sats.checkpoint import write_json
+from mmseg_sats.engine.command_line import add_cfg_options, read_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.results import stage_results
 from mmseg_sats.engine.snapshot import load_snapshot
+from mmseg_sats.engine.stage_runner import StageRunner
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,20 +25,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
 def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     """Evaluates the snapshot in ``folder``; returns the stage's entry as in results.json."""
-    cfg = Config.fromfile(folder / 'config.py')
-    cfg.merge_from_dict(options or {})
+    cfg = read_config(folder / 'config.py', options)
     cfg.work_dir = str(out / folder.name)
     # Nothing is trained: the old model and the snapshot it starts from may be gone.
     cfg.load_from, cfg.model.old_model = None, None
-    runner = Runner.from_cfg(cfg)
+    runner = StageRunner.from_cfg(cfg)
     load_snapshot(runner.model, folder / 'snapshot.pth')
     runner.call_hook('before_run')
     # A stage 0 that came from a checkpoint may have no images.
@@ -59,10 +55,18 @@ def main() -> None:
         key=lambda path: int(path.name.removeprefix('stage_')),
     )
     if not folders:
-        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot')
+        hint = ''
+        if (args.work_dir / 'snapshot.pth').is_file():
+            index = args.work_dir.resolve().name.removeprefix('stage_')
+            hint = f'; for one stage: {args.work_dir.resolve().parent} --stage {index}'
+        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot{hint}')
     out = args.out or args.work_dir / 'test'
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / 'test.json', [test_stage(folder, out, args.cfg_options) for folder in folders])
+    try:
+        stages = [test_stage(folder, out, args.cfg_options) for folder in folders]
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+    write_json(out / 'test.json', stages)
     print(f'wrote {out / "test.json"}')
 
 

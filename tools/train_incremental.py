@@ -10,12 +10,12 @@ import logging
 import os
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from mmseg_sats.engine.command_line import add_cfg_options, read_config
 from mmseg_sats.engine.distributed import own_error_on_top
-from mmseg_sats.engine.preflight import check_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,12 +32,15 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='take stage 0 from this checkpoint instead of training it',
     )
+    add_cfg_options(parser)
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='K=V', help='override config values'
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes; the scripts beside this one set it',
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch passes it with a dash or an underscore, torchrun by the environment.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -51,12 +54,7 @@ def use_amp(cfg: Config) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The run's config, with what the command line adds."""
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'config {args.config} does not exist')
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        check_options(cfg, args.cfg_options)
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     path = Path(args.config)
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.parent.name}/{path.stem}'

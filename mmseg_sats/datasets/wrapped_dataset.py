@@ -25,13 +25,14 @@ def build_wrapped(
 
     Raises:
         TypeError: it is no subclass of mmengine's BaseDataset.
+        FileNotFoundError: its folder or list does not exist.
     """
     if isinstance(dataset, Mapping):
         cfg = dict(copy.deepcopy(dataset))
         own = cfg.pop('pipeline', ())
         pipeline = own if pipeline is None else pipeline
         # One list of files for all stages of a run, and for each of its looks at a stage.
-        dataset = once(('data set', cfg), lambda: DATASETS.build({**cfg, 'lazy_init': True}))
+        dataset = once(('data set', cfg), lambda: _build(cfg))
     if not isinstance(dataset, BaseDataset):
         raise TypeError(
             'IncrementalDataset: dataset must be the config or an instance of a subclass of '
@@ -41,6 +42,22 @@ def build_wrapped(
         # An instance may be wrapped once per stage: its own transforms stay as they are.
         return dataset, copy.deepcopy(dataset.pipeline.transforms)
     return dataset, build_transforms(pipeline)
+
+
+def _build(cfg: Mapping[str, Any]) -> BaseDataset:
+    try:
+        return DATASETS.build({**cfg, 'lazy_init': True})
+    except AssertionError as error:
+        # mmseg's VOC asserts, without a word, that images and list are there.
+        root, prefix = cfg.get('data_root') or '', cfg.get('data_prefix') or {}
+        paths = [os.path.join(root, path) for path in (*prefix.values(), cfg.get('ann_file')) if path]
+        absent = [path for path in paths if not os.path.exists(path)]
+        if not absent:
+            raise
+        raise FileNotFoundError(
+            f'{absent[0]} does not exist (data_root={root!r}): expected the data there, name its '
+            'place by --cfg-options data_root=DIR; docs/data.md says how to make it'
+        ) from error
 
 
 def build_transforms(transforms: Sequence[dict | Callable]) -> list[Callable]:

@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,13 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import read_json, remove_temporary, write_json, write_text
+from mmseg_sats.checkpoint import (
+    load_checkpoint_safely,
+    read_json,
+    remove_temporary,
+    write_json,
+    write_text,
+)
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
@@ -55,6 +60,8 @@ from mmseg_sats.once import Sharing
 from mmseg_sats.protocol import Stage
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
+
+_SECONDS = 'train/time'  # of each iteration, as mmengine notes them; a resumed stage goes on with them
 
 
 @RUNNERS.register_module()
@@ -125,6 +132,8 @@ class IncrementalRunner:
         Returns:
             The contents of results.json.
         """
+        if self.cfg.get('resume') and not (self.work_dir / 'config.py').exists():
+            self.logger.warning(f'nothing to resume in {self.work_dir}: starting from stage 0')
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
@@ -137,6 +146,7 @@ class IncrementalRunner:
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
             report_at_end(self.work_dir, self.cfg.get('report'))
+            self.logger.info(f'results are in {self.work_dir}/results.json')
         return results
 
     def _run_stages(self) -> dict[str, Any]:
@@ -168,13 +178,12 @@ class IncrementalRunner:
         share_work(cfg)
         runner = StageRunner.from_cfg(cfg)
         runner.logger.info(
-            f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.new)} new classes, '
-            f'{len(stage.old)} old'
+            f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.old)} old classes, '
+            f'{len(stage.new)} new'
         )
         runner.call_hook('before_stage', stage=stage)
-        seconds = time.perf_counter()
         images = self._make_snapshot(runner, snapshot)
-        seconds = time.perf_counter() - seconds
+        seconds = _train_seconds(runner, checkpoint)
         load_snapshot(runner.model, snapshot)
         # As Runner.test does: hooks set up their files, and EMA starts from what was just loaded.
         runner.call_hook('before_run')
@@ -250,6 +259,19 @@ def _old_objects_left_alone() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _train_seconds(runner: Runner, checkpoint: Path | None) -> float:
+    """Seconds of all iterations of the stage, also of those before it was taken up again.
+
+    Args:
+        runner: the stage's.
+        checkpoint: where a stage was taken up that had nothing left to train.
+    """
+    scalars = runner.message_hub.log_scalars
+    if _SECONDS not in scalars and checkpoint is not None:
+        scalars = load_checkpoint_safely(checkpoint)['message_hub']['log_scalars']
+    return float(scalars[_SECONDS].data[0].sum()) if _SECONDS in scalars else 0.0
 
 
 def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
     Raises:
         KeyError: with a near match.
+        ValueError: an option without a value.
     """
     known = {*cfg.keys(), *KEYS}
     for option in options:
@@ -55,6 +56,11 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
         if key not in known:
             raise KeyError(
                 f'--cfg-options {option}: the config has no {key!r}{near_match(key, known)}'
+            )
+        if options[option] == '':
+            raise ValueError(
+                f"--cfg-options {option}= has no value. Where it was a $name, the shell took it for its "
+                f"own: expected quotes around it, '{option}=$name'"
             )
 
 

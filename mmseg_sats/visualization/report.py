@@ -198,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         help='folder to write into (default: WORK_DIR/report; of several runs, report beside the first)',
     )
-    parser.add_argument('--images', type=int, default=OPTIONS['images'], help='photographs')
+    parser.add_argument('--images', type=int, default=OPTIONS['images'], help='photographs (default: %(default)s)')
     parser.add_argument(
-        '--attention', type=int, default=OPTIONS['attention'], help='pictures of attention'
+        '--attention', type=int, default=OPTIONS['attention'], help='pictures of attention (default: %(default)s)'
     )
     args = parser.parse_args(arguments)
     first = Path(args.work_dirs[0])

@@ -47,7 +47,8 @@ class PseudoLabelThresholdHook(Hook):
             barrier()
             if is_main_process():
                 write_json(path, labeler.state_dict())
-        runner.logger.info(f'pseudo-labels: {labeler.state_dict()}')
+        values = ', '.join(f'{value:.4g}' for value in labeler.thresholds.tolist())
+        runner.logger.info(f'thresholds of the pseudo-labels, background first: {values}')
 
     @torch.no_grad()
     def find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:

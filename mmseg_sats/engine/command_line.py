@@ -1,0 +1,69 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What the tools' command lines share: a config's path, and values that override the config's."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from mmseg_sats.engine.preflight import check_options
+
+_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
+_EXAMPLE = 'configs/sats/segformer_tiny_shapes_3-1.py'
+
+
+class _Options(DictAction):
+    """mmengine's, with an answer for a word that is no KEY=VALUE."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        for word in values:
+            if '=' not in word:
+                parser.error(f'{option_string} {word}: expected KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options K=V ...``, a dict by dotted key or None."""
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=_Options, metavar='K=V', help='override config values'
+    )
+
+
+def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+    """A run's config with values overridden.
+
+    Args:
+        path: the config file.
+        options: dotted key to value, as ``--cfg-options`` gives them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no config file, or only a part of one.
+        KeyError: an option that the config does not have, with a near match.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = path / 'config.py'
+        hint = f', did you mean {inside}?' if inside.is_file() else ''
+        raise FileNotFoundError(f'config {path} is a folder, expected a file{hint}')
+    if not path.is_file():
+        raise FileNotFoundError(f'config {path} does not exist')
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
+    cfg = Config.fromfile(path)
+    if cfg.get('model') is None:
+        raise ValueError(
+            f'{path} says nothing of a model: it is a part that configs inherit from, expected one '
+            f'of a run, such as {_EXAMPLE}'
+        )
+    check_options(cfg, options or {})
+    cfg.merge_from_dict(options or {})
+    return cfg
