@@ -163,8 +163,37 @@ def test_a_command_that_drifted_is_noticed(command: str) -> None:
         test_the_command_is_one_that_there_is(command)
 
 
+def test_a_continued_line_is_one_command() -> None:
+    text = 'As in\n\n    A=1 \\\n        bash tools/dist_train.sh C 2 \\\n        --amp\n\nand so on.\n'
+    (command,) = commands_in(text)
+    assert words_of(command) == ['bash', 'tools/dist_train.sh', '1', '2', '--amp']
+
+
+def test_the_first_training_of_the_readme_runs_as_it_stands() -> None:
+    """The environment is activated above it, and it needs neither data nor weights."""
+    commands = list(commands_in((ROOT / 'README.md').read_text(encoding='utf-8')))
+    (first, *_) = (row for row, command in enumerate(commands) if command.startswith('python tools/'))
+    assert words_of(commands[first - 1]) == ['source', '.venv/bin/activate']
+    script, *arguments = words_of(commands[first])[1:]
+    args = parse(ROOT / script, arguments, commands[first])
+    cfg = Config.fromfile(ROOT / args.config)
+    cfg.merge_from_dict(args.cfg_options)
+    assert cfg.dataset == 'shapes'
+    assert cfg.pretrained is None
+    assert (cfg.epochs, cfg.train_dataloader.num_batch_per_epoch) == (1, 2)
+
+
+def test_indented_code_fits_on_a_page() -> None:
+    wide = [
+        f'{page.name}: {line}'
+        for page in PAGES
+        for line in page.read_text(encoding='utf-8').splitlines()
+        if len(line) > 110 and line.startswith(('    ', '\t'))
+    ]
+    assert not wide
+
+
 def test_every_tool_is_mentioned() -> None:
     text = '\n'.join(page.read_text(encoding='utf-8') for page in PAGES if page.exists())
     tools = [path.relative_to(ROOT).as_posix() for path in (ROOT / 'tools').iterdir() if path.is_file()]
-    called_by_make = {'tools/demo.py'}
-    assert not [tool for tool in tools if tool not in text and tool not in called_by_make]
+    assert not [tool for tool in tools if tool not in text]
