@@ -80,7 +80,7 @@ def _row(
 ) -> PanelRow:
     labels = sample['data_samples'].gt_sem_seg.data[0].numpy()
     image = sample_image(sample)
-    tiles = {'photograph': fit(image, longest)}
+    tiles = {'image': fit(image, longest)}
     tiles['truth'] = fit(overlay(image, labels, first.palette), longest)
     present = _names(first, labels)
     shown = set(present)
