@@ -222,7 +222,7 @@ def test_photographs_are_the_same_for_all_runs(tiny_runs: list[Path]) -> None:
     samples = panel.panel_samples(dataset, 2)
     rows = panel.panel_rows(models, samples)
     for row, sample in zip(rows, samples, strict=True):
-        assert list(row.tiles) == ['photograph', 'truth', 'sats', 'finetune']
+        assert list(row.tiles) == ['image', 'truth', 'sats', 'finetune']
         assert {tile.shape for tile in row.tiles.values()} == {(64, 64, 3)}
         labels = sample['data_samples'].gt_sem_seg.data[0]
         assert set(row.classes) == {models['sats'].classes[c] for c in labels.unique() if c > 0}
