@@ -55,8 +55,8 @@ def _build(cfg: Mapping[str, Any]) -> BaseDataset:
         if not absent:
             raise
         raise FileNotFoundError(
-            f'{absent[0]} does not exist (data_root={root!r}): expected the data there, name its '
-            'place by --cfg-options data_root=DIR; docs/data.md says how to make it'
+            f'{absent[0]} does not exist (data_root={root!r}, seen from {os.getcwd()}): expected the '
+            'data there, name its place by --cfg-options data_root=DIR; docs/data.md says how to make it'
         ) from error
 
 

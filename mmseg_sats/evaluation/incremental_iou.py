@@ -196,12 +196,16 @@ class IncrementalIoUMetric(BaseMetric):
         """Log one row per class, then one per mean."""
         table = PrettyTable(['class', 'IoU', 'group'])
         for channel, (name, value) in enumerate(zip(classes, iou, strict=True)):
-            table.add_row([name, f'{value:.2f}', 'base' if channel < num_base else 'new'])
+            table.add_row([name, _shown(value), 'base' if channel < num_base else 'new'])
         summary = PrettyTable(['base', 'new', 'all', 'hIoU'])
         keys = ('mIoU_base', 'mIoU_new', 'mIoU_all', 'hIoU')
-        summary.add_row([f'{means[key]:.2f}' for key in keys])
+        summary.add_row([_shown(means[key]) for key in keys])
         logger = MMLogger.get_current_instance()
         print_log(f'per class results:\n{table}\n{summary}', logger=logger)
+
+
+def _shown(value: float) -> str:
+    return '-' if np.isnan(value) else f'{value:.2f}'
 
 
 def _mean(values: np.ndarray) -> float:
