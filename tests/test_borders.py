@@ -190,9 +190,11 @@ def test_the_screen_gets_warnings_whatever_they_say(
     cfg.work_dir, cfg.experiment_name = str(tmp_path), 'screen'
     runner = StageRunner.from_cfg(cfg)
     runner.logger.warning('Config: odd')
+    runner.logger.warning('"FileClient" will be deprecated in future.')
     runner.logger.info('Config: even')
     out = capsys.readouterr().out
     assert 'Config: odd' in out
+    assert 'FileClient' not in out
     assert not re.search('Config: even|processes: 1', out)
     (log,) = tmp_path.glob('*/*.log')
     assert re.search('processes: 1', log.read_text())

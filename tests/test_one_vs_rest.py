@@ -147,6 +147,6 @@ def test_impossible_thresholds(threshold: float) -> None:
         SigmoidPseudoLabeler(threshold)
 
 
-def test_pseudo_labels_of_other_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match='of that size'):
-        SigmoidPseudoLabeler()(torch.zeros(1, 2, 2).long(), torch.zeros(1, 3, 2, 3))
+def test_pseudo_labels_of_other_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'labels \(B, H, W\), got \(1, 3, 2, 2\) and \(2, 2, 2\)'):
+        SigmoidPseudoLabeler()(torch.zeros(2, 2, 2).long(), torch.zeros(1, 3, 2, 2))

@@ -123,7 +123,7 @@ def test_another_option_is_noticed(
         (['table1', '--cfg-options', 'seed=3'], '--cfg-options seed=...: it names the runs; give it by --seeds'),
         (['table1', '--cfg-options', 'epochs'], '--cfg-options epochs: expected KEY=VALUE'),
         (['table1', '--dataset', 'voc', '--methods', 'sats', '--cfg-options', 'data_root=/none'],
-         "data_root='/none': there is no such data"),
+         "/none/JPEGImages does not exist (data_root='/none'"),
         (['table1', '--dataset', 'shapes', '--methods', 'sats', '--cfg-options', 'train_cfg.max_epochs=$epoch'],
          "the config defines no 'epoch' (did you mean 'epochs'?)"),
         (['table1', '--dataset', 'shapes', '--write-split', 'x'], 'has no train_list'),

@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.snapshot import unwrap
 
-# How mmengine's messages begin that have hundreds of lines, and its warnings about itself.
+# How mmengine's messages of hundreds of lines begin, and its warnings about itself.
 _FOR_THE_FILE = (
     'System environment:', 'Runtime environment:', 'Config:', 'Hooks will be executed',
-    'paramwise_options', '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
+    'paramwise_options',
+)  # fmt: skip
+_ABOUT_ITSELF = (
+    '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
     'The prefix is not set in metric class',
 )  # fmt: skip
 collect_environment = cache(collect_env)
@@ -108,4 +111,7 @@ class StageRunner(Runner):
 
 
 def _for_the_screen(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING or not record.getMessage().startswith(_FOR_THE_FILE)
+    begins = record.getMessage().startswith
+    if record.levelno <= logging.INFO:
+        return not begins(_FOR_THE_FILE)
+    return not begins(_ABOUT_ITSELF)

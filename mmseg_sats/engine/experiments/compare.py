@@ -120,13 +120,7 @@ def _count_classes(cfg: Config) -> int:
     dataset = resolve_words(
         cfg.train_dataloader.dataset.to_dict(), config_words(cfg) | dict(stage=0)
     )
-    try:
-        return DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
-    except AssertionError as error:  # mmseg's VOC and others, and without a word
-        raise ValueError(
-            f'data_root={cfg.get("data_root")!r}: there is no such data; name it by '
-            '--cfg-options data_root=DIR'
-        ) from error
+    return DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
 
 
 def _start(cfg: Config, stage: Stage) -> Flat:
