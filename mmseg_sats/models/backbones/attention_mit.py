@@ -28,7 +28,8 @@ class AttentionMixVisionTransformer(MixVisionTransformer):
     Args:
         attention_layers: which layers' attention ``forward_with_attention`` returns: ``'last'`` of
             each stage, or ``'all'``.
-        *args, **kwargs: the arguments of mmseg's ``MixVisionTransformer``.
+        *args: the arguments of mmseg's ``MixVisionTransformer`` by place.
+        **kwargs: the arguments of mmseg's ``MixVisionTransformer``.
 
     Raises:
         ValueError: if ``attention_layers`` is neither of the two.
