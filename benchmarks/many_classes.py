@@ -43,13 +43,11 @@ def _losses(count: int) -> list[Ratio]:
     # A thousand classes at full size are gigabytes and half a minute: memory once, no time.
     bytes_of = {name: peak_bytes(work) for name, work in works.items()}
     entries = BATCH * SIZE * SIZE * count * 4
-    # With few classes a piece's own size tells, and full-size tensors are no burden.
-    many = count > CLASSES[0]
     ratios = [
         Ratio(
             f'memory of the losses, {count} classes, over one tensor of all pixels and classes',
             bytes_of['in pieces'] / entries,
-            2.0 if many else None,
+            2.0,
             detail=f'{bytes_of["in pieces"] / 2**20:.0f} over {entries / 2**20:.0f} MiB,'
             f' {bytes_of["at full size"] / 2**20:.0f} MiB at full size',
         )
@@ -60,7 +58,7 @@ def _losses(count: int) -> list[Ratio]:
             Ratio(
                 f'time of the losses, {count} classes, over those at full size',
                 seconds['in pieces'] / seconds['at full size'],
-                1.0 if many else None,
+                1.0,
                 detail=f'{seconds["in pieces"]:.2f} over {seconds["at full size"]:.2f} s',
             )
         )
