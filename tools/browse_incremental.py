@@ -16,7 +16,7 @@ from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine import PseudoLabelThresholdHook
-from mmseg_sats.engine.command_line import add_cfg_options, read_config
+from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.models import IncrementalEncoderDecoder
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         files = browse(parse_args(arguments))
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+        raise SystemExit(message_of(error)) from error
     for file in files:
         print(f'wrote {file}')
 

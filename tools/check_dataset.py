@@ -19,7 +19,7 @@ from rich.progress import track
 
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.examination import Examination, examine, published_counts
-from mmseg_sats.engine.command_line import add_cfg_options, read_config
+from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.stage_config import config_words, resolve_words
 
 MODES = {'train': 'train_dataloader', 'val': 'test_dataloader'}
@@ -147,7 +147,7 @@ def main() -> int:
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         check = Check(cfg)
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+        raise SystemExit(message_of(error)) from error
     if all(found.images for found in check.found.values()):
         print_tables(check)
     # Else tables of nothing would hide why there is nothing.

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from mmseg_sats.checkpoint import write_json
-from mmseg_sats.engine.command_line import add_cfg_options, read_config
+from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.results import stage_results
 from mmseg_sats.engine.snapshot import load_snapshot
@@ -65,7 +65,7 @@ def main() -> None:
     try:
         stages = [test_stage(folder, out, args.cfg_options) for folder in folders]
     except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+        raise SystemExit(message_of(error)) from error
     write_json(out / 'test.json', stages)
     print(f'wrote {out / "test.json"}')
 

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mmseg_sats.engine.command_line import add_cfg_options, read_config
+from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.distributed import own_error_on_top
 
 
@@ -75,8 +75,7 @@ def main() -> None:
         runner = RUNNERS.build(load_config(args))
     except (KeyError, OSError, TypeError, ValueError) as error:
         # Something to put right, found before any training: the message says what and where.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise SystemExit(f'{type(error).__name__}: {message}') from error
+        raise SystemExit(f'{type(error).__name__}: {message_of(error)}') from error
     try:
         with own_error_on_top():
             runner.train()

@@ -37,6 +37,11 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def message_of(error: Exception) -> str:
+    """What an error says; of a KeyError without the quotes that ``str`` puts around it."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
 def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
     """A run's config with values overridden.
 

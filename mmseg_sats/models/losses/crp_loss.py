@@ -119,6 +119,7 @@ class _LabelGrids:
         self._prepared: tuple[Tensor, int] | None = None
 
     def regions(self, hw: tuple[int, int]) -> ClassRegions:
+        """The regions of the labels, resized to the grid ``hw`` (h, w) by nearest neighbour."""
         if hw not in self._regions:
             labels, num_labels = self._prepare()
             if hw != self.size:
