@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A SegFormer-B2 with random weights, its old model and a batch: what the benchmarks of steps train."""
+"""A SegFormer with random weights, its old model and a batch: what the benchmarks of steps train."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +19,11 @@ from benchmarks.measure import device
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+SIZES = {
+    'B0': dict(embed_dims=32, num_layers=[2, 2, 2, 2]),
+    'B2': dict(embed_dims=64, num_layers=[3, 4, 6, 3]),
+    'B5': dict(embed_dims=64, num_layers=[3, 6, 40, 3]),
+}
 METHOD_WORDS = ('segmentation_loss', 'pseudo_labeler', 'distillation', 'classifier_init')
 
 
@@ -77,9 +82,10 @@ def stage(
     dtype: torch.dtype | None = None,
     crop_size: int = 512,
     batch_size: int = 2,
+    size: str = 'B2',
     **changes: Any,
 ) -> Stage:
-    """SegFormer-B2 in a stage of a method of ``configs/``, with random weights.
+    """A SegFormer in a stage of a method of ``configs/``, with random weights.
 
     Args:
         method: a folder of ``configs/``.
@@ -88,13 +94,14 @@ def stage(
         dtype: what autocast works in; None without it.
         crop_size: of the images.
         batch_size: how many images.
+        size: of the encoder, a name of ``SIZES``.
         **changes: words of the method's file, changed.
     """
     init_default_scope('mmseg')
     torch.manual_seed(0)
     words = _words(method) | changes
-    model = MODELS.build(_model(num_old + num_new, words)).to(device()).train()
-    model._old_model = OldModel(MODELS.build(_model(num_old, _words('finetune'))).to(device()))
+    model = MODELS.build(_model(size, num_old + num_new, words)).to(device()).train()
+    model._old_model = OldModel(MODELS.build(_model(size, num_old, _words('finetune'))).to(device()))
     model._old_model_cfg = dict(num_classes=num_old)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     inputs = torch.randn(batch_size, 3, crop_size, crop_size, device=device())
@@ -144,11 +151,13 @@ def _words(method: str) -> dict[str, Any]:
     return {name: cfg.get(name) for name in METHOD_WORDS}
 
 
-def _model(num_classes: int, words: dict[str, Any]) -> Config:
+def _model(size: str, num_classes: int, words: dict[str, Any]) -> Config:
     """The model's config without what a run puts in: pretrained weights, data, SyncBN."""
     cfg = Config.fromfile(CONFIGS / '_base_/models/segformer.py').model
     cfg.pop('data_preprocessor')
     cfg.backbone.pop('init_cfg')
+    cfg.backbone.update(SIZES[size])
+    cfg.decode_head.in_channels = [heads * SIZES[size]['embed_dims'] for heads in cfg.backbone.num_heads]
     norm_cfg = dict(type='BN', requires_grad=True)
     cfg.decode_head.update(num_classes=num_classes, norm_cfg=norm_cfg)
     cfg.decode_head.loss_decode = words['segmentation_loss']

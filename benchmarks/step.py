@@ -17,12 +17,13 @@ from mmseg_sats.models.shared_losses import shared_losses
 
 NUM_OLD, NUM_NEW = 20, 1
 """Channels of the last stage of 15-1 on VOC."""
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16}
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def measure() -> list[Ratio]:
-    """Time and peak memory, in each precision."""
-    return [ratio for name in PRECISIONS for ratio in _ratios(name)]
+    """Time and peak memory, in each precision that the device has."""
+    names = [name for name in PRECISIONS if name != 'fp16' or device().type != 'cpu']
+    return [ratio for name in names for ratio in _ratios(name)]
 
 
 def _ratios(precision: str) -> list[Ratio]:

@@ -12,7 +12,7 @@ checkpoint_iters = None
 device = None
 randomness = dict(seed='$seed')
 env_cfg = dict(
-    cudnn_benchmark=True,
+    cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
 default_hooks = dict(

@@ -9,12 +9,14 @@ from mmseg_sats.engine.hooks import (
     PseudoLabelThresholdHook,
 )
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
+from mmseg_sats.engine.optim_groups import GroupedOptimWrapperConstructor
 from mmseg_sats.engine.stage_runner import StageRunner
 from mmseg_sats.engine.train_loop import ResumableTrainLoop
 
 __all__ = [
     'AtomicCheckpointHook',
     'FiniteHook',
+    'GroupedOptimWrapperConstructor',
     'IncrementalRunner',
     'ProgressHook',
     'PrototypeHook',

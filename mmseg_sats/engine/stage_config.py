@@ -134,6 +134,8 @@ def build_stage_config(
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
         if loader and loader.get('num_workers') == 0:
             loader.persistent_workers = False  # torch refuses to keep workers that there are not
+    if isinstance((result.get('optim_wrapper') or {}).get('optimizer'), dict):
+        result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
     # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.
     result.resume = False
     _set_model(result.model, stage, work_dir)

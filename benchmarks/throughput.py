@@ -1,0 +1,90 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Images a second of fine-tuning and SATS on a GPU, for three encoders, and what VOC 15-1 comes to."""
+
+import csv
+from pathlib import Path
+
+import torch
+from prettytable import PrettyTable, TableStyle
+
+import mmseg_sats
+from benchmarks.measure import Ratio, device, median_seconds, peak_bytes
+from benchmarks.models import SIZES, stage
+
+NUM_OLD, NUM_NEW = 20, 1
+"""Channels of the last stage of 15-1 on VOC."""
+CROP, BATCH, EPOCHS = 512, 24, 30
+"""The paper's."""
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+GOAL = 1.10
+
+
+def measure() -> list[Ratio]:
+    """Prints the table; a SATS step over fine-tuning's and the old model's pass, for each encoder and precision."""
+    if device().type == 'cpu':
+        print('no GPU: nothing is measured; a step of 24 images would take minutes on a CPU')
+        return []
+    table = PrettyTable(
+        ['encoder', 'precision', 'FT, images/s', 'SATS, images/s', 'over the floor', 'FT, GiB', 'SATS, GiB',
+         'VOC 15-1, h']
+    )  # fmt: skip
+    table.set_style(TableStyle.MARKDOWN)
+    table.align = 'r'
+    ratios = []
+    for size in SIZES:
+        for precision in PRECISIONS:
+            row, ratio = _row(size, precision)
+            table.add_row([size, precision, *row])
+            ratios.append(ratio)
+    print(table, flush=True)
+    return ratios
+
+
+def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
+    options = dict(dtype=PRECISIONS[precision], crop_size=CROP, batch_size=BATCH, size=size)
+    # One after the other: neither's weights count in the other's memory.
+    peaks = {}
+    for method in ('finetune', 'sats'):
+        made = stage(method, NUM_OLD, NUM_NEW, **options)
+        weights = torch.cuda.memory_allocated()
+        peaks[method] = (peak_bytes(made.step) + weights) / 2**30
+        del made
+    tuned, sats = (stage(method, NUM_OLD, NUM_NEW, **options) for method in ('finetune', 'sats'))
+    seconds = median_seconds(
+        {'FT': tuned.step, 'SATS': sats.step, 'old model': sats.old_forward}, warmup=3
+    )
+    floor = seconds['FT'] + seconds['old model']
+    ratio = Ratio(
+        f'{size}, {precision}: SATS step over the floor',
+        seconds['SATS'] / floor,
+        GOAL,
+        detail=f'{1000 * seconds["SATS"]:.0f} over {1000 * seconds["FT"]:.0f} +'
+        f' {1000 * seconds["old model"]:.0f} ms',
+    )
+    row = [
+        f'{BATCH / seconds["FT"]:.0f}',
+        f'{BATCH / seconds["SATS"]:.0f}',
+        f'{ratio.value:.2f}',
+        *(f'{peaks[method]:.1f}' for method in ('finetune', 'sats')),
+        f'{_hours(seconds["FT"], seconds["SATS"]):.1f}',
+    ]
+    return row, ratio
+
+
+def _hours(finetune_step: float, sats_step: float) -> float:
+    """Training alone, the data at hand: stage 0 by plain steps, then SATS."""
+    first, *later = voc_15_1()
+    steps = [-(-images // BATCH) * EPOCHS for images in (first, *later)]
+    return (steps[0] * finetune_step + sum(steps[1:]) * sats_step) / 3600
+
+
+def voc_15_1() -> list[int]:
+    """The training images of each stage, as published."""
+    path = Path(mmseg_sats.__file__).parent / 'datasets/published_counts.csv'
+    with path.open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    wanted = dict(protocol='15-1', setting='overlapped', split='train')
+    for row in rows:
+        if row['dataset'].startswith('voc') and all(row[key] == value for key, value in wanted.items()):
+            return [int(number) for number in row['images per stage'].split()]
+    raise ValueError(f'{path} has no row for {wanted}')
