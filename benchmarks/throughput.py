@@ -15,7 +15,7 @@ NUM_OLD, NUM_NEW = 20, 1
 """Channels of the last stage of 15-1 on VOC."""
 CROP, BATCH, EPOCHS = 512, 24, 30
 """The paper's."""
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+PRECISIONS = {'bf16': torch.bfloat16, 'fp32': None, 'fp16': torch.float16}
 GOAL = 1.10
 
 
@@ -31,9 +31,10 @@ def measure() -> list[Ratio]:
     table.set_style(TableStyle.MARKDOWN)
     table.align = 'r'
     ratios = []
-    for size in SIZES:
-        for precision in PRECISIONS:
+    for precision in PRECISIONS:
+        for size in SIZES:
             row, ratio = _row(size, precision)
+            print(f'{ratio.name}: {ratio.value:.3f} ({ratio.detail})', flush=True)
             table.add_row([size, precision, *row])
             ratios.append(ratio)
     print(table, flush=True)

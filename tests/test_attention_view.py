@@ -63,13 +63,13 @@ def test_the_numbers_are_those_of_pool_and_of_the_loss(
             assert not (grid == channel).any()
             continue
         for mine, one in ((view.old, before), (view.new, after)):
-            means, _, classes = one.pool(grid)
-            expected = means[classes == channel][0]
+            means, _, classes = one.pool(grid.to(one.query.device))
+            expected = means[classes == channel][0].cpu()
             # Up to rounding: other regions of the picture change the order of a sum.
             torch.testing.assert_close(mine.flatten(1), expected)
-            dense = one.dense()[0][:, (grid == channel).flatten()].mean(1)
+            dense = one.dense()[0].cpu()[:, (grid == channel).flatten()].mean(1)
             torch.testing.assert_close(mine.flatten(1), dense)
-        term = crp_loss([after], [before], alone[None])
+        term = crp_loss([after], [before], alone[None].to(after.query.device))
         assert view.distance == pytest.approx(float(term), rel=1e-5)
         size = view.change.square().sum().sqrt()
         heads = (view.new - view.old).square().sum() / len(view.new)
@@ -84,7 +84,7 @@ def test_a_point_sees_its_own_row(stages: tuple[StageModel, StageModel], photogr
     views = attention_view.point_views(*maps, (0.99, 0.3))
     for view, before in zip(views, maps[0], strict=True):
         height, width = before.query_hw
-        row = before.dense()[0, :, int(0.3 * height) * width + width - 1]
+        row = before.dense()[0, :, int(0.3 * height) * width + width - 1].cpu()
         torch.testing.assert_close(view.old.flatten(1), row)
         torch.testing.assert_close(view.old.sum((1, 2)), torch.ones(before.num_heads))
     with theme.style():

@@ -147,3 +147,26 @@ def test_the_split_keeps_every_name_once(tmp_path: Path) -> None:
     assert sorted(fit + held) == [f'{k:03}' for k in range(23)]
     with pytest.raises(FileNotFoundError, match=r'nothing.txt: no such list'):
         write_split(tmp_path / 'nothing.txt', tmp_path)
+
+
+def test_a_word_goes_to_the_configs_that_have_it() -> None:
+    plan = make_plan(
+        TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], protocols=['15-1'],
+        words=['outside_root=photographs', 'epochs=2'],
+    )  # fmt: skip
+    sats, recall = plan.runs if plan.runs[0].config.parent.name == 'sats' else plan.runs[::-1]
+    assert recall.words[:2] == ('outside_root=photographs', 'epochs=2')
+    assert sats.words[0] == 'epochs=2'
+    assert not any('outside' in word for word in sats.words)
+    assert recall.load().outside_root == 'photographs'
+
+
+def test_a_word_that_no_config_has_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match=r"--cfg-options epoch=2: none .* 'epoch' \(did you mean 'epochs'\?\)"):
+        make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], words=['epoch=2'])
+
+
+def test_a_word_without_a_value_is_refused_by_name() -> None:
+    plan = make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats'], words=['vis_backends='])
+    with pytest.raises(ValueError, match=r"--cfg-options vis_backends= has no value"):
+        plan.runs[0].load()

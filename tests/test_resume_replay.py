@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
-from tests.test_resume import Draws, same_weights
+from tests.test_resume import Draws, on_a_cpu, same_weights
 
 
 @HOOKS.register_module()
@@ -24,6 +24,7 @@ class StopBefore(Hook):
             raise KeyboardInterrupt
 
 
+@on_a_cpu
 def test_a_run_with_replay_resumes_within_an_epoch(
     shapes_cfg: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

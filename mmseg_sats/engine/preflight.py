@@ -39,6 +39,11 @@ _WHOLE = dict(epochs=1, batch_size=1, num_workers=0, seed=0, checkpoint_iters=1)
 _MAY_BE_NONE = ('seed', 'checkpoint_iters', 'lr')
 
 
+def known_keys(cfg: Config) -> set[str]:
+    """Top-level keys that an option may override: the config's own, and those that a run reads."""
+    return {*cfg.keys(), *KEYS}
+
+
 def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Refuses a ``--cfg-options`` word that the config does not have and nothing reads.
 
@@ -50,7 +55,7 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
         KeyError: with a near match.
         ValueError: an option without a value.
     """
-    known = {*cfg.keys(), *KEYS}
+    known = known_keys(cfg)
     for option in options:
         key = option.split('.')[0]
         if key not in known:

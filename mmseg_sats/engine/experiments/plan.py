@@ -4,14 +4,16 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 
 from mmseg_sats.engine.experiments.tables import DATASETS, SYSTEMS, Part, Row, Table
+from mmseg_sats.engine.preflight import check_options, known_keys
 from mmseg_sats.protocol import JOINT
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.suggest import check_choice, near_match
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,14 @@ class Run:
         """The config as the run will have it, but for its work dir.
 
         Raises:
-            ValueError: a word does not fit the config.
+            KeyError: the config has no such word.
+            ValueError: a word does not fit the config, or has no value.
         """
         cfg = Config.fromfile(self.config)
+        options = parse_words(self.words)
+        check_options(cfg, options)
         try:
-            cfg.merge_from_dict(parse_words(self.words))
+            cfg.merge_from_dict(options)
         except (AssertionError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f'{" ".join(self.words)} does not fit {self.config}: {error}') from error
         cfg.setdefault('method', self.config.parent.name)
@@ -124,10 +129,11 @@ def make_plan(
         protocols: by default those that the paper shows, or all of the data set where it shows none of them.
         memories: sizes of the memory, 0 without.
         seeds: seeds.
-        words: further words for ``--cfg-options``.
+        words: further words for ``--cfg-options``; each is for the configs that have it.
 
     Raises:
-        ValueError: a system that neither the tables nor the folder know, or a variant that the table lacks.
+        ValueError: a system that neither the tables nor the folder know, a variant that the table lacks, or
+            a word that no config has.
     """
     known = find_systems(configs)
     for system in systems or ():
@@ -152,7 +158,27 @@ def make_plan(
                     )  # fmt: skip
                     plan.cells.append(Cell(part, row, protocol, memory, runs))
     plan.missing = list(dict.fromkeys(plan.missing))
+    _check_words(plan.runs, words)
     return plan
+
+
+@lru_cache(maxsize=1024)
+def _known_keys(config: Path) -> frozenset[str]:
+    return frozenset(known_keys(Config.fromfile(config)))
+
+
+def _key(word: str) -> str:
+    return word.split('=')[0].split('.')[0]
+
+
+def _check_words(runs: Sequence[Run], words: Sequence[str]) -> None:
+    """Refuses a word that none of the configs has: it would do nothing."""
+    known = {key for run in runs for key in _known_keys(run.config)}
+    for word in words if runs else ():
+        if _key(word) not in known:
+            raise ValueError(
+                f'--cfg-options {word}: none of the configs has {_key(word)!r}{near_match(_key(word), known)}'
+            )
 
 
 def _is_joint(config: Path | str) -> bool:
@@ -184,4 +210,6 @@ def _run(
 ) -> Run:
     name = '_'.join(filter(None, (row.method, 'm' if memory else '', row.variant)))
     own = (f'seed={seed}', f'memory={memory}', *row.options)
-    return Run(f'{name}_{protocol}_seed{seed}', config, (*words, *own))
+    # Table 1 asks for a folder of outside images, which most systems do not know.
+    fitting = (word for word in words if _key(word) in _known_keys(config))
+    return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting, *own))
