@@ -16,8 +16,9 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import OHEMPixelSampler
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmseg_sats.models import old_model
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
 from mmseg_sats.models.old_model import OldModel
 from mmseg_sats.models.output import SegmentorOutput
@@ -568,3 +569,18 @@ def test_the_old_model_gives_no_graph(snapshot: str) -> None:
     assert not any(attention.query.requires_grad for attention in output.attentions)
     assert len(output.attentions) == len(output.features) == 4
     assert old(images()).attentions == ()
+
+
+def test_the_old_model_goes_where_the_images_are_and_is_left_alone_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``Module.to`` goes through every tensor, which is milliseconds of every step."""
+    moved = []
+    model = nn.Conv2d(3, 2, 1)
+    monkeypatch.setattr(model, 'to', lambda device: moved.append(device.type))
+    monkeypatch.setattr(old_model, 'run_segmentor', lambda model, inputs, with_attention: [inputs])
+    old = old_model.OldModel(model)
+    old(torch.zeros(1, 3, 2, 2))
+    assert moved == []
+    old(torch.zeros(1, 3, 2, 2, device='meta'))
+    assert moved == ['meta']

@@ -98,7 +98,10 @@ class OldModel:
     @torch.no_grad()
     def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
         """The old model's output for images (B, 3, H, W), without gradients."""
-        return run_segmentor(self.model.to(inputs.device), inputs, with_attention)[0]
+        # The student's .to() does not reach it. Asked first: Module.to goes through every tensor.
+        if next(self.model.parameters()).device != inputs.device:
+            self.model.to(inputs.device)
+        return run_segmentor(self.model, inputs, with_attention)[0]
 
     def __deepcopy__(self, memo: dict) -> 'OldModel':
         # EMA copies the student; a frozen model needs no second copy.
