@@ -51,9 +51,13 @@ class ResizedLogits:
         """Cuts a block into pieces."""
         yield from self._cut(block, PIECE_ELEMENTS)
 
+    def near(self, rows: slice) -> slice:
+        """The source rows that some rows of the image are made of."""
+        return slice(self.first[rows.start], self.stop[rows.stop - 1])
+
     def block(self, image: int, rows: slice) -> 'Block':
         """A block of an image's rows."""
-        near = slice(self.first[rows.start], self.stop[rows.stop - 1])
+        near = self.near(rows)
         wide = self.images[image, near].to(self.dtype) @ self.across.mT
         return Block(self, image, near, wide)
 
@@ -87,15 +91,21 @@ class Block:
 
     def rows(self, rows: slice) -> Tensor:
         """The image's rows, (n, K, W)."""
-        down = self.logits.down[rows, self.near]
-        return (down @ self.wide.flatten(1)).unflatten(1, self.wide.shape[1:])
+        down, own = self._sources(rows)
+        return (down @ self.wide[own].flatten(1)).unflatten(1, self.wide.shape[1:])
 
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
         """Takes the gradient (n, K, W) of these rows."""
         if self.grad is None:
             self.grad = torch.zeros_like(self.wide)
-        down = self.logits.down[rows, self.near]
-        self.grad.flatten(1).addmm_(down.mT, grad.flatten(1))
+        down, own = self._sources(rows)
+        self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
+
+    def _sources(self, rows: slice) -> tuple[Tensor, slice]:
+        """What these rows take (n, m) of m of the block's source rows, and which those are."""
+        near = self.logits.near(rows)
+        own = slice(near.start - self.near.start, near.stop - self.near.start)
+        return self.logits.down[rows, near], own
 
     def give_gradient(self, total: Tensor) -> None:
         """Adds to ``total``, of ``zeros()``, what all the rows' gradients are to the logits."""
