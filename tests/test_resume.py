@@ -181,6 +181,45 @@ def test_sigterm_writes_a_checkpoint_and_exits(
     assert (tmp_path / 'run/results.json').read_bytes() == (expected / 'results.json').read_bytes()
 
 
+ENDINGS = {
+    'SIGTERM': ('os.kill(os.getpid(), signal.SIGTERM)', EXIT_PREEMPTED),
+    # Python tells of Ctrl-C by dying of it.
+    'SIGINT': ('os.kill(os.getpid(), signal.SIGINT)', -signal.SIGINT),
+    'an error': ("raise ValueError('of the test')", 1),
+}
+
+
+@pytest.mark.parametrize('ending', ENDINGS)
+def test_a_process_with_workers_ends_when_its_run_does(
+    ending: str, shapes_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    """The signal comes to the process alone, not to its workers, which wait for work meanwhile."""
+    what, code = ENDINGS[ending]
+    cfg = make(shapes_cfg, 'run', num_workers=1, persistent_workers=True)
+    cfg.custom_hooks = [dict(type='Ending')]
+    cfg.dump(tmp_path / 'config.py')
+    script = tmp_path / 'ending.py'
+    script.write_text(
+        'import os, signal, sys, time\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS, RUNNERS\n'
+        'import mmseg_sats\n'
+        '@HOOKS.register_module()\n'
+        'class Ending(Hook):\n'
+        '    def after_train_iter(self, runner, *args, **kwargs):\n'
+        '        time.sleep(0.5)\n'
+        f'        {what}\n'
+        'RUNNERS.build(Config.fromfile(sys.argv[1])).train()\n'
+    )
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', str(script), str(tmp_path / 'config.py')],
+        cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+    assert 'DataLoader worker' not in result.stderr
+
+
 def test_a_checkpoint_of_other_epochs_is_refused(
     shapes_cfg: MakeConfig, tmp_path: Path, interrupt: Callable[..., None]
 ) -> None:

@@ -1,7 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """An epoch loop that goes on at the iteration at which it was stopped, as if it had not been."""
 
+import atexit
 import itertools
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, max_epochs, **options)
         self._stop_asked = False
         self.dataloader.worker_init_fn = partial(_start_worker, self.dataloader.worker_init_fn)
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
 
     def run(self) -> nn.Module:
         """Trains to the last epoch, from wherever the counters stand."""
@@ -144,8 +148,20 @@ def _start_worker(inner: Any, worker_id: int) -> None:
     """Lets a worker outlive one SIGTERM: the batch under way is needed for the last iteration.
 
     A cluster signals every process of a job. The second signal, as from a loader that shuts down a
-    worker that does not end by itself, works as usual.
+    worker that does not end by itself, works as usual. See also :func:`_end_workers`.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if inner is not None:
         inner(worker_id)
+
+
+def _end_workers() -> None:
+    """Ends the loaders' workers as the process ends, however it does; nobody waits for a batch then.
+
+    What ends a run, SIGTERM, Ctrl-C or an error, keeps the loop's iterators alive to the last. Then
+    multiprocessing sends each worker one SIGTERM, which a worker of ours outlives, and waits for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
