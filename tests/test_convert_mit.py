@@ -201,3 +201,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
         convert_mit.save({}, target)
     assert target.read_text() == 'old'
     assert [path.name for path in tmp_path.iterdir()] == ['mit.pth']
+
+
+def test_a_file_with_mmseg_names_needs_no_conversion(tmp_path: Path) -> None:
+    torch.save({'layers.0.0.projection.weight': torch.zeros(1)}, tmp_path / 'mit.pth')
+    with pytest.raises(SystemExit, match=r"mit\.pth: the names are mmseg's already: use the file as it is"):
+        convert_mit.main([str(tmp_path / 'mit.pth'), str(tmp_path / 'out.pth')])
+    assert not (tmp_path / 'out.pth').exists()
+
+
+def test_of_many_foreign_names_some_are_shown() -> None:
+    with pytest.raises(KeyError, match=r'x0, x1, x2, x3, x4 and 3 more'):
+        convert_mit.convert({f'x{i}': torch.zeros(1) for i in range(8)})

@@ -254,6 +254,13 @@ def slurm(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     return call
 
 
+def test_a_machine_without_slurm_is_told_so(tmp_path: Path) -> None:
+    command = [shutil.which('bash'), str(ROOT / 'tools/slurm_train.sh'), 'gpu', 'job', 'a.py']
+    result = subprocess.run(command, env=dict(PATH=str(tmp_path)), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert 'there is no sbatch here' in result.stderr
+
+
 def test_a_slurm_job(slurm: Callable[..., tuple[int, list[str]]]) -> None:
     code, (submitted, started) = slurm('gpu', 'my job', 'a.py', '--cfg-options', 'a=b c', GPUS='16', GPUS_PER_NODE='8')
     assert code == 0

@@ -79,6 +79,7 @@ RULES = (
 _PROJECTIONS = (_BLOCK + r'attn\.q' + _KIND, _BLOCK + r'attn\.kv' + _KIND)
 _PACKED = 'layers.{stage}.1.{layer}.attn.attn.in_proj_{kind}'
 _DROPPED = r'head\.(weight|bias)'
+SHOWN = 5
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,8 +90,11 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises:
         KeyError: if a name is unknown, or of a query and key-value projection one is missing; the
-            message names all such keys.
+            message names such keys.
+        ValueError: if the names are mmseg's already.
     """
+    if state_dict and all(re.match(r'(backbone\.)?layers\.\d', name) for name in state_dict):
+        raise ValueError("the names are mmseg's already: use the file as it is")
     converted: dict[str, Tensor] = {}
     halves: dict[str, dict[int, Tensor]] = {}
     unknown = []
@@ -104,7 +108,8 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not re.fullmatch(_DROPPED, name):
             unknown.append(name)
     if unknown:
-        raise KeyError(f'not parameters of an original MiT: {", ".join(unknown)}')
+        more = f' and {len(unknown) - SHOWN} more' if unknown[SHOWN:] else ''
+        raise KeyError(f'not parameters of an original MiT: {", ".join(unknown[:SHOWN])}{more}')
     return converted | _pack(halves)
 
 
@@ -173,10 +178,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('dst', type=Path, help='file to write')
     args = parser.parse_args(arguments)
     try:
-        converted = convert(load(args.src))
+        original = load(args.src)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    except KeyError as error:
+    try:
+        converted = convert(original)
+    except (KeyError, ValueError) as error:
         sys.exit(f'{args.src}: {error.args[0]}')
     save(converted, args.dst)
     print(f'wrote {len(converted)} parameters to {args.dst}')

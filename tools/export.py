@@ -7,6 +7,8 @@ python tools/export.py work_dirs/sats/segformer_b2_voc_15-1/stage_5 [--out DIR] 
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from mmseg_sats.engine.export import export_stage, load_stage
 from mmseg_sats.engine.onnx_export import check_onnx_installed, export_onnx
 
@@ -36,7 +38,8 @@ def main() -> None:
         config, checkpoint = export_stage(args.stage_dir, out)
         print(f"stock mmseg computes the same: init_model('{config}', '{checkpoint}')")
         if args.onnx:
-            worst = export_onnx(load_stage(args.stage_dir)[1], out / 'model.onnx')
+            with Console().status('writing ONNX and comparing it with PyTorch; this takes a minute or more'):
+                worst = export_onnx(load_stage(args.stage_dir)[1], out / 'model.onnx')
             print(f'{out / "model.onnx"}: onnxruntime differs from PyTorch by {worst:.1e} at most')
     except (FileNotFoundError, ImportError, ValueError) as error:
         raise SystemExit(str(error)) from error

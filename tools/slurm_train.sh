@@ -10,6 +10,10 @@ submit() {
         echo "usage: bash tools/slurm_train.sh PARTITION JOB CONFIG [args]" >&2
         exit 2
     fi
+    if ! command -v sbatch > /dev/null; then
+        echo "slurm_train.sh: there is no sbatch here: give the command on a slurm cluster's login node" >&2
+        exit 2
+    fi
     local partition=$1 job=$2 gpus=${GPUS:-4}
     shift 2
     local per_node=${GPUS_PER_NODE:-$gpus}

@@ -86,6 +86,8 @@ def draw(args: argparse.Namespace) -> Path:
         channel = find_channel(new, labels, args.class_name)
         views, labels = attention_view.view_classes(old, new, sample, channel, labels)
         where, what = np.asarray(labels == channel), new.classes[channel]
+        source = args.mask or f"{args.stage_dir.name}'s prediction (--mask FILE for the truth)"
+        print(f'{what}: its region is that of {source}')
     with theme.style():
         figure = attention_view.draw_attention(image, views, what, where)
         content = theme.render(figure, 'png', dict(facecolor='white', dpi=200))

@@ -142,8 +142,9 @@ def _label_word(key: str, value: Any) -> str:
 def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / 'results.json'
     if not path.is_file():
-        near = sorted(str(found.parent) for found in folder.glob('*/results.json'))
-        hint = f'; it holds the runs {", ".join(near)}' if near else ''
+        near = sorted(found.parent.name for found in folder.glob('*/results.json'))
+        more = f' and {len(near) - 3} more' if near[3:] else ''
+        hint = f'; it holds the runs {", ".join(near[:3])}{more}: name those, as in {folder}/*' if near else ''
         raise FileNotFoundError(
             f"{path} does not exist: expected a run's work dir with at least one finished stage{hint}"
         )
