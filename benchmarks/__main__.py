@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = {}
     for name in args.names or BENCHMARKS:
         measured[name] = run(name, args.threads)
-        if args.write:  # after each: the next may be stopped
+        if args.write and measured[name]:  # after each: the next may be stopped
             write(on_file := on_file | {name: {r.name: r.value for r in measured[name]}})
     return compare(measured, on_file) if args.check else 0
 
@@ -88,6 +88,8 @@ def run(name: str, threads: int) -> list[Ratio]:
             env=dict(os.environ, OMP_NUM_THREADS=str(threads)),
         )
         ratios = [Ratio(**entry) for entry in json.loads(path.read_text())]
+    if not ratios:  # it has said why
+        return ratios
     table = PrettyTable(['ratio', 'measured', 'goal', 'met', 'of what'])
     table.set_style(TableStyle.MARKDOWN)
     table.align = 'l'

@@ -3,6 +3,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Stage:
         optimizer: SGD as in the recipes.
         inputs: (B, 3, H, W), as the data preprocessor leaves them.
         samples: their labels.
-        dtype: what autocast works in; None without it.
+        dtype: what autocast works in; None without it. float16 has its losses scaled.
     """
 
     model: nn.Module
@@ -60,8 +61,13 @@ class Stage:
     def step(self) -> None:
         """One training step."""
         self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
+        self._scaler.scale(self.loss()).backward()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    @cached_property
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.inputs.device.type, enabled=self.dtype == torch.float16)
 
     @property
     def labels(self) -> Tensor:

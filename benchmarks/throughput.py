@@ -3,16 +3,16 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import torch
 from prettytable import PrettyTable, TableStyle
 
 import mmseg_sats
-from benchmarks.measure import Ratio, device, median_seconds, peak_bytes
+from benchmarks.measure import Ratio, device, finish_device, median_seconds
 from benchmarks.models import SIZES, stage
+from benchmarks.step import NUM_NEW, NUM_OLD
 
-NUM_OLD, NUM_NEW = 20, 1
-"""Channels of the last stage of 15-1 on VOC."""
 CROP, BATCH, EPOCHS = 512, 24, 30
 """The paper's."""
 PRECISIONS = {'bf16': torch.bfloat16, 'fp32': None, 'fp16': torch.float16}
@@ -44,12 +44,7 @@ def measure() -> list[Ratio]:
 def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
     options = dict(dtype=PRECISIONS[precision], crop_size=CROP, batch_size=BATCH, size=size)
     # One after the other: neither's weights count in the other's memory.
-    peaks = {}
-    for method in ('finetune', 'sats'):
-        made = stage(method, NUM_OLD, NUM_NEW, **options)
-        weights = torch.cuda.memory_allocated()
-        peaks[method] = (peak_bytes(made.step) + weights) / 2**30
-        del made
+    peaks = {method: _peak_gib(method, options) for method in ('finetune', 'sats')}
     tuned, sats = (stage(method, NUM_OLD, NUM_NEW, **options) for method in ('finetune', 'sats'))
     seconds = median_seconds(
         {'FT': tuned.step, 'SATS': sats.step, 'old model': sats.old_forward}, warmup=3
@@ -72,14 +67,26 @@ def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
     return row, ratio
 
 
+def _peak_gib(method: str, options: dict[str, Any]) -> float:
+    """All that a step's tensors take at most: weights, optimizer, activations."""
+    made = stage(method, NUM_OLD, NUM_NEW, **options)
+    if method == 'finetune':
+        made.model._old_model = None  # a run of it loads none
+    made.step()  # makes the momentum
+    torch.cuda.reset_peak_memory_stats()
+    made.step()
+    finish_device()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
 def _hours(finetune_step: float, sats_step: float) -> float:
     """Training alone, the data at hand: stage 0 by plain steps, then SATS."""
-    first, *later = voc_15_1()
+    first, *later = _voc_15_1()
     steps = [-(-images // BATCH) * EPOCHS for images in (first, *later)]
     return (steps[0] * finetune_step + sum(steps[1:]) * sats_step) / 3600
 
 
-def voc_15_1() -> list[int]:
+def _voc_15_1() -> list[int]:
     """The training images of each stage, as published."""
     path = Path(mmseg_sats.__file__).parent / 'datasets/published_counts.csv'
     with path.open(newline='') as file:

@@ -102,7 +102,9 @@ def test_the_tool_writes_a_picture(
 ) -> None:
     stage = str(tiny_runs[0] / 'stage_1')
     tool([stage, str(photograph), '--mask', str(mask), '--out', str(tmp_path / 'a.png')])
-    assert capsys.readouterr().out.count('distance') == 4
+    said = capsys.readouterr().out
+    assert said.count('distance') == 4
+    assert f'its region is that of {mask}' in said
     assert cv2.imread(str(tmp_path / 'a.png')).std() > 10
     tool([stage, str(photograph), '--point', '10', '20', '--out', str(tmp_path / 'b.png')])
     assert (tmp_path / 'b.png').is_file()

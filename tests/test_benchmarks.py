@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import crp, many_classes
+from benchmarks import crp, many_classes, throughput
 from benchmarks.measure import Ratio, median_seconds, peak_bytes
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
 from mmseg_sats.models.shared_losses import shared_losses
@@ -115,3 +115,19 @@ def test_every_benchmark_that_is_listed_is_there() -> None:
     folder = Path(command.__file__).parent
     files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure', 'models', 'voc_size'}
     assert files == set(command.BENCHMARKS)
+
+
+def test_the_hours_of_voc_15_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert throughput._voc_15_1() == [9568, 487, 299, 491, 500, 548]
+    monkeypatch.setattr(throughput, '_voc_15_1', lambda: [49, 24, 25])
+    # Of 24 images 3 steps an epoch, then 1 and 2; 30 epochs.
+    assert throughput._hours(3600, 7200) == 30 * 3 + 30 * 3 * 2
+
+
+def test_what_was_not_measured_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, 'ON_FILE', tmp_path / 'ratios.json')
+    monkeypatch.setattr(command, 'run', lambda name, threads: [])
+    assert command.main(['throughput', '--write']) == 0
+    assert not (tmp_path / 'ratios.json').exists()

@@ -186,6 +186,14 @@ def test_a_folder_without_a_run_names_the_runs_in_it(tiny_runs: list[Path]) -> N
         main([str(tiny_runs[0].parent)])
 
 
+def test_of_many_runs_in_a_folder_three_are_named(tmp_path: Path) -> None:
+    for name in 'abcde':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'results.json').touch()
+    with pytest.raises(SystemExit, match=r'it holds the runs a, b, c and 2 more: name those, as in .*/\*'):
+        main([str(tmp_path)])
+
+
 def test_the_pictures_draw_the_runs_figures(tiny_runs: list[Path]) -> None:
     runs = load_runs(tiny_runs)
     with theme.style():

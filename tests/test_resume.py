@@ -187,6 +187,12 @@ ENDINGS = {
     'SIGINT': ('os.kill(os.getpid(), signal.SIGINT)', -signal.SIGINT),
     'an error': ("raise ValueError('of the test')", 1),
 }
+# A process of multiprocessing ends in another way than the interpreter does.
+ENTRIES = {
+    'SIGTERM': 'train()',
+    'SIGINT': 'train()',
+    'an error': 'child = multiprocessing.Process(target=train); child.start(); child.join(); sys.exit(child.exitcode)',
+}
 
 
 @pytest.mark.parametrize('ending', ENDINGS)
@@ -200,7 +206,9 @@ def test_a_process_with_workers_ends_when_its_run_does(
     cfg.dump(tmp_path / 'config.py')
     script = tmp_path / 'ending.py'
     script.write_text(
-        'import os, signal, sys, time\n'
+        'import multiprocessing, os, signal, sys, time\n'
+        # Ignored in what a shell starts behind its back.
+        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
         'from mmengine.config import Config\n'
         'from mmengine.hooks import Hook\n'
         'from mmengine.registry import HOOKS, RUNNERS\n'
@@ -210,7 +218,9 @@ def test_a_process_with_workers_ends_when_its_run_does(
         '    def after_train_iter(self, runner, *args, **kwargs):\n'
         '        time.sleep(0.5)\n'
         f'        {what}\n'
-        'RUNNERS.build(Config.fromfile(sys.argv[1])).train()\n'
+        'def train():\n'
+        '    RUNNERS.build(Config.fromfile(sys.argv[1])).train()\n'
+        f'{ENTRIES[ending]}\n'
     )
     result = subprocess.run(
         [sys.executable, '-W', 'ignore', str(script), str(tmp_path / 'config.py')],

@@ -253,3 +253,12 @@ def test_a_stage_config_is_read_back_from_its_file(tmp_path: Path) -> None:
         path = tmp_path / 'config.py'
         path.write_text(stage_cfg.pretty_text)
         assert Config.fromfile(path)._cfg_dict.to_dict() == stage_cfg._cfg_dict.to_dict()
+
+
+def test_parameters_share_groups_unless_a_constructor_is_named() -> None:
+    cfg = Config.fromfile(CONFIGS / 'sats/segformer_tiny_shapes_3-1.py')
+    for stage in stage_configs(cfg):
+        assert stage.optim_wrapper.constructor == 'GroupedOptimWrapperConstructor'
+    cfg.optim_wrapper.constructor = 'DefaultOptimWrapperConstructor'
+    for stage in stage_configs(cfg):
+        assert stage.optim_wrapper.constructor == 'DefaultOptimWrapperConstructor'

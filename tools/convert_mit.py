@@ -93,7 +93,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             message names such keys.
         ValueError: if the names are mmseg's already.
     """
-    if state_dict and all(re.match(r'(backbone\.)?layers\.\d', name) for name in state_dict):
+    if state_dict and all(re.match(r'layers\.\d', name) for name in state_dict):
         raise ValueError("the names are mmseg's already: use the file as it is")
     converted: dict[str, Tensor] = {}
     halves: dict[str, dict[int, Tensor]] = {}

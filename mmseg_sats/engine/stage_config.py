@@ -104,7 +104,7 @@ def build_stage_config(
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
     allows no key in two of a config's bases). Then words are resolved, then come the things that only
     the stage knows: the heads' sizes, the old model, where weights start, what is replayed, names and
-    folders.
+    folders. An optimizer without a constructor gets ``GroupedOptimWrapperConstructor``.
 
     Args:
         cfg: the run's config.
@@ -134,6 +134,7 @@ def build_stage_config(
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
         if loader and loader.get('num_workers') == 0:
             loader.persistent_workers = False  # torch refuses to keep workers that there are not
+    # mmengine's own makes every parameter a group with paramwise_cfg: a GPU then updates them one by one.
     if isinstance((result.get('optim_wrapper') or {}).get('optimizer'), dict):
         result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
     # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.

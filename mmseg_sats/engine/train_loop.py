@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """An epoch loop that goes on at the iteration at which it was stopped, as if it had not been."""
 
-import atexit
 import itertools
 import multiprocessing
 import signal
@@ -9,7 +8,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from mmengine.dist import all_reduce, barrier, is_distributed
@@ -45,8 +46,6 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         super().__init__(runner, dataloader, max_epochs, **options)
         self._stop_asked = False
         self.dataloader.worker_init_fn = partial(_start_worker, self.dataloader.worker_init_fn)
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
 
     def run(self) -> nn.Module:
         """Trains to the last epoch, from wherever the counters stand."""
@@ -87,7 +86,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def _batches(self, done: int) -> Iterator[Any]:
         """The epoch's batches behind the first ``done``, which are not loaded."""
         if done == 0:
-            return iter(self.dataloader)
+            return _started(self.dataloader)
         loader = self.dataloader
         left = list(itertools.islice(loader.batch_sampler, done, None))
         if not left:
@@ -103,7 +102,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             multiprocessing_context=loader.multiprocessing_context,
             prefetch_factor=loader.prefetch_factor,
         )
-        return iter(rest)
+        return _started(rest)
 
     def _check_position(self, done: int) -> None:
         if not 0 <= done <= len(self.dataloader):
@@ -155,13 +154,31 @@ def _start_worker(inner: Any, worker_id: int) -> None:
         inner(worker_id)
 
 
+
+_workers: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
+_at_the_end: Finalize | None = None
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, its workers noted."""
+    global _at_the_end
+    if _at_the_end is None or not _at_the_end.still_active():  # a forked process has none
+        # Priority 0: before multiprocessing ends the daemons, behind what pools do.
+        _at_the_end = Finalize(None, _end_workers, exitpriority=0)
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    _workers.update(set(multiprocessing.active_children()) - before)
+    return iterator
+
+
 def _end_workers() -> None:
-    """Ends the loaders' workers as the process ends, however it does; nobody waits for a batch then.
+    """Ends the loops' workers as the process ends, however it does; nobody waits for a batch then.
 
     What ends a run, SIGTERM, Ctrl-C or an error, keeps the loop's iterators alive to the last. Then
     multiprocessing sends each worker one SIGTERM, which a worker of ours outlives, and waits for ever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for an error
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    living = [child for child in multiprocessing.active_children() if child in _workers]
+    if living:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a worker's end for an error
+    for worker in living:
+        worker.kill()
