@@ -17,15 +17,12 @@ from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
 from prettytable import PrettyTable, TableStyle
 from torch import Tensor, nn
 
-from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
+from benchmarks.measure import PRECISIONS, Ratio, Work, device, median_seconds, peak_bytes
+from benchmarks.models import SIZES
 from mmseg_sats.models.backbones import AttentionMixVisionTransformer, attention_mit
 from mmseg_sats.models.backbones.self_attention import GridSize
 
-MODELS = {
-    'MiT-B0': dict(embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]),
-    'MiT-B2': dict(embed_dims=64, num_layers=[3, 4, 6, 3], num_heads=[1, 2, 5, 8]),
-}
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+MODELS = {f'MiT-{size}': dict(SIZES[size], num_heads=[1, 2, 5, 8]) for size in ('B0', 'B2')}
 CROP, BATCH = 512, 2
 GOAL, CLOSE = 1.2, 1e-4
 

@@ -15,6 +15,8 @@ import torch
 
 Work = Callable[[], Any]
 
+PRECISIONS = {'bf16': torch.bfloat16, 'fp32': None, 'fp16': torch.float16}
+"""What autocast works in, by name; None without it."""
 REPEATS = 7
 """The least number of measured calls behind a median."""
 

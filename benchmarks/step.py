@@ -8,7 +8,7 @@ import torch
 from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
-from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
+from benchmarks.measure import PRECISIONS, Ratio, Work, device, median_seconds, peak_bytes
 from benchmarks.models import Stage, stage
 from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.old_model import run_segmentor
@@ -17,12 +17,11 @@ from mmseg_sats.models.shared_losses import shared_losses
 
 NUM_OLD, NUM_NEW = 20, 1
 """Channels of the last stage of 15-1 on VOC."""
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def measure() -> list[Ratio]:
     """Time and peak memory, in each precision that the device has."""
-    names = [name for name in PRECISIONS if name != 'fp16' or device().type != 'cpu']
+    names = ['fp32', 'bf16'] + ['fp16'] * (device().type != 'cpu')
     return [ratio for name in names for ratio in _ratios(name)]
 
 

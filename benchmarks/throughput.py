@@ -9,13 +9,12 @@ import torch
 from prettytable import PrettyTable, TableStyle
 
 import mmseg_sats
-from benchmarks.measure import Ratio, device, finish_device, median_seconds
+from benchmarks.measure import PRECISIONS, Ratio, device, finish_device, median_seconds
 from benchmarks.models import SIZES, stage
 from benchmarks.step import NUM_NEW, NUM_OLD
 
 CROP, BATCH, EPOCHS = 512, 24, 30
 """The paper's."""
-PRECISIONS = {'bf16': torch.bfloat16, 'fp32': None, 'fp16': torch.float16}
 GOAL = 1.10
 
 

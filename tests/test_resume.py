@@ -181,17 +181,17 @@ def test_sigterm_writes_a_checkpoint_and_exits(
     assert (tmp_path / 'run/results.json').read_bytes() == (expected / 'results.json').read_bytes()
 
 
+# What ends the run, how the process starts it, and its exit code.
 ENDINGS = {
-    'SIGTERM': ('os.kill(os.getpid(), signal.SIGTERM)', EXIT_PREEMPTED),
+    'SIGTERM': ('os.kill(os.getpid(), signal.SIGTERM)', 'train()', EXIT_PREEMPTED),
     # Python tells of Ctrl-C by dying of it.
-    'SIGINT': ('os.kill(os.getpid(), signal.SIGINT)', -signal.SIGINT),
-    'an error': ("raise ValueError('of the test')", 1),
-}
-# A process of multiprocessing ends in another way than the interpreter does.
-ENTRIES = {
-    'SIGTERM': 'train()',
-    'SIGINT': 'train()',
-    'an error': 'child = multiprocessing.Process(target=train); child.start(); child.join(); sys.exit(child.exitcode)',
+    'SIGINT': ('os.kill(os.getpid(), signal.SIGINT)', 'train()', -signal.SIGINT),
+    # A process of multiprocessing ends in another way than the interpreter does.
+    'an error': (
+        "raise ValueError('of the test')",
+        'child = multiprocessing.Process(target=train); child.start(); child.join(); sys.exit(child.exitcode)',
+        1,
+    ),
 }
 
 
@@ -200,7 +200,7 @@ def test_a_process_with_workers_ends_when_its_run_does(
     ending: str, shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
     """The signal comes to the process alone, not to its workers, which wait for work meanwhile."""
-    what, code = ENDINGS[ending]
+    what, entry, code = ENDINGS[ending]
     cfg = make(shapes_cfg, 'run', num_workers=1, persistent_workers=True)
     cfg.custom_hooks = [dict(type='Ending')]
     cfg.dump(tmp_path / 'config.py')
@@ -220,7 +220,7 @@ def test_a_process_with_workers_ends_when_its_run_does(
         f'        {what}\n'
         'def train():\n'
         '    RUNNERS.build(Config.fromfile(sys.argv[1])).train()\n'
-        f'{ENTRIES[ending]}\n'
+        f'{entry}\n'
     )
     result = subprocess.run(
         [sys.executable, '-W', 'ignore', str(script), str(tmp_path / 'config.py')],
