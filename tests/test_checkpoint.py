@@ -27,6 +27,7 @@ from mmseg_sats.engine.snapshot import adopt_base, load_snapshot, save_snapshot,
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg
 
 CLASSES = ['background', 'circle', 'square', 'star']
+META = dict(classes=CLASSES, palette=[[0, 0, 0]] * 4)
 
 
 # Writing
@@ -259,24 +260,25 @@ def fake_runner(model: torch.nn.Module, average: dict[str, Tensor] | None = None
         if average is not None:
             checkpoint['state_dict'] = average
 
-    return SimpleNamespace(model=model, seed=5, call_hook=call_hook)
+    dataset = SimpleNamespace(metainfo=META)
+    loader = SimpleNamespace(dataset=dataset)
+    return SimpleNamespace(model=model, seed=5, call_hook=call_hook, train_dataloader=loader)
 
 
 def test_a_snapshot_comes_back_bitwise(tmp_path: Path) -> None:
     model, other = build(model_cfg(4)), build(model_cfg(4), seed=1)
-    meta = dict(classes=CLASSES, palette=[[0, 0, 0]] * 4)
-    save_snapshot(fake_runner(model), tmp_path / 'snapshot.pth', meta)
+    save_snapshot(fake_runner(model), tmp_path / 'snapshot.pth')
     load_snapshot(other, tmp_path / 'snapshot.pth')
     own = other.state_dict()
     assert all(torch.equal(own[key], value) for key, value in model.state_dict().items())
     loaded = load_checkpoint_safely(tmp_path / 'snapshot.pth')
-    assert loaded['meta'] == dict(dataset_meta=meta, seed=5)
+    assert loaded['meta'] == dict(dataset_meta=META, seed=5)
     assert sorted(os.listdir(tmp_path)) == ['snapshot.pth', 'snapshot.pth.sha256']
 
 
 def test_a_snapshot_holds_what_a_hook_put_in_the_place_of_the_weights(tmp_path: Path) -> None:
     model, average = build(model_cfg(4)), build(model_cfg(4), seed=1).state_dict()
-    save_snapshot(fake_runner(model, average), tmp_path / 'snapshot.pth', {})
+    save_snapshot(fake_runner(model, average), tmp_path / 'snapshot.pth')
     loaded = load_checkpoint_safely(tmp_path / 'snapshot.pth')['state_dict']
     assert all(torch.equal(loaded[key], average[key]) for key in average)
 

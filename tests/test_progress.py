@@ -26,7 +26,6 @@ from mmseg_sats.engine.run_plan import (
     build_protocol,
     find_incremental_dataset,
     plan_run,
-    read_presence,
     time_left,
 )
 from mmseg_sats.engine.stage_config import build_stage_config
@@ -67,7 +66,7 @@ def test_the_plan_is_what_the_stages_do(tiny_runs: list[Path]) -> None:
     assert find_incremental_dataset(SimpleNamespace(datasets=[dataset])) is dataset
     assert find_incremental_dataset(SimpleNamespace(parts=dict(stage=dataset))) is dataset
     assert find_incremental_dataset(SimpleNamespace()) is None
-    plans = plan_run(cfg, dataset, read_presence(dataset), tiny_runs[0])
+    plans = plan_run(cfg, dataset, tiny_runs[0])
     results = json.loads((tiny_runs[0] / 'results.json').read_text())['stages']
     for plan, result in zip(plans, results, strict=True):
         assert list(plan.classes) == result['new_classes']

@@ -8,6 +8,8 @@ memory = 0
 memory_selection = dict(type='ClassBalancedMemory')
 replay_share = 0.5
 checkpoint_iters = None
+# The last epoch of a stage counts; 0.2: the best one on a fifth of the training images, held out for that.
+held_out = None
 # 'cuda' refuses to start where there is no GPU; None takes one if there is one.
 device = None
 randomness = dict(seed='$seed')

@@ -22,6 +22,7 @@ from mmseg_sats.datasets.class_index import (
     select_train,
 )
 from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
+from mmseg_sats.datasets.held_out import check_share, held_out
 from mmseg_sats.datasets.image_sizes import check_sizes
 from mmseg_sats.datasets.transforms import (
     MODES,
@@ -87,6 +88,8 @@ class IncrementalDataset(Dataset):
         seed: Of the random transforms; None leaves them to the process's own generators.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
+        held_out: Share of the wrapped dataset's images that are not trained with, the same ones in
+            every stage. In evaluation those alone are taken. None: all, in either.
 
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
@@ -121,12 +124,14 @@ class IncrementalDataset(Dataset):
         seed: int | None = None,
         lazy_init: bool = False,
         exemplars: str | None = None,
+        held_out: float | None = None,
     ) -> None:
         check_choice('mode', mode, MODES)
         if (mode == 'memory') != (exemplars is not None):
             raise ValueError(f"mode='memory' goes with exemplars, got {mode!r} and {exemplars!r}")
         check_choice('setting', setting, SETTINGS)
         check_choice('eval_images', eval_images, EVAL_IMAGES)
+        check_share(held_out)
         if label_transforms and mode == 'eval':
             raise ValueError("IncrementalDataset: label_transforms are for training, got mode='eval'")
         self.mode = mode
@@ -134,6 +139,7 @@ class IncrementalDataset(Dataset):
         self.eval_images = eval_images
         self.cache_dir = cache_dir
         self.exemplars = exemplars
+        self.held_out = held_out
         self.ignore_index = ignore_index
         self.seed = seed
         self._epoch: torch.Tensor | None = None
@@ -170,13 +176,18 @@ class IncrementalDataset(Dataset):
             return
         key = ('class index', self.dataset, self.cache_dir, self.ignore_index)
         class_index = once(key, self._read_class_index)
-        indices = self._select(class_index.presence)
+        self._class_index = class_index
+        self._usable = self._usable_rows()
+        if self.mode == 'memory':
+            rows = exemplar_rows(self.exemplars, self.dataset, self.class_names)
+            indices = np.array(rows, dtype=np.int64)
+        else:
+            indices = self._select(self.stage)
         if indices.size == 0:
-            raise NoImagesError(self._nothing_left(len(class_index), self.stage))
+            raise NoImagesError(self._nothing_left(self.stage))
         indices.setflags(write=False)
         self._indices = indices
         self._packed_presence = class_index.packed[indices]
-        self._class_index = class_index
         self._fully_initialized = True
         self._check_label_transforms()
 
@@ -196,13 +207,33 @@ class IncrementalDataset(Dataset):
             for check in checks:
                 check(paths)
 
-    def _select(self, presence: np.ndarray) -> np.ndarray:
-        if self.mode == 'train':
-            return select_train(presence, self.stage, self.setting)
+    def _usable_rows(self) -> np.ndarray:
+        """(N,) bool: rows of the wrapped dataset that training, or evaluation, may use."""
+        count = len(self._class_index)
+        if self.held_out is None:
+            return np.ones(count, dtype=bool)
+        paths = [self.dataset.get_data_info(row)['img_path'] for row in range(count)]
+        return held_out(paths, self.held_out) == (self.mode == 'eval')
+
+    def _select(self, stage: Stage) -> np.ndarray:
+        presence = self._class_index.presence
         if self.mode == 'eval':
-            return select_eval(presence, self.stage, self.eval_images)
-        rows = exemplar_rows(self.exemplars, self.dataset, self.class_names)
-        return np.array(rows, dtype=np.int64)
+            rows = select_eval(presence, stage, self.eval_images)
+        else:
+            rows = select_train(presence, stage, self.setting)
+        return rows[self._usable[rows]]
+
+    @force_full_init
+    def rows_of(self, stage: Stage) -> np.ndarray:
+        """The wrapped dataset's rows that a stage of the protocol trains with, or is evaluated on.
+
+        Args:
+            stage: Any of the protocol's.
+
+        Returns:
+            (M,) int64, ascending.
+        """
+        return self._select(stage)
 
     @force_full_init
     def check_stages(self, first: int = 0) -> None:
@@ -215,14 +246,9 @@ class IncrementalDataset(Dataset):
             ValueError: If one has none, or an image and its mask differ in size.
             FileNotFoundError: If an image does not exist.
         """
-        presence = self._class_index.presence
         for stage in self.protocol.stages[first:]:
-            if self.mode == 'train':
-                rows = select_train(presence, stage, self.setting)
-            else:
-                rows = select_eval(presence, stage, self.eval_images)
-            if rows.size == 0:
-                raise NoImagesError(self._nothing_left(len(presence), stage))
+            if self._select(stage).size == 0:
+                raise NoImagesError(self._nothing_left(stage))
         infos = [self.dataset.get_data_info(row) for row in range(len(self.dataset))]
         pairs = [(info['img_path'], info['seg_map_path']) for info in infos]
         check_sizes(pairs, self.cache_dir)
@@ -332,7 +358,7 @@ class IncrementalDataset(Dataset):
         )
         return metainfo
 
-    def _nothing_left(self, num_images: int, stage: Stage) -> str:
+    def _nothing_left(self, stage: Stage) -> str:
         wanted = stage.new if self.mode == 'train' else stage.seen
         names = ', '.join(f'{self.class_names[c]} ({c})' for c in wanted)
         rule = f'setting {self.setting!r}'
@@ -340,8 +366,11 @@ class IncrementalDataset(Dataset):
             rule = f'eval_images={self.eval_images!r}'
         if self.mode == 'memory':
             rule = f'exemplars={self.exemplars!r}'
+        if self.held_out is not None:
+            rule += f' and held_out={self.held_out}'
         return (
-            f'protocol {self.protocol.name!r} stage {stage.index}: none of {num_images} '
+            f'protocol {self.protocol.name!r} stage {stage.index}: none of '
+            f'{len(self._class_index)} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
             f'{names} under {rule}'
         )

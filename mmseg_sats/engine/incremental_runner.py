@@ -21,6 +21,7 @@ from mmseg_sats.checkpoint import (
     load_checkpoint_safely,
     read_json,
     remove_temporary,
+    write_checkpoint,
     write_json,
     write_text,
 )
@@ -28,6 +29,7 @@ from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
+from mmseg_sats.engine.hooks.best_epoch_hook import BEST
 from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.results import (
@@ -46,6 +48,7 @@ from mmseg_sats.engine.snapshot import (
     is_whole,
     latest_checkpoint,
     load_snapshot,
+    plain_meta,
     save_snapshot,
     write_weights,
 )
@@ -217,11 +220,14 @@ class IncrementalRunner:
                 runner.model, head_names(runner.model), self.base, meta['classes']
             )
             if is_main_process():
-                write_weights(path, weights, dict(dataset_meta=_plain_meta(meta)))
+                write_weights(path, weights, dict(dataset_meta=plain_meta(meta)))
         else:
             runner.train()
-            if is_main_process():
-                save_snapshot(runner, path, _plain_meta(runner.train_dataloader.dataset.metainfo))
+            best = path.with_name(BEST)
+            if not best.exists():
+                save_snapshot(runner, path)
+            elif is_main_process():
+                write_checkpoint(path, load_checkpoint_safely(best))
         barrier()
         return images
 
@@ -272,14 +278,6 @@ def _train_seconds(runner: Runner, checkpoint: Path | None) -> float:
     if _SECONDS not in scalars and checkpoint is not None:
         scalars = load_checkpoint_safely(checkpoint)['message_hub']['log_scalars']
     return float(scalars[_SECONDS].data[0].sum()) if _SECONDS in scalars else 0.0
-
-
-def _plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
-    """Classes and palette as plain lists, which a safe read of the snapshot accepts."""
-    return dict(
-        classes=[str(name) for name in metainfo['classes']],
-        palette=[[int(value) for value in colour] for colour in metainfo['palette']],
-    )
 
 
 def _release(runner: Runner) -> None:

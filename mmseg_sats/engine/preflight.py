@@ -23,7 +23,7 @@ KEYS = (
     'activation_checkpointing', 'auto_scale_lr', 'base', 'batch_size', 'checkpoint_iters', 'class_order', 'compile',
     'crop_size', 'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
     'default_scope', 'device', 'efficient_conv_bn_eval', 'env_cfg', 'epochs', 'experiment_name',
-    'find_unused_parameters', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
+    'find_unused_parameters', 'held_out', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
     'log_processor', 'lr', 'memory', 'memory_selection', 'method', 'method_initial_stage', 'method_later_stages',
     'model', 'model_config', 'model_wrapper_cfg', 'num_workers', 'optim_wrapper', 'outside_dataset',
     'outside_labeler',
@@ -190,7 +190,8 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
             that leaves the data root, a stage without images, or a file that is no image.
     """
     cfg = stages[first]
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+    loaders = (cfg.train_dataloader, cfg.test_dataloader, cfg.get('val_dataloader'))
+    for loader in filter(None, loaders):
         dataset = DATASETS.build(stage_dataset_cfg(loader.dataset))
         if hasattr(dataset, 'check_stages'):
             dataset.check_stages(first)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
-from mmseg_sats.datasets.class_index import select_train
 from mmseg_sats.engine.stage_config import (
     build_stage_config,
     config_words,
@@ -67,28 +65,19 @@ def build_protocol(cfg: Config) -> Protocol:
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 
-def read_presence(dataset: IncrementalDataset) -> np.ndarray:
-    """Which labels every image has, those of other stages too: (N, 256) bool.
-
-    Every rank must call it, as reading masks is an affair of all of them.
-    """
-    return dataset.class_index.presence
-
-
 def plan_run(
-    cfg: Config, dataset: IncrementalDataset, presence: np.ndarray, work_dir: Path
+    cfg: Config, dataset: IncrementalDataset, work_dir: Path
 ) -> list[StagePlan]:
     """The stages of a run.
 
     Args:
         cfg: the run's config.
         dataset: the training images of any one of its stages.
-        presence: see :func:`read_presence`.
         work_dir: the run's.
     """
     plans = []
     for stage in dataset.protocol.stages:
-        images = len(select_train(presence, stage, dataset.setting))
+        images = len(dataset.rows_of(stage))
         stage_cfg = build_stage_config(cfg, dataset.protocol, stage, work_dir)
         classes = tuple(dataset.class_names[c] for c in stage.new)
         plans.append(StagePlan(stage.index, classes, images, _iterations(stage_cfg, images)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -26,21 +27,32 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in unwrap(model).named_children() if name.endswith('_head')]
 
 
-def save_snapshot(runner: Runner, path: Path, dataset_meta: dict[str, Any]) -> None:
+def save_snapshot(runner: Runner, path: Path) -> None:
     """Writes the model's weights (the averaged ones where EMA runs) and its classes, atomically.
 
+    In a distributed run all ranks must call this; the first one writes.
+
     Args:
-        runner: the stage's runner, after training.
+        runner: the stage's runner, in or after training.
         path: where to.
-        dataset_meta: ``classes`` and ``palette``, which ``mmseg.apis.init_model`` reads.
     """
     weights = {
         key: value.detach().cpu() for key, value in unwrap(runner.model).state_dict().items()
     }
-    checkpoint = dict(meta=dict(dataset_meta=dataset_meta, seed=runner.seed), state_dict=weights)
+    meta = dict(dataset_meta=plain_meta(runner.train_dataloader.dataset.metainfo), seed=runner.seed)
+    checkpoint = dict(meta=meta, state_dict=weights)
     # EMAHook exchanges the averaged weights into `state_dict` here.
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-    write_weights(path, checkpoint['state_dict'], checkpoint['meta'])
+    if is_main_process():
+        write_weights(path, checkpoint['state_dict'], checkpoint['meta'])
+
+
+def plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
+    """Classes and palette as plain lists, which ``mmseg.apis.init_model`` and a safe read accept."""
+    return dict(
+        classes=[str(name) for name in metainfo['classes']],
+        palette=[[int(value) for value in colour] for colour in metainfo['palette']],
+    )
 
 
 def write_weights(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:

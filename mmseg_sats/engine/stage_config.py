@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.config_text import StageConfig
+from mmseg_sats.engine.held_out import add_held_out
 from mmseg_sats.engine.replay import add_replay
 from mmseg_sats.engine.trained_model import take_trained_model
 from mmseg_sats.models.classifier import shape_mismatches
@@ -103,8 +104,8 @@ def build_stage_config(
     Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
     allows no key in two of a config's bases). Then words are resolved, then come the things that only
-    the stage knows: the heads' sizes, the old model, where weights start, what is replayed, names and
-    folders. An optimizer without a constructor gets ``GroupedOptimWrapperConstructor``.
+    the stage knows: the heads' sizes, the old model, where weights start, what is held out and what
+    replayed, names and folders. An optimizer without a constructor gets ``GroupedOptimWrapperConstructor``.
 
     Args:
         cfg: the run's config.
@@ -117,7 +118,7 @@ def build_stage_config(
 
     Raises:
         KeyError: an undefined word.
-        ValueError: a batch has no room for what is replayed.
+        ValueError: a batch has no room for what is replayed, or ``held_out`` is impossible.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
     take_trained_model(merged)
@@ -141,6 +142,7 @@ def build_stage_config(
     result.resume = False
     _set_model(result.model, stage, work_dir)
     _set_names(result, stage, work_dir)
+    add_held_out(result)
     if stage.index > 0:
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
         add_replay(result, stage_dir(work_dir, stage.index - 1))

@@ -3,9 +3,12 @@
 
 from pathlib import Path
 
-from mmseg_sats.checkpoint import write_text
+import numpy as np
 
-EVERY = 5
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.datasets.held_out import held_out
+
+SHARE = 0.2
 
 
 def write_split(train_list: Path, folder: Path) -> tuple[int, int]:
@@ -24,8 +27,8 @@ def write_split(train_list: Path, folder: Path) -> tuple[int, int]:
     if not train_list.is_file():
         raise FileNotFoundError(f'{train_list}: no such list of training images')
     names = sorted(train_list.read_text().split())
-    held, fit = names[::EVERY], [name for index, name in enumerate(names) if index % EVERY]
+    held = held_out(names, SHARE)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / 'held.txt', '\n'.join(held) + '\n')
-    write_text(folder / 'fit.txt', '\n'.join(fit) + '\n')
-    return len(fit), len(held)
+    for file, marks in (('held.txt', held), ('fit.txt', ~held)):
+        write_text(folder / file, '\n'.join(np.array(names)[marks]) + '\n')
+    return int((~held).sum()), int(held.sum())

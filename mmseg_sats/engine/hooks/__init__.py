@@ -2,6 +2,7 @@
 """Hooks of mmengine's runner."""
 
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
+from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook
 from mmseg_sats.engine.hooks.finite_hook import FiniteHook
 from mmseg_sats.engine.hooks.one_rank_logger_hook import OneRankLoggerHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
@@ -10,6 +11,7 @@ from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThres
 
 __all__ = [
     'AtomicCheckpointHook',
+    'BestEpochHook',
     'FiniteHook',
     'OneRankLoggerHook',
     'ProgressHook',

@@ -29,7 +29,6 @@ from mmseg_sats.engine.run_plan import (
     StagePlan,
     find_incremental_dataset,
     plan_run,
-    read_presence,
     time_left,
 )
 from mmseg_sats.once import once
@@ -186,7 +185,7 @@ class ProgressHook(Hook):
 
 def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
     """The run's stages; none where the stage is run on its own, or on another rank than the first."""
-    presence = read_presence(dataset)
+    dataset.full_init()  # every rank: reading masks is an affair of all of them
     work_dir = Path(runner.work_dir).resolve().parent
     path = work_dir / 'config.py'
     if not (is_main_process() and path.is_file()):
@@ -196,7 +195,7 @@ def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
         cfg = Config.fromfile(path)
         if cfg.get('runner_type') != 'IncrementalRunner' or cfg.protocol != dataset.protocol.name:
             return []
-        return plan_run(cfg, dataset, presence, work_dir)
+        return plan_run(cfg, dataset, work_dir)
 
     return once(('plan', path, dataset.setting), plan)
 

@@ -1,0 +1,66 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Keeps the weights of the epoch that validates best."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmseg_sats.checkpoint import read_json, write_json
+from mmseg_sats.engine.snapshot import save_snapshot
+
+BEST = 'best.pth'
+
+
+@HOOKS.register_module()
+class BestEpochHook(Hook):
+    """Keeps the weights of the best validated epoch, which become the stage's snapshot.
+
+    The best so far stands in ``best.pth``, with averaged weights where EMA runs, and the score of
+    every epoch in ``held_out.json`` of the stage's work dir. Of epochs that are alike the first wins.
+    A run that was stopped between an epoch and the end of its validation validates it once resumed.
+
+    What is no weight, SDR's prototypes, say, stays that of the last epoch.
+
+    Args:
+        metric: key of the validation's metrics, of which more is better.
+        file_name: name of the file with the scores, ``{epoch: percent}``.
+    """
+
+    priority = 'LOWEST'  # averaged weights are back in their place, and all else is resumed
+
+    def __init__(self, metric: str = 'mIoU_all', file_name: str = 'held_out.json') -> None:
+        self.metric = metric
+        self.file_name = file_name
+        self.scores: dict[str, float | None] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Takes up what a resumed stage has validated already."""
+        path = Path(runner.work_dir) / self.file_name
+        if runner.epoch and path.exists():
+            self.scores = read_json(path)
+        ended = runner.epoch and runner.iter == runner.epoch * len(runner.train_dataloader)
+        if ended and str(runner.epoch) not in self.scores:
+            runner.val_loop.run()
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Notes the epoch's score, and keeps its weights if it is the best."""
+        score = metrics[self.metric]
+        number = None if math.isnan(score) else float(score)  # JSON knows no NaN
+        known = [value for value in self.scores.values() if value is not None]
+        best = not known or (number is not None and number > max(known))
+        if best:
+            save_snapshot(runner, Path(runner.work_dir) / BEST)
+        self.scores[str(runner.epoch)] = number
+        if is_main_process():
+            write_json(Path(runner.work_dir) / self.file_name, self.scores)
+        runner.logger.info(
+            f'epoch {runner.epoch}: {self.metric} {score:.2f} on the held-out images'
+            f'{", the best so far" if best else ""}'
+        )
