@@ -63,7 +63,7 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
         print(f'no pseudo-labels: the old model {old["checkpoint"]} does not exist yet')
         return None
     model = MODELS.build(cfg.model)
-    if model.pseudo_labeler.needs_pass:
+    if getattr(model.pseudo_labeler, 'needs_pass', False):
         kept = folder / 'pseudo_label_thresholds.json'
         if kept.is_file():
             model.pseudo_labeler.load_state_dict(json.loads(kept.read_text()))

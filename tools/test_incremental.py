@@ -5,13 +5,20 @@ python tools/test_incremental.py work_dirs/sats/segformer_b2_voc_15-1 [--stage 5
 """
 
 import argparse
+import inspect
 from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import write_json
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.results import stage_results
+from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.snapshot import load_snapshot
+from mmseg_sats.engine.stage_config import build_stage_config
 from mmseg_sats.engine.stage_runner import StageRunner
 
 
@@ -29,9 +36,39 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def stage_config(folder: Path, options: dict) -> Config:
+    """The config of a stage, made anew with the options.
+
+    Words such as ``data_root`` or ``eval_pipeline`` are resolved in the stage's own ``config.py``: they
+    are changed in the run's. Parts of the stage, ``test_dataloader.batch_size``, say, are changed in
+    what comes of it.
+    """
+    parts = {
+        key: value
+        for key, value in options.items()
+        if '.' in key and key.split('.')[0] in inspect.signature(Runner).parameters
+    }
+    words = {key: value for key, value in options.items() if key not in parts}
+    path = folder.parent / 'config.py'
+    if not path.is_file():
+        if words:
+            raise FileNotFoundError(
+                f'{path} does not exist: {", ".join(words)} can be changed in the config of the run '
+                f'alone, in {folder / "config.py"} they are resolved'
+            )
+        return read_config(folder / 'config.py', parts)
+    cfg = read_config(path, words)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    protocol = build_protocol(cfg)
+    stage = protocol.stage(int(folder.name.removeprefix('stage_')))
+    cfg = build_stage_config(cfg, protocol, stage, folder.parent)
+    cfg.merge_from_dict(parts)
+    return cfg
+
+
 def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     """Evaluates the snapshot in ``folder``; returns the stage's entry as in results.json."""
-    cfg = read_config(folder / 'config.py', options)
+    cfg = stage_config(folder, options or {})
     cfg.work_dir = str(out / folder.name)
     # Nothing is trained: the old model and the snapshot it starts from may be gone.
     cfg.load_from, cfg.model.old_model = None, None

@@ -59,7 +59,9 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.parent.name}/{path.stem}'
     )
-    cfg.launcher, cfg.resume, cfg.base = args.launcher, args.resume, args.base
+    cfg.launcher = args.launcher
+    cfg.resume = args.resume or cfg.get('resume', False)
+    cfg.base = args.base or cfg.get('base')
     if args.amp:
         use_amp(cfg)
     return cfg

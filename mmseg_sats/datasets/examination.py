@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mmseg_sats.datasets.class_index import (
     available_cores,
@@ -19,6 +18,7 @@ from mmseg_sats.datasets.class_index import (
     select_eval,
     select_train,
 )
+from mmseg_sats.datasets.image_sizes import size_of
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')
@@ -117,13 +117,7 @@ def examine_pair(pair: tuple[str, str]) -> Pair:
     image, mask = pair
     nothing = np.zeros(256, np.int64)
     try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except FileNotFoundError:
-        return Pair(nothing, f'image {image} does not exist')
-    except (OSError, SyntaxError, ValueError) as error:
-        return Pair(nothing, f'image {image} is unreadable ({error})')
-    try:
+        width, height = size_of(image)
         labels = read_labels(mask)
     except (FileNotFoundError, ValueError) as error:
         return Pair(nothing, str(error))

@@ -69,7 +69,7 @@ def _note(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None) -> Pat
 
 
 def _check_pair(pair: tuple[str, str]) -> None:
-    image, mask = (_size(path) for path in pair)
+    image, mask = (size_of(path) for path in pair)
     if image != mask:
         raise ValueError(
             f'image {pair[0]} is {image[0]} x {image[1]} (width x height), its mask {pair[1]} is '
@@ -77,12 +77,20 @@ def _check_pair(pair: tuple[str, str]) -> None:
         )
 
 
-def _size(path: str) -> tuple[int, int]:
+def size_of(path: str) -> tuple[int, int]:
+    """Width and height as OpenCV reads the image, photographs turned as their EXIF says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no image.
+    """
     try:
         with Image.open(path) as image:
             width, height = image.size
             # As OpenCV turns photographs. Of a PNG, Pillow would have to decode all to know.
             turned = image.format in _TURNABLE and image.getexif().get(_ORIENTATION) in _TURNED
-    except OSError as error:
+    except FileNotFoundError:
+        raise FileNotFoundError(f'image {path} does not exist') from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(f'{path} is no image that can be read: {error}') from error
     return (height, width) if turned else (width, height)

@@ -2,7 +2,7 @@
 """Evaluating a stage, also where there is nothing to evaluate it on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -29,7 +29,7 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
             for a stage 0 that comes from a checkpoint: its data need not be at hand.
 
     Returns:
-        The metrics; NaN throughout where no image was left.
+        The metrics of ``IncrementalIoUMetric``; NaN throughout where no image was left.
 
     Raises:
         NoImagesError: no image is left, and that is an error.
@@ -41,7 +41,16 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
         except NoImagesError as error:
             runner.logger.warning(f'stage {dataset.stage.index} is not evaluated: {error}')
             return empty_metrics(dataset.metainfo['classes'])
-    return runner.test_loop.run()
+    return own_metrics(runner.test_loop.run())
+
+
+def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What ``IncrementalIoUMetric`` gave among the metrics of an evaluation, its ``prefix`` taken off."""
+    first = next((key for key in metrics if key.endswith('mIoU_base')), None)
+    if first is None:
+        raise KeyError(f'the evaluation gave {sorted(metrics)}: expected IncrementalIoUMetric in it')
+    prefix = first.removesuffix('mIoU_base')
+    return {key.removeprefix(prefix): v for key, v in metrics.items() if key.startswith(prefix)}
 
 
 def empty_metrics(classes: Sequence[str]) -> dict[str, float]:

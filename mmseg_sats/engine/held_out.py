@@ -17,7 +17,7 @@ def add_held_out(cfg: Config) -> None:
         cfg: the stage's config, its words resolved; ``held_out`` is the share, None for none.
 
     Raises:
-        ValueError: an impossible share, training data of another kind, or a validation besides.
+        ValueError: an impossible share, training data or a loop of another kind, or a validation besides.
     """
     share = cfg.get('held_out')
     check_share(share)
@@ -34,6 +34,11 @@ def add_held_out(cfg: Config) -> None:
             f'held_out={share} makes a val_dataloader of the training images, and the config has one '
             'of its own: expected one of the two'
         )
+    if not cfg.train_cfg.get('by_epoch', True) or 'max_iters' in cfg.train_cfg:
+        raise ValueError(
+            f'held_out={share} chooses among epochs: expected a train_cfg with max_epochs, got '
+            f'{dict(cfg.train_cfg)}'
+        )
     train.held_out = loader.dataset.held_out = share
     # Transforms of the evaluation, whichever of the two names them.
     loader.dataset.setdefault('pipeline', loader.dataset.dataset.get('pipeline'))
@@ -41,4 +46,7 @@ def add_held_out(cfg: Config) -> None:
     cfg.val_dataloader = loader
     cfg.val_cfg = dict(type='ValLoop')
     cfg.val_evaluator = copy.deepcopy(cfg.test_evaluator)
+    # Else the epoch would be taken for the iteration on the axis of the curves.
+    if cfg.get('default_hooks', {}).get('logger'):
+        cfg.default_hooks.logger.log_metric_by_epoch = False
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='BestEpochHook')]

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
+from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.snapshot import adopt_base, head_names
@@ -187,7 +188,8 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
     Raises:
         FileNotFoundError: a list, image or mask does not exist.
         ValueError: a mask with impossible labels, an image and a mask of different size, a path
-            that leaves the data root, a stage without images, or a file that is no image.
+            that leaves the data root, a stage without images, a file that is no image, or a class
+            that no held-out image shows.
     """
     cfg = stages[first]
     loaders = (cfg.train_dataloader, cfg.test_dataloader, cfg.get('val_dataloader'))
@@ -195,6 +197,20 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
         dataset = DATASETS.build(stage_dataset_cfg(loader.dataset))
         if hasattr(dataset, 'check_stages'):
             dataset.check_stages(first)
+    if cfg.get('held_out'):
+        _check_held_out(dataset)
+
+
+def _check_held_out(dataset: IncrementalDataset) -> None:
+    """An epoch must not be chosen as if a class were not there: the best would be one that forgets it."""
+    stages = dataset.protocol.stages
+    shown = dataset.class_index.presence[dataset.rows_of(stages[-1])].any(axis=0)
+    absent = [dataset.class_names[c] for c in stages[-1].seen if not shown[c]]
+    if absent:
+        raise ValueError(
+            f'held_out={dataset.held_out}: no held-out image shows {", ".join(absent)}: expected every '
+            'class, old ones too, in the masks of the training images, and a share that is large enough'
+        )
 
 
 def check_model(cfg: Config) -> None:
@@ -203,9 +219,17 @@ def check_model(cfg: Config) -> None:
     Raises:
         KeyError: a type that is not registered, with a near match.
         TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
-        ValueError: whatever else the model's parts refuse.
+        ValueError: whatever else the model's parts refuse, or activation checkpointing that would do
+            nothing.
     """
-    _build_model(cfg)
+    model = _build_model(cfg)
+    names = [name for name in cfg.get('activation_checkpointing') or () if 'backbone' in name]
+    # mmengine wraps the layers' forward, and layers that give their attention are not called by it.
+    if names and hasattr(model.backbone, 'forward_with_attention'):
+        raise ValueError(
+            f'activation_checkpointing={names} does not reach the layers of '
+            f'{type(model.backbone).__name__}: expected model.backbone.with_cp=True in its place'
+        )
 
 
 def check_base(cfg: Config, base: Path) -> None:

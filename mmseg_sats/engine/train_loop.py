@@ -36,7 +36,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     SIGTERM, by which a cluster takes a machine away, ends the run behind the iteration under way:
     hooks with ``before_stop(runner)`` are called, which is when ``AtomicCheckpointHook`` writes, and
-    the process exits with ``EXIT_PREEMPTED`` (143).
+    the process exits with ``EXIT_PREEMPTED`` (143). Between epochs, in a validation, say, it ends the
+    process at once: the epoch's checkpoint stands.
 
     Args:
         runner, dataloader, max_epochs, options: as in mmengine's ``EpochBasedTrainLoop``.
@@ -52,11 +53,16 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         metainfo = getattr(self.dataloader.dataset, 'metainfo', {})
         # Only now: resuming may have brought another seed.
         self._key = (self.runner.seed, metainfo.get('stage', 0))
-        with self._watching_for_sigterm():
-            return super().run()
+        return super().run()
 
     def run_epoch(self) -> None:
         """One epoch, or what is left of it."""
+        with self._watching_for_sigterm():
+            self._run_epoch()
+            # The signal may have come while the epoch's checkpoint was being written.
+            self._stop_if_asked()
+
+    def _run_epoch(self) -> None:
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         set_epoch(self.dataloader.dataset, self._epoch)
@@ -74,6 +80,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """One iteration; then the end of the run if SIGTERM came."""
         seed_all(*self._key, 2, self._iter)
         super().run_iter(idx, data_batch)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
         if self._must_stop():
             self.runner.call_hook('before_stop')
             # What watches over the processes ends all at the first that ends: not while one writes.

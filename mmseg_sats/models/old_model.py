@@ -98,9 +98,12 @@ class OldModel:
     @torch.no_grad()
     def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
         """The old model's output for images (B, 3, H, W), without gradients."""
-        # The student's .to() does not reach it. Asked first: Module.to goes through every tensor.
-        if next(self.model.parameters()).device != inputs.device:
-            self.model.to(inputs.device)
+        # The student's .to() and .double() do not reach it. Asked first: Module.to goes through every tensor.
+        own = next(self.model.parameters())
+        # Of lower precisions autocast takes care, whatever the images have become.
+        dtype = inputs.dtype if torch.float64 in (own.dtype, inputs.dtype) else own.dtype
+        if (own.device, own.dtype) != (inputs.device, dtype):
+            self.model.to(inputs.device, dtype)
         return run_segmentor(self.model, inputs, with_attention)[0]
 
     def __deepcopy__(self, memo: dict) -> 'OldModel':

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmseg_sats.models.attention import full_precision, working_dtype
 from mmseg_sats.models.resizing import Block, ResizedLogits
@@ -116,9 +115,15 @@ class _PixelMaps(torch.autograd.Function):
         return maps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient (B, K, h, w) of the student's logits, from those (B, H, W) of the maps."""
+        """The gradient (B, K, h, w) of the student's logits, from those (B, H, W) of the maps.
+
+        Raises:
+            RuntimeError: a second derivative is asked for (``create_graph=True``).
+        """
+        # torch's once_differentiable would let it pass as 0 where the outer gradient is a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError('losses over pixels have first derivatives alone: create_graph=True')
         student, teacher, labels = ctx.saved_tensors
         asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
         total = ResizedLogits(student, labels.shape[1:], ctx.options[0]).zeros()

@@ -8,6 +8,7 @@ Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segm
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,11 @@ _RULES: dict[str, _ThresholdRule] = {
 
 def _fixed_rule(value: float) -> _ThresholdRule:
     """The same threshold for every class, whatever its pixels."""
-    return _ThresholdRule(1, _normalised_entropy, lambda counts: torch.full((len(counts),), value))
+    return _ThresholdRule(1, _normalised_entropy, partial(_same_for_all, value))
+
+
+def _same_for_all(value: float, counts: Tensor) -> Tensor:
+    return torch.full((len(counts),), value)
 
 
 @MODELS.register_module()

@@ -23,6 +23,8 @@ DEFAULT_ELEMENTS = 2**25
 class ResizedLogits:
     """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by rows.
 
+    Where they are resized they must be finite: mask a class by a large negative number, not by -inf.
+
     Args:
         logits: at any resolution.
         size: (H, W).
@@ -37,6 +39,10 @@ class ResizedLogits:
         self.down, self.across = (
             _weights(old, new, align_corners, self.dtype)
             for old, new in zip(logits.shape[2:], self.size, strict=True)
+        )
+        # Left as they are, since a product with 0 makes NaN of what is not finite.
+        self.as_high, self.as_wide = (
+            old == new for old, new in zip(logits.shape[2:], self.size, strict=True)
         )
         used = self.down != 0
         self.first = used.int().argmax(1).tolist()
@@ -58,7 +64,9 @@ class ResizedLogits:
     def block(self, image: int, rows: slice) -> 'Block':
         """A block of an image's rows."""
         near = self.near(rows)
-        wide = self.images[image, near].to(self.dtype) @ self.across.mT
+        wide = self.images[image, near].to(self.dtype)
+        if not self.as_wide:
+            wide = wide @ self.across.mT
         return Block(self, image, near, wide)
 
     def zeros(self) -> Tensor:
@@ -92,6 +100,8 @@ class Block:
     def rows(self, rows: slice) -> Tensor:
         """The image's rows, (n, K, W)."""
         down, own = self._sources(rows)
+        if self.logits.as_high:
+            return self.wide[own].clone()
         return (down @ self.wide[own].flatten(1)).unflatten(1, self.wide.shape[1:])
 
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
@@ -99,7 +109,10 @@ class Block:
         if self.grad is None:
             self.grad = torch.zeros_like(self.wide)
         down, own = self._sources(rows)
-        self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
+        if self.logits.as_high:
+            self.grad[own] += grad
+        else:
+            self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
 
     def _sources(self, rows: slice) -> tuple[Tensor, slice]:
         """What these rows take (n, m) of m of the block's source rows, and which those are."""
@@ -109,7 +122,8 @@ class Block:
 
     def give_gradient(self, total: Tensor) -> None:
         """Adds to ``total``, of ``zeros()``, what all the rows' gradients are to the logits."""
-        total[self.image, self.near] += self.grad @ self.logits.across
+        grad = self.grad if self.logits.as_wide else self.grad @ self.logits.across
+        total[self.image, self.near] += grad
 
 
 def _weights(source: int, size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:

@@ -56,13 +56,13 @@ def shared_losses(
     for loss in own:
         check_label_values(labels, head.num_classes, head.ignore_index)
         loss.check(student.logits.shape[1])
-    if distilled:
+    if distilled and teacher is not None:  # some need none
         check_channels(student.logits, teacher.logits)
     observed = (_is_right,) if own else ()
     maps = pixel_maps(
         [*observed, *(loss.pixels for loss in (*own, *distilled.values()))],
         student.logits,
-        teacher.logits if distilled else None,
+        teacher.logits if distilled and teacher is not None else None,
         labels,
         align_corners=student.align_corners,
         ignore_index=head.ignore_index,

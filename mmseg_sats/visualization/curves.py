@@ -86,6 +86,8 @@ def draw_sweep(sweep: Sweep) -> Figure:
             for value, run in sweep.points
             if run.results['final'][key] is not None
         ]
+        if not points:  # joint training, say, has nothing new
+            continue
         ax.plot(*zip(*points, strict=True), style['marker'], color=style['color'], markersize=3)
         means = [
             _mean([y for x, y in points if x == value]) for value in values

@@ -29,6 +29,7 @@ Flat = dict[str, Any]
 
 TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
 EVALUATION = ('test_dataloader', 'test_evaluator')
+VALIDATION = ('val_dataloader', 'val_evaluator')
 # What the segmentor leaves alone while there is no old model, but for losses that need none.
 LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
 # What of an IncrementalDataset is said by the classes of the stage.
@@ -136,9 +137,11 @@ def _start(cfg: Config, stage: Stage) -> Flat:
         losses = head.loss_decode
         losses = losses if isinstance(losses, list | tuple) else [losses]
         head.loss_decode = [as_plain(loss, stage.num_seen_labels) for loss in losses]
-    dataset = parts['train_dataloader'].dataset
-    for key in STAGE_KEYS:
-        dataset.pop(key, None)
+    if cfg.get('val_dataloader'):  # what is held out chooses the epoch
+        parts.update({key: copy.deepcopy(cfg.get(key)) for key in VALIDATION})
+    for name in parts.keys() & {'train_dataloader', 'val_dataloader'}:
+        for key in STAGE_KEYS:
+            parts[name].dataset.pop(key, None)
     return flatten(parts) | dict(new=list(stage.new), future=sorted(stage.future))
 
 

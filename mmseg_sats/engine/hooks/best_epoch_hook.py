@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import read_json, write_json
+from mmseg_sats.engine.evaluation import own_metrics
 from mmseg_sats.engine.snapshot import save_snapshot
 
 BEST = 'best.pth'
@@ -27,7 +28,7 @@ class BestEpochHook(Hook):
     What is no weight, SDR's prototypes, say, stays that of the last epoch.
 
     Args:
-        metric: key of the validation's metrics, of which more is better.
+        metric: one of ``IncrementalIoUMetric``'s, of which more is better.
         file_name: name of the file with the scores, ``{epoch: percent}``.
     """
 
@@ -44,23 +45,32 @@ class BestEpochHook(Hook):
         if runner.epoch and path.exists():
             self.scores = read_json(path)
         ended = runner.epoch and runner.iter == runner.epoch * len(runner.train_dataloader)
-        if ended and str(runner.epoch) not in self.scores:
+        if ended and _is_validated(runner) and str(runner.epoch) not in self.scores:
             runner.val_loop.run()
 
     def after_val_epoch(
         self, runner: Runner, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Notes the epoch's score, and keeps its weights if it is the best."""
-        score = metrics[self.metric]
+        score = own_metrics(metrics)[self.metric]
         number = None if math.isnan(score) else float(score)  # JSON knows no NaN
         known = [value for value in self.scores.values() if value is not None]
         best = not known or (number is not None and number > max(known))
         if best:
             save_snapshot(runner, Path(runner.work_dir) / BEST)
-        self.scores[str(runner.epoch)] = number
+        # An epoch may come again behind an older checkpoint; the weights kept are those of the higher.
+        if best or str(runner.epoch) not in self.scores:
+            self.scores[str(runner.epoch)] = number
         if is_main_process():
             write_json(Path(runner.work_dir) / self.file_name, self.scores)
         runner.logger.info(
             f'epoch {runner.epoch}: {self.metric} {score:.2f} on the held-out images'
             f'{", the best so far" if best else ""}'
         )
+
+
+def _is_validated(runner: Runner) -> bool:
+    """Whether mmengine's loop validates behind the epoch that was the last one."""
+    loop = runner.train_loop
+    due = runner.epoch % loop.val_interval == 0 or runner.epoch == loop.max_epochs
+    return runner.epoch >= loop.val_begin and due

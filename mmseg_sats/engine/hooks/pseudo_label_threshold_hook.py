@@ -37,7 +37,7 @@ class PseudoLabelThresholdHook(Hook):
         """Sets the thresholds of the model's pseudo-labeler, if it has an old model to label with."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         labeler = getattr(model, 'pseudo_labeler', None)
-        if labeler is None or model.old_model is None or not labeler.needs_pass:
+        if labeler is None or model.old_model is None or not getattr(labeler, 'needs_pass', False):
             return
         path = Path(runner.work_dir) / self.file_name
         if path.exists():

@@ -190,13 +190,18 @@ class LogitsDistillation(PixelwiseLoss):
         """The loss, without its weight, of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
         return mean_over_pixels(self.pixels, student_logits, teacher_logits)
 
-    def forward(self, student: HasLogits, teacher: HasLogits, labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar, at the size of ``labels`` (B, H, W)."""
-        check_channels(student.logits, teacher.logits)
+    def forward(self, student: HasLogits, teacher: HasLogits | None, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar, at the size of ``labels`` (B, H, W).
+
+        ``teacher`` is None in a stage without an old model, which only a part that has
+        ``needs_teacher = False`` sees.
+        """
+        if teacher is not None:
+            check_channels(student.logits, teacher.logits)
         (loss,) = pixel_maps(
             [self.pixels],
             student.logits,
-            teacher.logits,
+            None if teacher is None else teacher.logits,
             labels,
             align_corners=student.align_corners,
         )
