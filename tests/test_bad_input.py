@@ -444,6 +444,11 @@ CASES = [
         ('pseudo_labeler.threshold=medain',),
     ),
     Case(
+        'checkpointing that does nothing',
+        r'does not reach the layers of AttentionMixVisionTransformer: expected model\.backbone\.with_cp',
+        ("activation_checkpointing=['backbone.layers.0']",),
+    ),
+    Case(
         'source misspelt',
         r"source='features' is unknown \(did you mean 'feature'",
         ('distillation.attention.source=features',),

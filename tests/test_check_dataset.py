@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 import pytest
+from PIL import Image
 
-from mmseg_sats.datasets.examination import examine, published_counts
+from mmseg_sats.datasets.examination import examine, examine_pair, published_counts
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 from tests.test_tools import run
@@ -75,6 +77,18 @@ def test_a_clean_data_set_is_counted(config: Path) -> None:
     assert row(lines, 'c', 1) == ['c', '2', '1', '8', '1', '8']
 
 
+def test_a_photograph_is_turned_as_it_is_read(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(tmp_path / 'a.jpg', exif=exif)
+    for name, shape in (('turned', (10, 8)), ('lying', (8, 10))):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f'{name}.png')
+    image = str(tmp_path / 'a.jpg')
+    assert mmcv.imread(image).shape[:2] == (10, 8)
+    assert examine_pair((image, str(tmp_path / 'turned.png'))).fault is None
+    assert 'lying.png is 10 x 8 pixels' in examine_pair((image, str(tmp_path / 'lying.png'))).fault
+
+
 def test_every_fault_is_listed_not_the_first_alone(config: Path, tmp_path: Path) -> None:
     write(tmp_path, 'train', 'no_mask', None)
     write(tmp_path, 'train', 'other_size', mask(10), size=(8, 12))
@@ -99,7 +113,7 @@ def test_every_fault_is_listed_not_the_first_alone(config: Path, tmp_path: Path)
         'sixteen.png: expected a single-channel 8-bit',
         'unknown.png holds the numbers [77, 78], which stand for no class',
         'cut.png is unreadable',
-        'no_image.jpg is unreadable',
+        'no_image.jpg is no image that can be read',
         'no image of stage 2 shows c',
     ):
         assert words in wrong, wrong

@@ -4,6 +4,7 @@
 import logging
 import math
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
@@ -21,7 +23,9 @@ from mmseg_sats.checkpoint import load_checkpoint_safely, read_json
 from mmseg_sats.datasets.held_out import held_out
 from mmseg_sats.engine.hooks import BestEpochHook
 from mmseg_sats.engine.run_plan import build_protocol
+from mmseg_sats.engine.snapshot import latest_checkpoint
 from mmseg_sats.engine.stage_config import build_stage_config
+from mmseg_sats.engine.train_loop import EXIT_PREEMPTED
 
 MakeConfig = Callable[..., Config]
 
@@ -61,6 +65,18 @@ def test_a_second_validation_is_refused(shapes_cfg: MakeConfig) -> None:
     cfg.val_dataloader = cfg.test_dataloader
     with pytest.raises(ValueError, match='the config has one of its own: expected one of the two'):
         RUNNERS.build(cfg)
+
+
+def test_a_loop_without_epochs_is_refused(shapes_cfg: MakeConfig) -> None:
+    cfg = shapes_cfg('sats', held_out=0.2)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=5, _delete_=True)
+    with pytest.raises(ValueError, match='chooses among epochs: expected a train_cfg with max_epochs'):
+        RUNNERS.build(cfg)
+
+
+def test_a_class_that_no_held_out_image_shows_is_named(shapes_cfg: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r'no held-out image shows .*square.*: expected every class'):
+        RUNNERS.build(shapes_cfg('sats', held_out=0.05))
 
 
 def stage_configs(cfg: Config) -> list[Config]:
@@ -108,6 +124,8 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     inner = BestEpochHook.after_val_epoch
 
     def after_val_epoch(self: BestEpochHook, runner: Runner, metrics: dict[str, float]) -> None:
+        # A validation is not the end of an iteration: SIGTERM ends the process at once.
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if runner.epoch not in scores:
             raise KeyboardInterrupt
         inner(self, runner, metrics | dict(mIoU_all=scores[runner.epoch]))
@@ -118,7 +136,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
 
 def make(shapes_cfg: MakeConfig, name: str, **options: Any) -> Config:
     """Two stages with averaged weights; the checkpoints of all epochs stay."""
-    cfg = shapes_cfg('sats', name, protocol='3-3', epochs=3, held_out=0.25, **options)
+    cfg = shapes_cfg('sats', name, protocol='3-3', epochs=3, held_out=0.34, **options)
     cfg.custom_hooks = [*cfg.custom_hooks, dict(type='EMAHook')]
     cfg.default_hooks.checkpoint.max_keep_ckpts = 9
     return cfg
@@ -166,17 +184,60 @@ def test_validating_changes_nothing_of_the_training(shapes_cfg: MakeConfig) -> N
     assert all(0 <= score <= 100 for score in scores.values())
 
 
+@HOOKS.register_module()
+class SigtermBehindTheEpoch(Hook):
+    """Sends SIGTERM once the first epoch's checkpoint is written."""
+
+    priority = 'LOWEST'
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if runner.epoch == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_while_an_epoch_ends_is_heard(shapes_cfg: MakeConfig) -> None:
+    cfg = stage_configs(make(shapes_cfg, 'run'))[0]
+    cfg.custom_hooks.append(dict(type='SigtermBehindTheEpoch'))
+    with pytest.raises(SystemExit) as stopped:
+        Runner.from_cfg(cfg).train()
+    assert stopped.value.code == EXIT_PREEMPTED
+    folder = Path(cfg.work_dir)
+    assert not (folder / 'held_out.json').exists()
+    meta = load_checkpoint_safely(latest_checkpoint(folder))['meta']
+    assert meta['epoch'] == 1
+
+
 def test_an_epoch_without_a_figure_is_no_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The sixth and the seventh come again, from a checkpoint before them, and differ a little.
+    scores = dict(enumerate([math.nan, 5.0, math.nan, 4.0, 5.0, 6.0], start=1)) | {7: 5.5}
     kept: list[int] = []
     monkeypatch.setattr(
         'mmseg_sats.engine.hooks.best_epoch_hook.save_snapshot',
         lambda runner, path: kept.append(runner.epoch),
     )
     hook, logger = BestEpochHook(), logging.getLogger('held out')
-    for epoch, score in enumerate([math.nan, 5.0, math.nan, 4.0, 5.0, 6.0], start=1):
+    for epoch, score in [*scores.items(), (6, 5.9), (7, 5.95)]:
         runner = SimpleNamespace(epoch=epoch, work_dir=str(tmp_path), logger=logger)
-        hook.after_val_epoch(runner, dict(mIoU_all=score))
+        hook.after_val_epoch(runner, dict(mIoU_base=0.0, mIoU_all=score))
     assert kept == [1, 2, 6]
-    assert read_json(tmp_path / 'held_out.json')['3'] is None
+    noted = read_json(tmp_path / 'held_out.json')
+    assert noted == {str(epoch): None if math.isnan(score) else score for epoch, score in scores.items()}
+
+
+@pytest.mark.parametrize(
+    ('epoch', 'begin', 'interval', 'validated'),
+    [(3, 1, 2, False), (4, 1, 2, True), (4, 5, 2, False), (5, 1, 2, True), (0, 1, 1, False)],
+)
+def test_a_resumed_run_validates_what_the_run_would_have(
+    epoch: int, begin: int, interval: int, validated: bool, tmp_path: Path
+) -> None:
+    ran: list[int] = []
+    loop = SimpleNamespace(val_begin=begin, val_interval=interval, max_epochs=5)
+    runner = SimpleNamespace(
+        epoch=epoch, iter=3 * epoch, work_dir=str(tmp_path), train_dataloader=range(3), train_loop=loop,
+        val_loop=SimpleNamespace(run=lambda: ran.append(epoch)),
+    )  # fmt: skip
+    BestEpochHook().before_train(runner)
+    assert bool(ran) is validated

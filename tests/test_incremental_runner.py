@@ -320,7 +320,7 @@ eval_dataset = dict(
     for key in ('decode_head.conv_seg.weight', 'decode_head.conv_seg.bias'):
         base[key] = base[key][1:]
     torch.save(dict(state_dict=base), tmp_path / 'trained.pth')
-    small = dict(epochs=1, crop_size=64, batch_size=8, work_dir=str(tmp_path / 'run'))
+    small = dict(epochs=1, crop_size=64, batch_size=8, report=None, work_dir=str(tmp_path / 'run'))
     cfg.merge_from_dict(small | dict(base=str(tmp_path / 'trained.pth')))
     results = RUNNERS.build(cfg).train()
     assert results['stages'][0]['iou'].keys() == {'background', 'a', 'b', 'c'}

@@ -46,7 +46,7 @@ def test_it_learns_two_stages_by_attention(
     cfg = Config.fromfile(config_file)
     cfg.merge_from_dict(
         dict(data_root=str(shapes_root), work_dir=str(tmp_path / 'run'), epochs=1, image_size=64,
-             crop_size=64, train_images=24, val_images=12, batch_size=8)
+             crop_size=64, train_images=24, val_images=12, batch_size=8, report=None)
     )
     results = RUNNERS.build(cfg).train()
     assert [len(stage['new_classes']) for stage in results['stages']] == [3, 3]

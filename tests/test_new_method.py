@@ -66,7 +66,7 @@ def test_the_pages_config_trains(folder: Path, shapes_root: Path, tmp_path: Path
     cfg = Config.fromfile(folder / 'my_methods/dkd/segformer_tiny_shapes_3-1.py')
     cfg.merge_from_dict(dict(
         data_root=str(shapes_root), work_dir=str(tmp_path / 'run'), protocol='3-3', epochs=1, image_size=64,
-        crop_size=64, train_images=24, val_images=12, batch_size=4))
+        crop_size=64, train_images=24, val_images=12, batch_size=4, report=None))
     cfg.train_dataloader.num_batch_per_epoch = 2
     cfg.test_dataloader.num_batch_per_epoch = 2
     cfg.default_hooks.logger.interval = 1

@@ -116,7 +116,7 @@ def test_the_page_word_by_word(yard: Path) -> None:
 def config(yard: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> Config:
     monkeypatch.chdir(yard)
     cfg = Config.fromfile(yard / 'yard.py')
-    small = dict(epochs=1, crop_size=64, batch_size=4, num_workers=0)
+    small = dict(epochs=1, crop_size=64, batch_size=4, num_workers=0, report=None)
     cfg.merge_from_dict(small | dict(work_dir='run', base='old/model.pth') | options)
     return cfg
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -291,6 +292,12 @@ def test_a_number_needs_no_pass() -> None:
         by_hand = EntropyPseudoLabeler()
         by_hand.thresholds = torch.full((channels,), 0.25)
         assert torch.equal(labeler(labels, logits), by_hand(labels, logits))
+
+
+@pytest.mark.parametrize('threshold', ['median', 'released', 0.25])
+def test_it_can_be_pickled_with_its_model(threshold: str | float) -> None:
+    copied = pickle.loads(pickle.dumps(EntropyPseudoLabeler(threshold=threshold)))
+    assert copied.threshold == threshold
 
 
 @pytest.mark.parametrize('threshold', ['median', 'released', 0.25])

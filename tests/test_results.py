@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mmseg_sats.engine.evaluation import own_metrics
 from mmseg_sats.engine.results import (
     comparison_table,
     forgetting_table,
@@ -188,3 +189,12 @@ def test_the_table_that_compares_runs() -> None:
     # Results that went through the file look the same.
     again = json.loads(json.dumps(make_results()))
     assert str(stage_table(again)) == str(stage_table(make_results()))
+
+
+def test_a_prefix_of_the_metric_is_taken_off() -> None:
+    mine = {'mIoU_base': 1.0, 'IoU.a/b': 2.0}
+    assert own_metrics(mine) == mine
+    given = {'ours/mIoU_base': 1.0, 'ours/IoU.a/b': 2.0, 'mIoU': 3.0, 'mAcc': 4.0}
+    assert own_metrics(given) == mine
+    with pytest.raises(KeyError, match=r"gave \['mAcc', 'mIoU'\]: expected IncrementalIoUMetric in it"):
+        own_metrics({'mIoU': 3.0, 'mAcc': 4.0})

@@ -115,7 +115,7 @@ def untouched(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
     def shapes_cfg(method: str, name: str, **options: Any) -> Config:
         cfg = Config.fromfile(ROOT / f'configs/{method}/segformer_tiny_shapes_3-1.py')
-        small = dict(data_root=str(shapes_root), image_size=64, crop_size=64, val_images=12)
+        small = dict(data_root=str(shapes_root), image_size=64, crop_size=64, val_images=12, report=None)
         cfg.merge_from_dict(small | dict(work_dir=str(root / name)) | options)
         return cfg
 
@@ -357,7 +357,7 @@ def run_kills(out: Path, *words: str) -> None:
 @on_a_cpu
 def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
     """The short form of ``make test-kill``."""
-    run_kills(tmp_path, '--moments', '3', '--events', '4', '--full', '2', '--jobs', '2')
+    run_kills(tmp_path, '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2')
 
 
 @on_a_cpu

@@ -577,10 +577,14 @@ def test_the_old_model_goes_where_the_images_are_and_is_left_alone_there(
     """``Module.to`` goes through every tensor, which is milliseconds of every step."""
     moved = []
     model = nn.Conv2d(3, 2, 1)
-    monkeypatch.setattr(model, 'to', lambda device: moved.append(device.type))
+    monkeypatch.setattr(model, 'to', lambda device, dtype: moved.append((device.type, dtype)))
     monkeypatch.setattr(old_model, 'run_segmentor', lambda model, inputs, with_attention: [inputs])
     old = old_model.OldModel(model)
     old(torch.zeros(1, 3, 2, 2))
     assert moved == []
     old(torch.zeros(1, 3, 2, 2, device='meta'))
-    assert moved == ['meta']
+    assert moved == [('meta', torch.float32)]
+    old(torch.zeros(1, 3, 2, 2, dtype=torch.float64))
+    assert moved[1:] == [('cpu', torch.float64)]
+    old(torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16))  # as autocast may leave them
+    assert len(moved) == 2

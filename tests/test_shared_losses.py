@@ -19,8 +19,9 @@ from mmseg_sats.models.losses import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.losses.pixelwise import LogitsDistillation
 from mmseg_sats.models.output import SegmentorOutput
-from mmseg_sats.models.pixels import pixel_maps
+from mmseg_sats.models.pixels import Pixels, pixel_maps
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
 from mmseg_sats.models.resizing import ResizedLogits
 from mmseg_sats.models.shared_losses import shared_losses
@@ -143,6 +144,24 @@ def test_a_head_with_a_loss_of_its_own_and_an_unknown_class_keep_their_own_way()
     assert shared_losses(own, {}, student, teacher, labels) == {}
     student.unknown = random_tensor(3, 1, 7, 9)
     assert shared_losses(head(), {}, student, teacher, labels) == {}
+
+
+class Doubt(LogitsDistillation):
+    """The new model's own entropy: a part that needs no old model."""
+
+    needs_teacher = False
+
+    def pixels(self, pixels: Pixels) -> Tensor:
+        return -(pixels.log_p.exp() * pixels.log_p).sum(1)
+
+
+def test_a_part_that_needs_no_old_model_runs_without_one() -> None:
+    student, _, labels = outputs()
+    losses = shared_losses(head(), dict(doubt=Doubt()), student, None, labels)
+    log_p = F.log_softmax(F.interpolate(student.logits, SIZE, mode='bilinear'), 1)
+    expected = -(log_p.exp() * log_p).sum(1).mean()
+    torch.testing.assert_close(losses['loss_doubt'], expected)
+    torch.testing.assert_close(Doubt()(student, None, labels), expected)
 
 
 def test_a_label_without_a_channel_is_named() -> None:

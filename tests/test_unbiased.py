@@ -134,6 +134,20 @@ def test_large_logits_stay_finite() -> None:
     assert logits.grad.isfinite().all()
 
 
+def test_a_class_that_is_masked_out_of_logits_of_the_labels_size_has_no_part() -> None:
+    logits, labels = random_tensor(2, 5, 4, 5), random_labels(2, 4, 5, classes=4)
+    logits[:, 4] = -math.inf
+    found = unbiased_cross_entropy(logits, labels, 2)
+    assert found.item() == pytest.approx(unbiased_cross_entropy(logits[:, :4], labels, 2).item())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    logits = random_tensor(1, 3, 4, 5).requires_grad_()
+    loss = unbiased_distillation(logits, random_tensor(1, 2, 4, 5, seed=1))
+    with pytest.raises(RuntimeError, match='first derivatives alone'):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
 def test_distilling_the_teacher_itself_is_its_entropy() -> None:
     teacher = random_tensor(2, 4, 3, 3)
     student = teacher.clone().requires_grad_()
