@@ -141,12 +141,14 @@ def test_a_few_old_images_with_masks_are_seen_and_evaluated(
     write_split(drawn[:16], values, yard / 'data/yard', 'train', set(NEW))
     write_split(drawn[16:], values, yard / 'data/yard', 'val', set(values))
     names = dict(zip(OLD, range(101, 106), strict=True))
-    exec(code_blocks(PAGE, 'python')[1], setting := {})
-    cfg = config(yard, monkeypatch, setting=setting['setting'])
+    exec(code_blocks(PAGE, 'python')[1], {}, few := {})
+    cfg = config(yard, monkeypatch, **few)
     cfg.mask_values.update(names)
     results = RUNNERS.build(cfg).train()
     assert results['stages'][0]['mIoU']['base'] is not None
     assert results['final']['hIoU'] is not None
+    kept = json.loads((yard / 'run/stage_0/exemplars.json').read_text())
+    assert 5 <= len(kept['exemplars']) <= kept['size'] == 20
 
 
 def test_a_number_without_a_name_is_named(

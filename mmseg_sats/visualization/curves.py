@@ -26,6 +26,7 @@ def draw_curves(runs: Sequence[RunRecord]) -> Figure:
         ax.set_ylabel('mIoU in %')
         ax.set_title(title, loc='left')
         ax.set_ylim(bottom=0)
+        ax.set_ylim(top=1.05 * ax.get_ylim()[1])  # curves near the top keep their markers whole
         ax.grid(True)
     axes[-1].set_xlabel('foreground classes learned')
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
