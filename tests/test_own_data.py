@@ -137,8 +137,10 @@ def test_stage_0_is_the_old_model(yard: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_few_old_images_with_masks_are_seen_and_evaluated(
     drawn: list[tuple[Path, Path]], yard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = NEW | {1: 101, 2: 102, 3: 103, 4: 104, 5: 105}
-    write_split(drawn[:16], values, yard / 'data/yard', 'train', set(NEW))
+    old = {1: 101, 2: 102, 3: 103, 4: 104, 5: 105}
+    values = NEW | old
+    write_split(drawn[:10], values, yard / 'data/yard', 'train', set(NEW))
+    write_split(drawn[10:16], old, yard / 'data/yard', 'train', set(old))  # for the memory
     write_split(drawn[16:], values, yard / 'data/yard', 'val', set(values))
     names = dict(zip(OLD, range(101, 106), strict=True))
     exec(code_blocks(PAGE, 'python')[1], {}, few := {})
