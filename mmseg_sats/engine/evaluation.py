@@ -45,7 +45,14 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
 
 
 def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What ``IncrementalIoUMetric`` gave among the metrics of an evaluation, its ``prefix`` taken off."""
+    """What ``IncrementalIoUMetric`` gave among the metrics of an evaluation, its ``prefix`` taken off.
+
+    Args:
+        metrics: percent by key, those of other metrics too.
+
+    Raises:
+        KeyError: it is not among them.
+    """
     first = next((key for key in metrics if key.endswith('mIoU_base')), None)
     if first is None:
         raise KeyError(f'the evaluation gave {sorted(metrics)}: expected IncrementalIoUMetric in it')

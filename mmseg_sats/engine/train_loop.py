@@ -163,7 +163,6 @@ def _start_worker(inner: Any, worker_id: int) -> None:
         inner(worker_id)
 
 
-
 _workers: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
 _at_the_end: Finalize | None = None
 
