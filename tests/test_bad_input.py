@@ -444,6 +444,11 @@ CASES = [
         ('pseudo_labeler.threshold=medain',),
     ),
     Case(
+        'base named by an option',
+        r'--base /nowhere/model\.pth: no such checkpoint',
+        ('base=/nowhere/model.pth',),
+    ),
+    Case(
         'checkpointing that does nothing',
         r'does not reach the layers of AttentionMixVisionTransformer: expected model\.backbone\.with_cp',
         ("activation_checkpointing=['backbone.layers.0']",),

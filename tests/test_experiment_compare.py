@@ -46,6 +46,14 @@ def make(method: str = 'sats', protocol: str = '15-1', seeded: bool = False, **o
     return fingerprint(cfg, num_classes=20, seeded_start=seeded)
 
 
+def test_what_chooses_the_epoch_of_stage_0_is_part_of_its_start() -> None:
+    evaluated_otherwise = dict(eval_pipeline='$centre_crop_pipeline', eval_images='all')
+    assert same_start(make(), make(**evaluated_otherwise))
+    assert not same_start(make(), make(held_out=0.2))
+    assert same_start(make(held_out=0.2), make(held_out=0.2, protocol='15-5'))
+    assert not same_start(make(held_out=0.2), make(held_out=0.2, **evaluated_otherwise))
+
+
 def test_the_same_config_is_the_same_run() -> None:
     assert explain(make(), make()) == ''
     assert make().num_stages == 6

@@ -102,6 +102,7 @@ def test_a_stage_trains_with_the_rest_and_validates_on_the_held_out(
         held |= chosen
         # What is validated is labelled as what is evaluated, and neither flipped nor cropped.
         assert val.metainfo['classes'] == train.metainfo['classes']
+        assert cfg.default_hooks.logger.log_metric_by_epoch is False  # one axis with the losses
         assert np.array_equal(val.table, DATASETS.build(cfg.test_dataloader.dataset).table)
         names = [type(transform).__name__ for transform in val.pipeline.transforms]
         assert names[0] == 'LoadImageFromFile'

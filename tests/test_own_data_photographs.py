@@ -115,17 +115,22 @@ def follow(yard: Path, work_dir: str) -> tuple[float, float, float]:
     done = run(*words, '--cfg-options', *OPTIONS, *numbers, cwd=yard, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     stages = json.loads((yard / work_dir / 'results.json').read_text())['stages']
-    print(f'{time.perf_counter() - start:.0f} s', json.dumps(stages, indent=1))
-    before, after = (stage['iou'] for stage in stages)
-    old = [sum(iou[name] for name in NAMES) / len(NAMES) for iou in (before, after)]
-    return *old, sum(after[name] for name in ('crate', 'pallet', 'forklift')) / 3
+    seconds = time.perf_counter() - start
+    ious = [stage['iou'] for stage in stages]
+    before, after = (sum(iou[name] for name in NAMES) / len(NAMES) for iou in ious)
+    new = sum(ious[1][name] for name in ('crate', 'pallet', 'forklift')) / 3
+    print(
+        f'{work_dir}: {seconds:.0f} s, old {before:.1f} -> {after:.1f}, new {new:.1f}, '
+        f'background {ious[1]["background"]:.1f}'
+    )
+    return before, after, new
 
 
 @pytest.mark.slow
 def test_without_an_old_image(yard: Path) -> None:
     before, after, new = follow(yard, 'work_dirs/none')
     assert after > 0.5 * before
-    assert new > 3
+    assert new > 5
 
 
 def a_few_old_images(voc: Path) -> list[tuple[Path, Path]]:
@@ -147,4 +152,4 @@ def test_a_few_old_images_keep_the_old_classes(yard: Path) -> None:
         config.write(code_blocks(PAGE, 'python')[1])
     before, after, new = follow(yard, 'work_dirs/few')
     assert after > 0.9 * before
-    assert new > 3
+    assert new > 5

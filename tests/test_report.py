@@ -278,5 +278,10 @@ def test_sweeps_are_found_where_one_number_differs(tiny_runs: list[Path], tmp_pa
     with theme.style():
         lines = curves.draw_sweep(sweep).axes[0].lines
     assert lines[1].get_ydata().tolist() == [5.0, 20.5]  # the mean over the seeds
+    for run in runs:
+        run.results['final']['new'] = None  # as of joint training: two groups are left
+    with theme.style():
+        labels = [text.get_text() for text in curves.draw_sweep(sweep).legends[0].get_texts()]
+    assert labels == ['all classes', 'base classes']
     other = load_runs([folders[0], tiny_runs[1]])
     assert find_sweeps(other) == []

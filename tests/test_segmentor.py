@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import OHEMPixelSampler
 from torch import Tensor, nn
 
+from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
 from mmseg_sats.models import old_model
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
 from mmseg_sats.models.old_model import OldModel
@@ -324,6 +326,13 @@ def test_the_loss_is_the_sum_of_its_parts(snapshot: str, thresholds: list[float]
         assert value > 0.01, name
     total, _ = model.parse_losses(losses)
     torch.testing.assert_close(total, sum(expected.values()), atol=1e-4, rtol=1e-4)
+
+
+def test_a_labeler_that_is_a_mere_function_needs_no_thresholds(snapshot: str, tmp_path: Path) -> None:
+    model = later_stage(snapshot, **SATS)
+    model.pseudo_labeler = lambda labels, logits: labels
+    PseudoLabelThresholdHook().before_train(SimpleNamespace(model=model, work_dir=str(tmp_path / 'run')))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_the_parts_see_the_labels_of_the_pseudo_labeler(snapshot: str) -> None:
