@@ -9,7 +9,8 @@ from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
 from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
-from mmseg_sats.models.attention import AttentionMap, find_regions
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.class_regions import find_regions
 from mmseg_sats.models.losses import crp_loss
 
 BATCH, CLASSES, DIM = 4, 4, 64
@@ -60,11 +61,11 @@ def pooled(maps: AttentionMap, labels: Tensor) -> Work:
 def dense(maps: AttentionMap, labels: Tensor) -> Work:
     """The same means from the whole map."""
     regions = find_regions(labels)
+    slots = torch.arange(regions.width, device=labels.device)
 
     def work() -> None:
-        membership = regions.membership(regions.slots, torch.float32).unsqueeze(1)
-        sums = membership @ maps.dense()
-        means = sums[regions.image, :, regions.slot] / regions.count[:, None, None]
+        members = (regions.slots.unsqueeze(1) == slots.unsqueeze(1)).float()
+        means = (members / members.sum(2, keepdim=True)).unsqueeze(1) @ maps.dense()
         torch.autograd.grad(means.square().sum(), (maps.query, maps.key))
 
     return work

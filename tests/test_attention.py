@@ -3,11 +3,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.models import attention as module
-from mmseg_sats.models.attention import AttentionMap, find_regions
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.class_regions import find_regions, find_regions_on_grids
 from mmseg_sats.models.losses import crp_loss
 
 
@@ -246,14 +248,56 @@ def test_detach_cuts_the_graph() -> None:
 def test_regions_of_a_small_batch() -> None:
     labels = torch.tensor([[[2, 0], [1, 2]], [[0, 0], [255, 0]], [[0, 2], [255, 0]]])
     regions = find_regions(labels)
-    assert regions.image.tolist() == [0, 0, 2]
-    assert regions.label.tolist() == [1, 2, 2]
-    assert regions.slot.tolist() == [0, 1, 0]
-    assert regions.count.tolist() == [1, 2, 1]
+    image, label, slot, count = regions.columns
+    assert image.tolist() == [0, 0, 2]
+    assert label.tolist() == [1, 2, 2]
+    assert slot.tolist() == [0, 1, 0]
+    assert count.tolist() == [1, 2, 1]
     assert regions.slots.tolist() == [[1, -1, 0, 1], [-1] * 4, [-1, 0, -1, -1]]
-    assert regions.order.tolist() == [[0, 2, 3, 1], [0, 1, 2, 3], [1, 0, 2, 3]]
+    assert regions.order.tolist() == [[0, 2, 3, 1], [4, 5, 6, 7], [9, 8, 10, 11]]
+    assert regions.ordered_slots.tolist() == [[1, 0, 1, -1], [-1] * 4, [0, -1, -1, -1]]
     assert regions.presence.tolist() == [[False, True, True], [False] * 3, [False, False, True]]
     assert (regions.rows, regions.width) == ((3, 0, 1), 2)
+    assert regions.positions.tolist() == [[0, 2, 3], [4, 5, 6], [9, 8, 10]]
+    assert regions.weights(torch.float32).tolist() == [
+        [[0, 1, 0], [0.5, 0, 0.5]], [[0] * 3] * 2, [[1, 0, 0], [0] * 3]
+    ]
+
+
+@pytest.mark.parametrize('size', [(13, 11), (4, 6)])
+def test_regions_on_several_grids_are_those_of_each(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 0, 1, 3, 20, 255])[torch.randint(6, (3, *size), generator=generator)]
+    labels[1] = 0
+    grids = [(4, 6), (1, 1), (2, 3), (4, 6), (9, 5)]
+    together = find_regions_on_grids(labels, grids, num_labels=21)
+    assert together.keys() == set(grids)
+    for grid, found in together.items():
+        resized = F.interpolate(labels[:, None].float(), grid, mode='nearest')[:, 0].long()
+        alone = find_regions(resized, num_labels=21)
+        for name in ('slots', 'order', 'ordered_slots', 'presence', 'table'):
+            assert torch.equal(getattr(found, name), getattr(alone, name)), name
+        assert found.rows == alone.rows
+        # Its width is that of the grid with the most classes.
+        assert torch.equal(found.shares[:, : alone.width], alone.shares)
+        assert found.shares[:, alone.width :].count_nonzero() == 0
+        foreground = (resized != 0) & (resized != 255)
+        assert found.rows == tuple(foreground.flatten(1).sum(1).tolist())
+        image, label, slot, count = found.columns
+        for one in zip(image, label, slot, count, strict=True):
+            own = found.slots[one[0]] == one[2]
+            assert torch.equal(own, (resized[one[0]] == one[1]).flatten())
+            assert own.sum() == one[3]
+        assert len(image) == sum(
+            len(set(picture.unique().tolist()) - {0, 255}) for picture in resized
+        )
+
+
+@pytest.mark.parametrize('wrong', [21, 300, -1, -7])
+def test_a_label_over_the_known_bound_is_refused(wrong: int) -> None:
+    labels = torch.tensor([[[0, 1], [wrong, 255]]])
+    with pytest.raises(ValueError, match=rf'0\.\.20 or ignore_index=255, got \[{wrong}\]'):
+        find_regions(labels, num_labels=21)
 
 
 def test_labels_off_the_grid_are_refused() -> None:

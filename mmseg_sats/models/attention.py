@@ -10,107 +10,18 @@ being stored.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmseg_sats.models.class_regions import ClassRegions, find_regions
+
 # How many entries of the map exist at a time, by device type. A CPU wants a chunk that stays in its
 # cache; an accelerator wants few and large kernels. Backward holds two such arrays.
 CHUNK_ELEMENTS = {'cpu': 2**18}
 DEFAULT_CHUNK_ELEMENTS = 2**25
-
-
-@dataclass(frozen=True, eq=False)
-class ClassRegions:
-    """The class regions of a batch of label maps: each foreground class's positions in each image.
-
-    Args:
-        image: (R,) long, the image of each region; regions are ordered by image, then class.
-        label: (R,) long, the class of each region.
-        slot: (R,) long, the region's number within its image.
-        count: (R,) long, the region's number of positions.
-        slots: (B, L) long, for each position the slot of its region, -1 on background and ignore.
-        presence: (B, K) bool, which foreground labels below K each image has.
-        rows: for each image, its number of foreground positions.
-        width: the largest number of regions in an image.
-    """
-
-    image: Tensor
-    label: Tensor
-    slot: Tensor
-    count: Tensor
-    slots: Tensor
-    presence: Tensor
-    rows: tuple[int, ...]
-    width: int
-
-    @cached_property
-    def order(self) -> Tensor:
-        """(B, L) long: each image's positions, those of the foreground first."""
-        foreground = self.slots >= 0
-        ahead = foreground.cumsum(1)
-        position = torch.arange(ahead.shape[1], device=ahead.device).expand_as(ahead)
-        place = torch.where(foreground, ahead - 1, ahead[:, -1:] + position - ahead)
-        return torch.empty_like(place).scatter_(1, place, position)
-
-    def membership(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """One-hot regions (..., width, P) of positions with the given ``slots`` (..., P)."""
-        number = torch.arange(self.width, device=slots.device)
-        return (slots.unsqueeze(-2) == number.unsqueeze(-1)).to(dtype)
-
-
-def find_regions(
-    labels: Tensor, ignore_index: int = 255, num_labels: int | None = None
-) -> ClassRegions:
-    """Find the class regions of label maps, background (0) and ``ignore_index`` left out.
-
-    Args:
-        labels: (B, h, w) integer labels.
-        ignore_index: the label that belongs to no class.
-        num_labels: an upper bound of the labels, where known; spares a device synchronisation.
-
-    Raises:
-        ValueError: if a label other than ``ignore_index`` is negative.
-    """
-    labels = labels.flatten(1).long()
-    if num_labels is None:
-        num_labels = count_labels(labels, ignore_index)
-    foreground = (labels != 0) & (labels != ignore_index)
-    labels = labels.where(foreground, 0)
-    counts = labels.new_zeros(len(labels), num_labels)
-    counts.scatter_add_(1, labels, foreground.long())
-    presence = counts > 0
-    # One copy to the host tells every size that is needed there.
-    host_counts = counts.cpu()
-    image, label = host_counts.nonzero(as_tuple=True)
-    host_slots = (host_counts > 0).cumsum(1) - 1
-    host_regions = torch.stack([image, label, host_slots[image, label], host_counts[image, label]])
-    regions = host_regions.to(labels.device, non_blocking=True)
-    slots = (presence.cumsum(1) - 1).gather(1, labels).masked_fill_(~foreground, -1)
-    return ClassRegions(
-        *regions.unbind(),
-        slots=slots,
-        presence=presence,
-        rows=tuple(host_counts.sum(1).tolist()),
-        width=int(host_slots.max()) + 1 if len(image) else 0,
-    )
-
-
-def count_labels(labels: Tensor, ignore_index: int = 255) -> int:
-    """The largest of the long labels plus one, ``ignore_index`` aside; one device synchronisation.
-
-    Raises:
-        ValueError: if a label other than ``ignore_index`` is negative.
-    """
-    if not labels.numel():
-        return 1
-    low, high = torch.stack(labels.masked_fill(labels == ignore_index, 0).aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f'labels must not be negative (ignore_index is {ignore_index}), got {low}')
-    return int(high) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +111,11 @@ class AttentionMap:
         if labels.is_floating_point():
             raise ValueError(f'labels must be integers, got {labels.dtype}')
         regions = find_regions(labels, ignore_index)
-        return self.pool_regions(regions), regions.image, regions.label
+        image, label, slot, _ = regions.columns
+        return self.pool_regions(regions)[image, :, slot], image, label
 
     def pool_regions(self, regions: ClassRegions) -> Tensor:
-        """The means (R, heads, S) of ``pool``, for regions found by ``find_regions``."""
+        """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
         return _RegionMean.apply(self.query, self.key, self.scale, regions)
 
 
@@ -258,7 +170,7 @@ def _chunks(rows: Sequence[int], row_elements: int, limit: int) -> Iterator[_Chu
 
 
 class _Rows:
-    """The chosen rows of a batch of attention maps, chunk by chunk."""
+    """The foreground's rows of a batch of attention maps, chunk by chunk."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, regions: ClassRegions) -> None:
         self.batch, self.heads, self.length, self.dim = query.shape
@@ -266,84 +178,69 @@ class _Rows:
         # (B * L, heads, d): a view for queries that come out of a linear layer, and fast to gather
         # from.
         self.query = query.transpose(1, 2).flatten(0, 1)
-        self.key = key.to(self.dtype) * scale
-        self.regions = regions
-        first = torch.arange(self.batch, device=query.device).unsqueeze(1) * self.length
-        self.order = regions.order + first
+        # Written anew, since products of what is not contiguous would copy it each time.
+        self.key = torch.empty(key.shape, dtype=self.dtype, device=key.device).copy_(key).mul_(scale)
+        self.positions = regions.positions
+        self.weights = regions.weights(self.dtype)
+        self.rows = regions.rows
 
     def chunks(self) -> Iterator[_Chunk]:
         row_elements = max(1, self.heads * self.key.shape[2])
-        return _chunks(self.regions.rows, row_elements, chunk_elements(self.query))
+        return _chunks(self.rows, row_elements, chunk_elements(self.query))
 
-    def positions(self, chunk: _Chunk) -> Tensor:
+    def places(self, chunk: _Chunk) -> Tensor:
         """Flat positions (n * P,) of the chunk's rows in the batch."""
-        return self.order[chunk.images, chunk.rows].reshape(-1)
+        return self.positions[chunk.images, chunk.rows].reshape(-1)
 
     def queries(self, chunk: _Chunk) -> Tensor:
         """(n, heads, P, d)"""
         count = chunk.images.stop - chunk.images.start
-        rows = self.query.index_select(0, self.positions(chunk)).to(self.dtype)
-        return rows.view(count, -1, self.heads, self.dim).transpose(1, 2)
+        rows = self.query.index_select(0, self.places(chunk)).view(count, -1, self.heads, self.dim)
+        return rows.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
 
     def attention(self, queries: Tensor, chunk: _Chunk) -> Tensor:
         """(n, heads, P, S)"""
         return (queries @ self.key[chunk.images].mT).softmax(-1)
 
-    def membership(self, chunk: _Chunk) -> Tensor:
-        """(n, 1, width, P): one where a row belongs to a region; a row that only pads has none."""
-        order = self.regions.order[chunk.images, chunk.rows]
-        slots = self.regions.slots[chunk.images].gather(1, order)
-        return self.regions.membership(slots, self.dtype).unsqueeze(1)
+    def shares(self, chunk: _Chunk) -> Tensor:
+        """(n, 1, width, P): what the rows are to the means; nothing where a row only pads."""
+        return self.weights[chunk.images, :, chunk.rows].unsqueeze(1)
 
 
 class _RegionMean(torch.autograd.Function):
-    """Region means (R, heads, S) of the attention; saves queries, keys and positions alone."""
+    """Region means of the attention; saves queries, keys and positions alone."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, scale: float, regions: ClassRegions
     ) -> Tensor:
-        """Means (R, heads, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
+        """Means (B, heads, width, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
         ctx.save_for_backward(query, key)
         ctx.scale, ctx.regions = scale, regions
         with full_precision(query):
             rows = _Rows(query, key, scale, regions)
-            sums = rows.key.new_zeros(rows.batch, rows.heads, regions.width, key.shape[2])
+            means = rows.key.new_zeros(rows.batch, rows.heads, regions.width, key.shape[2])
             for chunk in rows.chunks():
                 attention = rows.attention(rows.queries(chunk), chunk)
-                sums[chunk.images] += rows.membership(chunk) @ attention
-            return sums[regions.image, :, regions.slot] / regions.count[:, None, None]
+                means[chunk.images] += rows.shares(chunk) @ attention
+            return means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients like queries and keys, from that of the means (R, heads, S)."""
+        """Gradients like queries and keys, from that of the means (B, heads, width, S)."""
         query, key = ctx.saved_tensors
         with full_precision(query):
             rows = _Rows(query, key, ctx.scale, ctx.regions)
             grad_query = rows.query.new_zeros(rows.query.shape)
             grad_key = torch.zeros_like(rows.key)
-            grad_sums = _unpool(grad, ctx.regions, rows)
             for chunk in rows.chunks():
                 queries = rows.queries(chunk)
                 attention = rows.attention(queries, chunk)
-                grad_scores = rows.membership(chunk).mT @ grad_sums[chunk.images]
-                _softmax_backward_(grad_scores, attention)
+                grad_rows = rows.shares(chunk).mT @ grad[chunk.images]
+                grad_scores = torch._softmax_backward_data(grad_rows, attention, -1, rows.dtype)
                 grad_rows = (grad_scores @ rows.key[chunk.images]).transpose(1, 2).flatten(0, 1)
-                grad_query.index_copy_(0, rows.positions(chunk), grad_rows.to(query.dtype))
+                grad_query.index_copy_(0, rows.places(chunk), grad_rows.to(query.dtype))
                 grad_key[chunk.images] += grad_scores.mT @ queries
         grad_query = grad_query.unflatten(0, (rows.batch, rows.length)).transpose(1, 2)
-        return grad_query, (grad_key * ctx.scale).to(key.dtype), None, None
-
-
-def _unpool(grad: Tensor, regions: ClassRegions, rows: _Rows) -> Tensor:
-    """Gradient (B, heads, width, S) of region sums, from that of region means (R, heads, S)."""
-    sums = grad.new_zeros(rows.batch, regions.width, *grad.shape[1:])
-    sums[regions.image, regions.slot] = grad / regions.count[:, None, None]
-    return sums.transpose(1, 2)
-
-
-def _softmax_backward_(grad: Tensor, probabilities: Tensor) -> None:
-    """Turn, in place, the gradient of a softmax's output into that of its input."""
-    grad.mul_(probabilities)
-    grad.addcmul_(probabilities, grad.sum(-1, keepdim=True), value=-1)
+        return grad_query, grad_key.mul_(ctx.scale).to(key.dtype), None, None

@@ -73,36 +73,39 @@ class SegmentorOutput:
 def labelling_pieces(
     labels: Tensor, outputs: Sequence[SegmentorOutput], images: Iterable[int]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """The labels and the models' ``labelling_logits`` a few rows at a time, without gradients.
+    """The labels and the models' ``labelling_logits`` a piece at a time, without gradients.
 
     Args:
         labels: (B, H, W).
         outputs: of the models, for the same B images.
-        images: which of them.
+        images: which of them, in ascending order.
 
     Yields:
-        Views (n, 1, W) of the labels, n pictures of one row, and each model's logits (n, K, 1, W).
+        Views of the labels and each model's logits: (n, H, W) and (n, K, H, W) of whole images, or
+        (n, 1, W) and (n, K, 1, W), n pictures of one row.
     """
     size = labels.shape[1:]
     logits = [
         ResizedLogits(output.trained_logits.detach(), size, output.align_corners)
         for output in outputs
     ]
-    largest = max(logits, key=lambda own: own.images.shape[2])
-    for image in images:
-        for block_rows in largest.blocks():
+    largest = max(logits, key=lambda own: own.channels)
+    for place in largest.blocks(images):
+        with full_precision(labels):
+            blocks = [own.block(place) for own in logits]
+        for rows in largest.pieces(place):
+            piece = labels[place[0], rows]
+            if piece.dim() == 2:
+                piece = piece.unsqueeze(1)
             with full_precision(labels):
-                blocks = [own.block(image, block_rows) for own in logits]
-            for rows in largest.pieces(block_rows):
-                with full_precision(labels):
-                    pieces = [block.rows(rows).unsqueeze(2) for block in blocks]
-                yield (
-                    labels[image, rows].unsqueeze(1),
-                    [
-                        piece if output.unknown is None else _with_unknown(piece)
-                        for piece, output in zip(pieces, outputs, strict=True)
-                    ],
-                )
+                values = [block.rows(rows).unflatten(2, piece.shape[1:]) for block in blocks]
+            yield (
+                piece,
+                [
+                    value if output.unknown is None else _with_unknown(value)
+                    for value, output in zip(values, outputs, strict=True)
+                ],
+            )
 
 
 def _with_unknown(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmseg_sats.models.attention import full_precision, working_dtype
-from mmseg_sats.models.resizing import Block, ResizedLogits
+from mmseg_sats.models.resizing import Block, Place, ResizedLogits
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +109,10 @@ class _PixelMaps(torch.autograd.Function):
         maps = tuple(student.new_empty(labels.shape, dtype=dtype) for _ in losses)
         with full_precision(student):
             for block in _blocks(student, teacher, labels, *ctx.options):
-                for rows, pixels in block.pieces():
+                for place, pixels in block.pieces():
                     for values, loss in zip(maps, losses, strict=True):
-                        values[block.image, rows] = loss(pixels)
+                        at = values[place]
+                        at.copy_(loss(pixels).view_as(at))
         return maps
 
     @staticmethod
@@ -129,31 +130,42 @@ class _PixelMaps(torch.autograd.Function):
         total = ResizedLogits(student, labels.shape[1:], ctx.options[0]).zeros()
         with full_precision(student):
             for block in _blocks(student, teacher, labels, *ctx.options) if asked else ():
-                for rows, pixels in block.pieces():
+                for place, pixels in block.pieces():
                     x = pixels.student.requires_grad_()
                     with torch.enable_grad():
                         values = [loss(pixels) for loss, _ in asked]
-                    outer = [grad[block.image, rows] for _, grad in asked]
-                    block.student.add_gradient(*torch.autograd.grad(values, x, outer), rows)
+                    outer = [grad[place].reshape_as(pixels.labels) for _, grad in asked]
+                    block.student.add_gradient(*torch.autograd.grad(values, x, outer), place[1])
                 block.student.give_gradient(total)
-        return total.transpose(1, 2).to(student.dtype), None, None, None, None, None
+        return total.to(student.dtype), None, None, None, None, None
 
 
 class _Block(NamedTuple):
-    """A block of an image's rows, of both models."""
+    """A block of the batch, of both models.
 
-    image: int
-    slices: list[slice]
+    Args:
+        place: where it lies in the labels.
+        rows: those of its pieces.
+        student: the new model's logits there.
+        teacher: the old model's.
+        labels: (B, H, W), those of the batch.
+        ignore_index: the label of pixels without a label.
+    """
+
+    place: Place
+    rows: list[slice]
     student: Block
     teacher: Block | None
     labels: Tensor
     ignore_index: int
 
-    def pieces(self) -> Iterator[tuple[slice, Pixels]]:
-        for rows in self.slices:
+    def pieces(self) -> Iterator[tuple[Place, Pixels]]:
+        images, _ = self.place
+        for rows in self.rows:
             old = None if self.teacher is None else self.teacher.rows(rows)
             new = self.student.rows(rows)
-            yield rows, Pixels(new, old, self.labels[rows], self.ignore_index)
+            labels = self.labels[images, rows].reshape(len(new), -1)
+            yield (images, rows), Pixels(new, old, labels, self.ignore_index)
 
 
 def _blocks(
@@ -162,13 +174,12 @@ def _blocks(
     size = labels.shape[1:]
     new = ResizedLogits(student, size, align_corners)
     old = None if teacher is None else ResizedLogits(teacher, size, align_corners)
-    for image, label in enumerate(labels):
-        for rows in new.blocks():
-            yield _Block(
-                image,
-                list(new.pieces(rows)),
-                new.block(image, rows),
-                None if old is None else old.block(image, rows),
-                label,
-                ignore_index,
-            )
+    for place in new.blocks():
+        yield _Block(
+            place,
+            list(new.pieces(place)),
+            new.block(place),
+            None if old is None else old.block(place),
+            labels,
+            ignore_index,
+        )

@@ -1,11 +1,16 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Bilinear resizing of a batch of logits a few rows at a time, and its adjoint.
+"""Bilinear resizing of a batch of logits a piece at a time, and its adjoint.
 
-``F.interpolate`` writes whole images. Here each axis is a small matrix, so that rows can be had from
-those source rows alone that they need, and a gradient can be brought back likewise.
+A piece is some whole images, which ``F.interpolate`` resizes, or, where one image is too large for a
+piece, some of its rows. Each axis is a small matrix then, so that rows can be had from those source
+rows alone that they need. The gradient goes through the transposes of these matrices in both cases:
+it comes out the same every time, where that of ``F.interpolate`` on a GPU does not.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +22,14 @@ from mmseg_sats.models.attention import working_dtype
 # on an accelerator few and large kernels. A block of rows shares what was done to its source rows.
 PIECE_ELEMENTS = {'cpu': 2**20}
 BLOCK_ELEMENTS = {'cpu': 2**22}
-DEFAULT_ELEMENTS = 2**25
+DEFAULT_ELEMENTS = 2**24
+
+Place = tuple[slice | int, slice]
+"""Where a block lies in labels (B, H, W): several whole images, or some rows of one."""
 
 
 class ResizedLogits:
-    """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by rows.
+    """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by pieces.
 
     Where they are resized they must be finite: mask a class by a large negative number, not by -inf.
 
@@ -34,99 +42,204 @@ class ResizedLogits:
     def __init__(self, logits: Tensor, size: Sequence[int], align_corners: bool) -> None:
         self.dtype = working_dtype(logits)
         self.size = (int(size[0]), int(size[1]))
-        # (B, h, K, w): neighbouring rows are one matrix.
-        self.images = logits.transpose(1, 2)
+        self.logits = logits
+        self.align_corners = align_corners
         self.down, self.across = (
-            _weights(old, new, align_corners, self.dtype)
+            _axis(old, new, align_corners, self.dtype, logits.device)
             for old, new in zip(logits.shape[2:], self.size, strict=True)
         )
-        # Left as they are, since a product with 0 makes NaN of what is not finite.
-        self.as_high, self.as_wide = (
-            old == new for old, new in zip(logits.shape[2:], self.size, strict=True)
-        )
-        used = self.down != 0
-        self.first = used.int().argmax(1).tolist()
-        self.stop = (used.shape[1] - used.flip(1).int().argmax(1)).tolist()
-        self.down, self.across = self.down.to(logits.device), self.across.to(logits.device)
 
-    def blocks(self) -> Iterator[slice]:
-        """Cuts the H rows into blocks."""
-        yield from self._cut(slice(0, self.size[0]), BLOCK_ELEMENTS)
+    @property
+    def channels(self) -> int:
+        """K."""
+        return self.logits.shape[1]
 
-    def pieces(self, block: slice) -> Iterator[slice]:
-        """Cuts a block into pieces."""
-        yield from self._cut(block, PIECE_ELEMENTS)
+    def blocks(self, images: Iterable[int] | None = None) -> Iterator[Place]:
+        """Cuts the batch, or some of its images, into blocks."""
+        numbers = list(range(len(self.logits)) if images is None else images)
+        together = self._limit(PIECE_ELEMENTS) // max(1, self.channels * self.size[0] * self.size[1])
+        if together:
+            everything = slice(0, self.size[0])
+            yield from ((run, everything) for run in _runs(numbers, together))
+        else:
+            for image in numbers:
+                for rows in self._cut(slice(0, self.size[0]), BLOCK_ELEMENTS):
+                    yield image, rows
 
-    def near(self, rows: slice) -> slice:
-        """The source rows that some rows of the image are made of."""
-        return slice(self.first[rows.start], self.stop[rows.stop - 1])
+    def pieces(self, block: Place) -> Iterator[slice]:
+        """Cuts a block into pieces, given by their rows; whole images are a piece."""
+        images, rows = block
+        if isinstance(images, slice):
+            yield rows
+        else:
+            yield from self._cut(rows, PIECE_ELEMENTS)
 
-    def block(self, image: int, rows: slice) -> 'Block':
-        """A block of an image's rows."""
-        near = self.near(rows)
-        wide = self.images[image, near].to(self.dtype)
-        if not self.as_wide:
-            wide = wide @ self.across.mT
-        return Block(self, image, near, wide)
+    def block(self, place: Place) -> 'Block':
+        """A block of ``blocks()``, also of those of other logits for the same images."""
+        images, rows = place
+        if isinstance(images, slice):
+            return _Images(self, images)
+        return _Rows(self, images, rows)
 
     def zeros(self) -> Tensor:
-        """(B, h, K, w), for a gradient."""
-        return torch.zeros_like(
-            self.images, dtype=self.dtype, memory_format=torch.contiguous_format
-        )
+        """(B, K, h, w), for a gradient; neighbouring rows of an image are one matrix."""
+        batch, channels, height, width = self.logits.shape
+        zeros = self.logits.new_zeros(batch, height, channels, width, dtype=self.dtype)
+        return zeros.transpose(1, 2)
+
+    def _limit(self, elements: dict[str, int]) -> int:
+        return elements.get(self.logits.device.type, DEFAULT_ELEMENTS)
 
     def _cut(self, rows: slice, elements: dict[str, int]) -> Iterator[slice]:
-        limit = elements.get(self.images.device.type, DEFAULT_ELEMENTS)
-        size = max(1, limit // max(1, self.images.shape[2] * self.size[1]))
+        size = max(1, self._limit(elements) // max(1, self.channels * self.size[1]))
         for start in range(rows.start, rows.stop, size):
             yield slice(start, min(start + size, rows.stop))
 
 
-class Block:
-    """Source rows that are resized along the width, from which some rows of the image are made.
+class Block(ABC):
+    """Part of the resized logits, from which pieces are made."""
+
+    @abstractmethod
+    def rows(self, rows: slice) -> Tensor:
+        """A piece: (n, K, W), rows of one image, or (n, K, H * W), whole images."""
+
+    @abstractmethod
+    def add_gradient(self, grad: Tensor, rows: slice) -> None:
+        """Takes the gradient of a piece."""
+
+    @abstractmethod
+    def give_gradient(self, total: Tensor) -> None:
+        """Adds to ``total``, of ``zeros()``, what all the pieces' gradients are to the logits."""
+
+
+class _Images(Block):
+    """Whole images, a single piece.
+
+    Args:
+        logits: whose images these are.
+        images: which of them.
+    """
+
+    def __init__(self, logits: ResizedLogits, images: slice) -> None:
+        self.logits, self.images = logits, images
+        self.grad: Tensor | None = None
+
+    def rows(self, rows: slice) -> Tensor:
+        """(n, K, H * W); ``rows`` are all there are."""
+        own = self.logits
+        small = own.logits[self.images].to(own.dtype)
+        if own.down.same and own.across.same:  # left as they are, whatever they hold
+            return small.clone(memory_format=torch.contiguous_format).flatten(2)
+        large = F.interpolate(small, own.size, mode='bilinear', align_corners=own.align_corners)
+        return large.contiguous().flatten(2)
+
+    def add_gradient(self, grad: Tensor, rows: slice) -> None:
+        """Takes the gradient (n, K, H * W) of the piece."""
+        own = self.logits
+        grad = grad.unflatten(2, own.size)
+        if not own.across.same:
+            grad = grad @ own.across.weights
+        if not own.down.same:
+            grad = own.down.weights.mT @ grad
+        self.grad = grad
+
+    def give_gradient(self, total: Tensor) -> None:
+        """Writes the logits' gradient."""
+        total[self.images] += self.grad
+
+
+class _Rows(Block):
+    """Source rows of an image, resized along the width, from which some of its rows are made.
 
     Args:
         logits: whose rows these are.
         image: its number in the batch.
-        near: which source rows.
-        wide: (n, K, W), these rows.
+        rows: the rows that will be asked for.
     """
 
-    def __init__(self, logits: ResizedLogits, image: int, near: slice, wide: Tensor) -> None:
-        self.logits, self.image, self.near = logits, image, near
-        self.wide = wide
+    def __init__(self, logits: ResizedLogits, image: int, rows: slice) -> None:
+        self.logits, self.image = logits, image
+        self.near = logits.down.near(rows)
+        # (h, K, w): neighbouring rows are one matrix.
+        self.wide = logits.logits[image, :, self.near].transpose(0, 1).to(logits.dtype)
+        if not logits.across.same:
+            self.wide = self.wide @ logits.across.weights.mT
         self.grad: Tensor | None = None
 
     def rows(self, rows: slice) -> Tensor:
         """The image's rows, (n, K, W)."""
         down, own = self._sources(rows)
-        if self.logits.as_high:
+        if self.logits.down.same:
             return self.wide[own].clone()
         return (down @ self.wide[own].flatten(1)).unflatten(1, self.wide.shape[1:])
 
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
         """Takes the gradient (n, K, W) of these rows."""
         if self.grad is None:
-            self.grad = torch.zeros_like(self.wide)
+            self.grad = torch.zeros_like(self.wide, memory_format=torch.contiguous_format)
         down, own = self._sources(rows)
-        if self.logits.as_high:
+        if self.logits.down.same:
             self.grad[own] += grad
         else:
             self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
 
     def _sources(self, rows: slice) -> tuple[Tensor, slice]:
         """What these rows take (n, m) of m of the block's source rows, and which those are."""
-        near = self.logits.near(rows)
+        near = self.logits.down.near(rows)
         own = slice(near.start - self.near.start, near.stop - self.near.start)
-        return self.logits.down[rows, near], own
+        return self.logits.down.weights[rows, near], own
 
     def give_gradient(self, total: Tensor) -> None:
-        """Adds to ``total``, of ``zeros()``, what all the rows' gradients are to the logits."""
-        grad = self.grad if self.logits.as_wide else self.grad @ self.logits.across
-        total[self.image, self.near] += grad
+        """Adds what the block's rows are to the image's gradient."""
+        across = self.logits.across
+        grad = self.grad if across.same else self.grad @ across.weights
+        total[self.image, :, self.near] += grad.transpose(0, 1)
 
 
-def _weights(source: int, size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """(size, source): what each place of the resized axis takes of the source's, by torch's own rule."""
-    axis = torch.eye(source, dtype=dtype)[None]
-    return F.interpolate(axis, size, mode='linear', align_corners=align_corners)[0].mT.contiguous()
+class _Axis(NamedTuple):
+    """How an axis is resized.
+
+    Args:
+        weights: (size, source), what each place takes of the source's.
+        same: whether the axis stays as it is; nothing is multiplied then, since a product with 0
+            makes NaN of what is not finite.
+        first: the first source place that each place takes anything of.
+        stop: the one behind the last.
+    """
+
+    weights: Tensor
+    same: bool
+    first: list[int]
+    stop: list[int]
+
+    def near(self, places: slice) -> slice:
+        """The source places that some neighbouring places are made of."""
+        return slice(self.first[places.start], self.stop[places.stop - 1])
+
+
+# A training asks for the same few axes in every step; making one anew would wait for the device.
+@lru_cache(maxsize=32)
+def _axis(
+    source: int, size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> _Axis:
+    """By torch's own rule."""
+    with torch.inference_mode(False):
+        unit = torch.eye(source, dtype=dtype)[None]
+        weights = F.interpolate(unit, size, mode='linear', align_corners=align_corners)[0].mT
+        used = weights != 0
+        return _Axis(
+            weights.contiguous().to(device),
+            source == size,
+            used.int().argmax(1).tolist(),
+            (source - used.flip(1).int().argmax(1)).tolist(),
+        )
+
+
+def _runs(numbers: Sequence[int], longest: int) -> Iterator[slice]:
+    """Ascending numbers as slices of neighbours, none longer than ``longest``."""
+    start = 0
+    for stop in range(1, len(numbers) + 1):
+        ends = stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1
+        if ends or stop - start == longest:
+            yield slice(numbers[start], numbers[stop - 1] + 1)
+            start = stop

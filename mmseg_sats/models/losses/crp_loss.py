@@ -15,16 +15,17 @@ block.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_sats.models import attention as maps
-from mmseg_sats.models.attention import AttentionMap, ClassRegions
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.class_regions import ClassRegions, Grid, find_regions_on_grids
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.suggest import choose
@@ -42,6 +43,9 @@ def _l2(difference: Tensor) -> Tensor:
     return torch.linalg.vector_norm(difference, dim=-1)
 
 
+# Labels that fit a byte have room in any case: only more classes than that cost more.
+BYTE_LABELS = 256
+
 DISTANCES: dict[str, Distance] = {'l2': _l2, 'squared_l2': _squared_l2}
 
 
@@ -54,6 +58,7 @@ def crp_loss(
     distance: str = 'l2',
     normalisation: str = 'per_block',
     ignore_index: int = 255,
+    num_labels: int | None = None,
 ) -> Tensor:
     """Distance between two models' class-region pooled attention or features, SATS eq. (1), (2).
 
@@ -75,20 +80,22 @@ def crp_loss(
         normalisation: ``'per_block'`` or ``'paper'``, see above; with ``'global'`` and ``'none'``
             an image counts as one class.
         ignore_index: the label that belongs to no class.
+        num_labels: an upper bound of the labels, where known; a GPU is waited for once less.
 
     Returns:
         The loss, a scalar.
 
     Raises:
         ValueError: if an option is unknown, the sequences differ in length or are empty, a block
-            differs in kind or shape, or the labels do not fit.
+            differs in kind or shape, or the labels do not fit, or one is negative or not under
+            ``num_labels``.
     """
     pool = choose('pooling', pooling, POOLINGS)
     measure = choose('distance', distance, DISTANCES)
     normalise = choose('normalisation', normalisation, NORMALISATIONS)
     _check_blocks(student, teacher, labels)
     with maps.full_precision(labels):
-        grids = _LabelGrids(labels, ignore_index)
+        grids = _LabelGrids(labels, ignore_index, num_labels, [_grid(block) for block in student])
         return normalise(
             [pool(new, old, grids, measure) for new, old in zip(student, teacher, strict=True)]
         )
@@ -98,57 +105,45 @@ class _Distances(NamedTuple):
     """Distances of one block.
 
     Args:
-        values: (R, heads), one row per region.
-        image: (R,) the image of each region.
-        presence: (B, K), which of K labels each image has.
+        values: (B, heads, n), n regions of an image at most; 0 where it has fewer.
+        presence: (B, K), on the CPU, which of K labels each image has.
     """
 
     values: Tensor
-    image: Tensor
     presence: Tensor
 
 
 class _LabelGrids:
-    """The class regions of a batch of labels on any grid, found once per grid."""
+    """The class regions of a batch of labels on the blocks' grids, found once for all of them."""
 
-    def __init__(self, labels: Tensor, ignore_index: int) -> None:
-        self.size = tuple(labels.shape[1:])
-        self.labels = labels.long()
-        self.ignore_index = ignore_index
-        self._regions: dict[tuple[int, int], ClassRegions] = {}
-        self._prepared: tuple[Tensor, int] | None = None
+    def __init__(
+        self, labels: Tensor, ignore_index: int, num_labels: int | None, grids: Sequence[Grid]
+    ) -> None:
+        self.labels, self.ignore_index, self.num_labels = labels, ignore_index, num_labels
+        self.grids = grids
 
-    def regions(self, hw: tuple[int, int]) -> ClassRegions:
-        """The regions of the labels, resized to the grid ``hw`` (h, w) by nearest neighbour."""
-        if hw not in self._regions:
-            labels, num_labels = self._prepare()
-            if hw != self.size:
-                labels = F.interpolate(labels, hw, mode='nearest')
-            self._regions[hw] = maps.find_regions(
-                labels.squeeze(1).long(), self.ignore_index, num_labels
-            )
-        return self._regions[hw]
+    @cached_property
+    def by_class(self) -> dict[Grid, ClassRegions]:
+        """The regions of the labels, resized to each grid by nearest neighbour."""
+        return find_regions_on_grids(self.labels, self.grids, self.ignore_index, self.num_labels)
 
-    def _prepare(self) -> tuple[Tensor, int]:
-        """Labels as (B, 1, H, W) in float32, exact for integers below 2^24, and a bound of them."""
-        if self._prepared is None:
-            num_labels = maps.count_labels(self.labels, self.ignore_index)
-            self._prepared = self.labels.unsqueeze(1).float(), num_labels
-        return self._prepared
+    @cached_property
+    def whole(self) -> dict[Grid, ClassRegions]:
+        """All positions as one region, whatever their labels."""
+        everything = torch.ones_like(self.labels)
+        return find_regions_on_grids(everything, self.grids, ignore_index=-1, num_labels=2)
 
 
 def _class_distances(
     student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
 ) -> _Distances:
-    return _region_distances(student, teacher, grids.regions(_grid(student)), distance)
+    return _region_distances(student, teacher, grids.by_class[_grid(student)], distance)
 
 
 def _global_distances(
     student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
 ) -> _Distances:
-    everything = grids.labels.new_ones(len(grids.labels), *_grid(student))
-    regions = maps.find_regions(everything, ignore_index=-1, num_labels=2)
-    return _region_distances(student, teacher, regions, distance)
+    return _region_distances(student, teacher, grids.whole[_grid(student)], distance)
 
 
 def _region_distances(
@@ -156,17 +151,16 @@ def _region_distances(
 ) -> _Distances:
     with torch.no_grad():
         old = _region_means(teacher, regions)
-    values = distance(_region_means(student, regions) - old)
-    return _Distances(values, regions.image, regions.presence)
+    return _Distances(distance(_region_means(student, regions) - old), regions.presence)
 
 
 def _region_means(block: Block, regions: ClassRegions) -> Tensor:
-    """Eq. (1): (R, heads, S) of an attention map, (R, 1, C) of features (B, C, h, w)."""
+    """Eq. (1): (B, heads, width, S) of an attention map, (B, 1, width, C) of features (B, C, h, w)."""
     if isinstance(block, AttentionMap):
         return block.pool_regions(regions)
-    features = block.flatten(2).to(maps.working_dtype(block))
-    sums = regions.membership(regions.slots, features.dtype) @ features.mT
-    return (sums[regions.image, regions.slot] / regions.count[:, None]).unsqueeze(1)
+    features = block.flatten(2).to(maps.working_dtype(block)).mT
+    rows = features.flatten(0, 1)[regions.positions]
+    return (regions.weights(rows.dtype) @ rows).unsqueeze(1)
 
 
 def _position_distances(
@@ -179,8 +173,7 @@ def _position_distances(
         dtype = maps.working_dtype(student, teacher)
         difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
         values = distance(difference).mean(1, keepdim=True)
-    image = torch.arange(len(values), device=values.device)
-    return _Distances(values, image, torch.ones_like(image, dtype=torch.bool).unsqueeze(1))
+    return _Distances(values.unsqueeze(2), torch.ones(len(values), 1, dtype=torch.bool))
 
 
 def _mean_row_distance(student: AttentionMap, teacher: AttentionMap, distance: Distance) -> Tensor:
@@ -206,29 +199,35 @@ POOLINGS = {'class': _class_distances, 'global': _global_distances, 'none': _pos
 
 def _per_block(blocks: Sequence[_Distances]) -> Tensor:
     """Eq. (2): the mean over heads and classes within a block, over images, over blocks."""
-    losses = [
-        _mean_over_images(block.values.mean(1), block.image, block.presence) for block in blocks
-    ]
-    return torch.stack(losses).mean()
+    divisors = [_classes(block.presence) * block.values.shape[1] for block in blocks]
+    return _mean_over_images(blocks, torch.stack(divisors) * len(blocks))
 
 
 def _paper(blocks: Sequence[_Distances]) -> Tensor:
     """The paper's sums: blocks and heads added up, divided by the last block's heads."""
     presence = torch.stack([block.presence for block in blocks]).any(0)
-    losses = [_mean_over_images(block.values.sum(1), block.image, presence) for block in blocks]
-    return torch.stack(losses).sum() / blocks[-1].values.shape[1]
+    return _mean_over_images(blocks, _classes(presence) * blocks[-1].values.shape[1])
 
 
 NORMALISATIONS = {'per_block': _per_block, 'paper': _paper}
 
 
-def _mean_over_images(values: Tensor, image: Tensor, presence: Tensor) -> Tensor:
-    """1/N sum_i 1/|C_i| sum_c of values (R,); an image with no class adds 0, but counts in N."""
-    classes = presence.sum(1).clamp(min=1)
-    return (values / classes[image]).sum() / len(presence)
+def _classes(presence: Tensor) -> Tensor:
+    """(B,): |C_i|; 1 for an image with no class, which adds 0."""
+    return presence.sum(1).clamp(min=1)
 
 
-def _grid(block: Block) -> tuple[int, int]:
+def _mean_over_images(blocks: Sequence[_Distances], divisors: Tensor) -> Tensor:
+    """1/N sum_i of all the blocks' distances, divided by ``divisors`` (B,) or (blocks, B).
+
+    An image with no class counts in N.
+    """
+    sums = torch.stack([block.values.sum((1, 2)) for block in blocks])
+    factors = (divisors * sums.shape[1]).double().reciprocal()
+    return (sums * factors.to(sums.device, sums.dtype, non_blocking=True)).sum()
+
+
+def _grid(block: Block) -> Grid:
     return block.query_hw if isinstance(block, AttentionMap) else tuple(block.shape[2:])
 
 
@@ -350,6 +349,7 @@ class CRPDistillationLoss(nn.Module):
                 distance=self.distance,
                 normalisation=self.normalisation,
                 ignore_index=self.ignore_index,
+                num_labels=max(BYTE_LABELS, student.logits.shape[1]),
             )
             for blocks_of in self._sources
         )

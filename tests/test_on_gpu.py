@@ -1,0 +1,96 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What has a way of its own on a GPU (larger pieces, other kernels) gives there what it gives on a CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmseg_sats.models import attention, resizing
+from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
+from mmseg_sats.models.output import SegmentorOutput, labelling_pieces
+from mmseg_sats.models.shared_losses import shared_losses
+from tests.tensors import random_labels, random_tensor
+from tests.test_shared_losses import head
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+DEVICES = ('cpu', 'cuda')
+SIZES = [1, 3000, 10**7]
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return dict(rtol=1e-9, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('chunk', SIZES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('pooling', ['class', 'global', 'none'])
+def test_attention_loss(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, pooling: str, chunk: int
+) -> None:
+    monkeypatch.setattr(attention, 'DEFAULT_CHUNK_ELEMENTS', chunk)
+    labels = random_labels(3, 24, 32, classes=6)
+    labels[1] = 0
+    shapes = [(1, (12, 16), (3, 4)), (2, (6, 8), (3, 4)), (5, (3, 4), (3, 4))]
+    found = []
+    for device in DEVICES:
+        models = [
+            [
+                AttentionMap(
+                    *(
+                        random_tensor(3, heads, grid[0] * grid[1], 8, seed=seed + index)
+                        .to(device, dtype)
+                        .requires_grad_()
+                        for seed, grid in ((7, query_hw), (8, key_hw))
+                    ),
+                    0.3,
+                    query_hw,
+                    key_hw,
+                )
+                for heads, query_hw, key_hw in shapes
+            ]
+            for index in (0, 10)
+        ]
+        loss = crp_loss(*models, labels.to(device), pooling=pooling)
+        inputs = [tensor for own in models[0] for tensor in (own.query, own.key)]
+        found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize('elements', SIZES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_losses_over_pixels(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, elements: int
+) -> None:
+    monkeypatch.setattr(resizing, 'DEFAULT_ELEMENTS', elements)
+    labels = random_labels(3, 22, 30, classes=6)
+    found = []
+    for device in DEVICES:
+        x, old = (
+            random_tensor(3, channels, 7, 9, seed=channels).to(device, dtype) for channels in (6, 4)
+        )
+        student, teacher = SegmentorOutput(x.requires_grad_(), ()), SegmentorOutput(old, ())
+        parts = {'output': UnbiasedDistillationLoss(20.0)}
+        losses = shared_losses(head(), parts, student, teacher, labels.to(device))
+        loss = losses['decode.loss_ce'] + losses['loss_output']
+        found.append([loss.detach(), losses['decode.acc_seg'], *torch.autograd.grad(loss, x)])
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.cpu(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize('elements', SIZES)
+def test_logits_for_labels(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(resizing, 'DEFAULT_ELEMENTS', elements)
+    output = SegmentorOutput(random_tensor(4, 5, 7, 9), ())
+    expected = output.labelling_logits((22, 30)).argmax(1)
+    labels = torch.zeros(4, 22, 30, dtype=torch.long, device='cuda')
+    on_gpu = replace(output, logits=output.logits.cuda())
+    for piece, (logits,) in labelling_pieces(labels, [on_gpu], [0, 1, 3]):
+        piece.copy_(logits.argmax(1))
+    chosen: Tensor = labels.cpu()
+    assert torch.equal(chosen[[0, 1, 3]], expected[[0, 1, 3]])
+    assert not chosen[2].any()
