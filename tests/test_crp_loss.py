@@ -2,6 +2,7 @@
 """Class-region pooled distillation against eq. (1) and (2) of SATS, written out as loops."""
 
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from mmseg_sats.models import attention as attention_module
 from mmseg_sats.models.attention import AttentionMap
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.output import SegmentorOutput
+
+crp_module = sys.modules[CRPDistillationLoss.__module__]
 
 GRIDS = ((7, 9), (5, 4), (2, 3))
 HEADS = (1, 4, 2)
@@ -405,6 +408,33 @@ def test_module_passes_its_options_on() -> None:
     torch.testing.assert_close(
         loss, crp_loss(student.attentions, teacher.attentions, labels, **options)
     )
+
+
+@pytest.mark.parametrize('source', ['attention', 'both'])
+@pytest.mark.parametrize('pooling', ['class', 'global', 'none'])
+def test_preparing_changes_when_regions_are_found_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, source: str, pooling: str
+) -> None:
+    student, teacher, labels = make_output(0), make_output(1), make_labels()
+    module = CRPDistillationLoss(source=source, pooling=pooling, blocks=(0, 1, 2))
+    expected = module(student, teacher, labels)
+    other = module(student, teacher, labels.clamp(max=1))
+    calls = []
+    find = crp_module.find_regions_on_grids
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return find(*args, **kwargs)
+
+    monkeypatch.setattr(crp_module, 'find_regions_on_grids', watched)
+    module.prepare(teacher, labels)
+    found = len(calls)
+    assert torch.equal(module(student, teacher, labels), expected)
+    assert len(calls) == found if pooling == 'class' else found == 0
+    # What was prepared for other labels is not used, nor twice.
+    module.prepare(teacher, labels)
+    assert torch.equal(module(student, teacher, labels.clamp(max=1)), other)
+    assert torch.equal(module(student, teacher, labels), expected)
 
 
 def test_module_refuses_what_cannot_work() -> None:

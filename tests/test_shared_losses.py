@@ -24,7 +24,7 @@ from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.pixels import Pixels, pixel_maps
 from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
 from mmseg_sats.models.resizing import ResizedLogits
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.shared_losses import check_targets, shared_losses
 from tests.small_models import CROSS_ENTROPY, samples
 from tests.tensors import random_labels, random_tensor
 
@@ -168,9 +168,10 @@ def test_a_part_that_needs_no_old_model_runs_without_one() -> None:
 
 
 def test_a_label_without_a_channel_is_named() -> None:
-    student, teacher, labels = outputs()
+    *_, labels = outputs()
+    check_targets(head(), labels, 6)
     with pytest.raises(ValueError, match=r'0\.\.5 .* got \[7\]'):
-        shared_losses(head(), {}, student, teacher, labels.masked_fill(labels == 2, 7))
+        check_targets(head(), labels.masked_fill(labels == 2, 7), 6)
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -13,7 +13,7 @@ def complete_labels(
     labels: Tensor,
     data_samples: Sequence[SegDataSample],
     labelers: Mapping[str, Callable[..., Tensor]],
-    student: SegmentorOutput,
+    student: SegmentorOutput | None,
     teacher: SegmentorOutput,
 ) -> tuple[Tensor, Tensor | None]:
     """The labels after each labeler has seen the images of its source, and no others.
@@ -27,7 +27,7 @@ def complete_labels(
             teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
             ``pixelwise`` is called for a few rows of pixels at a time. Its
             ``image_weights(labels, completed)``, if any, gives (b,) or None.
-        student: the student's output for the batch.
+        student: the student's output for the batch; None will do where no labeler needs it.
         teacher: the old model's.
 
     Returns:

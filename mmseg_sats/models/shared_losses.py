@@ -22,6 +22,15 @@ from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.pixels import Pixels, pixel_maps
 
 
+def check_targets(head: BaseDecodeHead, labels: Tensor, channels: int) -> None:
+    """Raises ValueError for labels (B, H, W) beyond the channels of a head that asks for one each.
+
+    On a GPU this waits for the labels, and without it such a label ends the process.
+    """
+    if _pixel_losses(head):
+        check_label_values(labels, channels, head.ignore_index)
+
+
 def shared_losses(
     head: BaseDecodeHead,
     parts: Mapping[str, nn.Module],
@@ -37,7 +46,7 @@ def shared_losses(
         parts: name to distillation; only those over pixels are computed.
         student: its logits may be of any resolution.
         teacher: the old model's output, or None without one.
-        labels: (B, H, W) long.
+        labels: (B, H, W) long, as ``check_targets`` wants them.
         weights: (B,), factors of the images in the head's losses, or None.
 
     Returns:
@@ -45,7 +54,7 @@ def shared_losses(
         of ``decode`` where the head's cannot be computed here.
 
     Raises:
-        ValueError: for labels without a channel, or models whose logits do not go together.
+        ValueError: for models whose logits do not go together.
     """
     own = _pixel_losses(head)
     distilled = {
@@ -54,7 +63,6 @@ def shared_losses(
     if student.unknown is not None or not (own or distilled):
         return {}
     for loss in own:
-        check_label_values(labels, head.num_classes, head.ignore_index)
         loss.check(student.logits.shape[1])
     if distilled and teacher is not None:  # some need none
         check_channels(student.logits, teacher.logits)

@@ -90,12 +90,23 @@ def crp_loss(
             differs in kind or shape, or the labels do not fit, or one is negative or not under
             ``num_labels``.
     """
+    grids = _LabelGrids(labels, ignore_index, num_labels, [_grid(block) for block in student])
+    return _crp_loss(student, teacher, grids, pooling, distance, normalisation)
+
+
+def _crp_loss(
+    student: Sequence[Block],
+    teacher: Sequence[Block],
+    grids: '_LabelGrids',
+    pooling: str,
+    distance: str,
+    normalisation: str,
+) -> Tensor:
     pool = choose('pooling', pooling, POOLINGS)
     measure = choose('distance', distance, DISTANCES)
     normalise = choose('normalisation', normalisation, NORMALISATIONS)
-    _check_blocks(student, teacher, labels)
-    with maps.full_precision(labels):
-        grids = _LabelGrids(labels, ignore_index, num_labels, [_grid(block) for block in student])
+    _check_blocks(student, teacher, grids.labels)
+    with maps.full_precision(grids.labels):
         return normalise(
             [pool(new, old, grids, measure) for new, old in zip(student, teacher, strict=True)]
         )
@@ -120,18 +131,18 @@ class _LabelGrids:
         self, labels: Tensor, ignore_index: int, num_labels: int | None, grids: Sequence[Grid]
     ) -> None:
         self.labels, self.ignore_index, self.num_labels = labels, ignore_index, num_labels
-        self.grids = grids
+        self._grids = grids
 
     @cached_property
     def by_class(self) -> dict[Grid, ClassRegions]:
         """The regions of the labels, resized to each grid by nearest neighbour."""
-        return find_regions_on_grids(self.labels, self.grids, self.ignore_index, self.num_labels)
+        return find_regions_on_grids(self.labels, self._grids, self.ignore_index, self.num_labels)
 
     @cached_property
     def whole(self) -> dict[Grid, ClassRegions]:
         """All positions as one region, whatever their labels."""
         everything = torch.ones_like(self.labels)
-        return find_regions_on_grids(everything, self.grids, ignore_index=-1, num_labels=2)
+        return find_regions_on_grids(everything, self._grids, ignore_index=-1, num_labels=2)
 
 
 def _class_distances(
@@ -228,7 +239,11 @@ def _mean_over_images(blocks: Sequence[_Distances], divisors: Tensor) -> Tensor:
 
 
 def _grid(block: Block) -> Grid:
-    return block.query_hw if isinstance(block, AttentionMap) else tuple(block.shape[2:])
+    if isinstance(block, AttentionMap):
+        return block.query_hw
+    if block.ndim != 4:
+        raise ValueError(f'features must be (B, C, h, w), got {tuple(block.shape)}')
+    return tuple(block.shape[2:])
 
 
 def _check_blocks(student: Sequence[Block], teacher: Sequence[Block], labels: Tensor) -> None:
@@ -259,9 +274,7 @@ def _describe(block: Block) -> str:
     The width of a head may differ: it does not show in the attention.
     """
     if isinstance(block, AttentionMap):
-        return f'attention {tuple(block.shape)} on grid {tuple(block.query_hw)}'
-    if block.ndim != 4:
-        raise ValueError(f'features must be (B, C, h, w), got {tuple(block.shape)}')
+        return f'attention {tuple(block.shape)} on grid {_grid(block)}'
     return f'features {tuple(block.shape)}'
 
 
@@ -327,11 +340,21 @@ class CRPDistillationLoss(nn.Module):
         self.normalisation = normalisation
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
+        self._prepared: _LabelGrids | None = None
 
     @property
     def needs_attention(self) -> bool:
         """Whether the segmentor must ask its backbone for attention."""
         return _attentions in self._sources
+
+    def prepare(self, teacher: SegmentorOutput, labels: Tensor) -> None:
+        """Finds the regions of the labels (B, H, W) for the next call with them.
+
+        That waits for the GPU, which has less to do before the student's forward pass than after it.
+        """
+        self._prepared = self._grids(teacher, 'teacher', labels)
+        if self.pooling == 'class':
+            self._prepared.by_class  # noqa: B018  found now
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels are (B, H, W).
@@ -340,17 +363,27 @@ class CRPDistillationLoss(nn.Module):
             ValueError: if the attention is missing or a block is out of range, or as ``crp_loss``
                 does.
         """
+        grids, self._prepared = self._prepared, None
+        if grids is None or grids.labels is not labels:
+            grids = self._grids(student, 'student', labels)
         losses: Iterable[Tensor] = (
-            crp_loss(
+            _crp_loss(
                 pick_blocks(blocks_of(student), self.blocks, 'student'),
                 pick_blocks(blocks_of(teacher), self.blocks, 'teacher'),
-                labels,
-                pooling=self.pooling,
-                distance=self.distance,
-                normalisation=self.normalisation,
-                ignore_index=self.ignore_index,
-                num_labels=max(BYTE_LABELS, student.logits.shape[1]),
+                grids,
+                self.pooling,
+                self.distance,
+                self.normalisation,
             )
             for blocks_of in self._sources
         )
         return self.loss_weight * sum(losses)
+
+    def _grids(self, output: SegmentorOutput, owner: str, labels: Tensor) -> _LabelGrids:
+        blocks = [
+            block
+            for blocks_of in self._sources
+            for block in pick_blocks(blocks_of(output), self.blocks, owner)
+        ]
+        num_labels = max(BYTE_LABELS, output.logits.shape[1])
+        return _LabelGrids(labels, self.ignore_index, num_labels, [_grid(block) for block in blocks])

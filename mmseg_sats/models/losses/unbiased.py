@@ -33,7 +33,7 @@ def _distillation_of_pixels(pixels: Pixels) -> Tensor:
     background, old, new = pixels.log_p.split([1, num_old - 1, pixels.log_p.shape[1] - num_old], 1)
     unseen = torch.cat([background, new], 1).logsumexp(1)
     old = (pixels.q[:, 1:] * old).sum(1)
-    return -(pixels.q[:, 0] * unseen + old) / num_old
+    return torch.addcmul(old, pixels.q[:, 0], unseen) / -num_old
 
 
 def unbiased_cross_entropy(

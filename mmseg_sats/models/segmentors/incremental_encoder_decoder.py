@@ -25,7 +25,7 @@ from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.prototypes import ClassPrototypes
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.shared_losses import check_targets, shared_losses
 from mmseg_sats.models.unknown import fold_unknown, split_classifier
 from mmseg_sats.models.whole_batch import losses_over_ranks
 from mmseg_sats.protocol import UNKNOWN_LABEL
@@ -58,7 +58,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             background; one with ``needs_student`` is called with the student's logits as well.
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
-            so that a child config can drop a part.
+            so that a child config can drop a part. One with ``prepare(teacher, labels)`` has that called
+            before the student's forward pass, for what a GPU would have to be waited for later.
         classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
             ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
@@ -194,11 +195,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         with_attention = taught and self._needs_attention
         # The old model first: what it needs for a moment is free again when the student keeps its own.
         teacher = self.old_model(inputs, with_attention) if taught else None
-        student, head_inputs = run_segmentor(self, inputs, with_attention)
+        outputs = None
+        if any(getattr(labeler, 'needs_student', False) for labeler in self._labelers.values()):
+            outputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
             labels, weights = complete_labels(
-                labels, data_samples, self._labelers, student, teacher
+                labels, data_samples, self._labelers, outputs and outputs[0], teacher
             )
         # What got a class, or was found unsure, is not unknown any more.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
@@ -207,6 +210,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             for name, part in self.distillation.items()
             if teacher is not None or not getattr(part, 'needs_teacher', True)
         }
+        # Whatever a GPU must answer first is asked here, while it has little to do.
+        check_targets(self.decode_head, targets, self.num_classes + self.unknown)
+        for part in parts.values():
+            if hasattr(part, 'prepare'):
+                part.prepare(teacher, labels)
+        student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
