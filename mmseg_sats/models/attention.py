@@ -222,7 +222,7 @@ class _RegionMean(torch.autograd.Function):
             means = rows.key.new_zeros(rows.batch, rows.heads, regions.width, key.shape[2])
             for chunk in rows.chunks():
                 attention = rows.attention(rows.queries(chunk), chunk)
-                means[chunk.images] += rows.shares(chunk) @ attention
+                means[chunk.images].add_(rows.shares(chunk) @ attention)
             return means
 
     @staticmethod
@@ -239,8 +239,9 @@ class _RegionMean(torch.autograd.Function):
                 attention = rows.attention(queries, chunk)
                 grad_rows = rows.shares(chunk).mT @ grad[chunk.images]
                 grad_scores = torch._softmax_backward_data(grad_rows, attention, -1, rows.dtype)
-                grad_rows = (grad_scores @ rows.key[chunk.images]).transpose(1, 2).flatten(0, 1)
-                grad_query.index_copy_(0, rows.places(chunk), grad_rows.to(query.dtype))
-                grad_key[chunk.images] += grad_scores.mT @ queries
+                grad_rows = (grad_scores @ rows.key[chunk.images]).transpose(1, 2)
+                grad_rows = grad_rows.to(query.dtype, memory_format=torch.contiguous_format)
+                grad_query.index_copy_(0, rows.places(chunk), grad_rows.flatten(0, 1))
+                grad_key[chunk.images].add_(grad_scores.mT @ queries)
         grad_query = grad_query.unflatten(0, (rows.batch, rows.length)).transpose(1, 2)
         return grad_query, grad_key.mul_(ctx.scale).to(key.dtype), None, None
