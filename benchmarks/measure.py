@@ -72,11 +72,16 @@ def median_seconds(
     if repeats < REPEATS:
         raise ValueError(f'repeats={repeats}: a median of fewer than {REPEATS} says too little')
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(warmup + repeats):
-        for name, work in works.items():
-            seconds = _seconds(work, wall)
-            if turn >= warmup:
-                times[name].append(seconds)
+    gc.collect()
+    gc.freeze()  # what stands now is not gone through before each call
+    try:
+        for turn in range(warmup + repeats):
+            for name, work in works.items():
+                seconds = _seconds(work, wall)
+                if turn >= warmup:
+                    times[name].append(seconds)
+    finally:
+        gc.unfreeze()
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -106,8 +106,9 @@ def stage(
     init_default_scope('mmseg')
     torch.manual_seed(0)
     words = _words(method) | changes
-    model = MODELS.build(_model(size, num_old + num_new, words)).to(device()).train()
-    model._old_model = OldModel(MODELS.build(_model(size, num_old, _words('finetune'))).to(device()))
+    with device():
+        model = MODELS.build(_model(size, num_old + num_new, words)).train()
+        model._old_model = OldModel(MODELS.build(_model(size, num_old, _words('finetune'))))
     model._old_model_cfg = dict(num_classes=num_old)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     inputs = torch.randn(batch_size, 3, crop_size, crop_size, device=device())

@@ -2,6 +2,7 @@
 """Images a second of fine-tuning and SATS on a GPU, for three encoders, and what VOC 15-1 comes to."""
 
 import csv
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from prettytable import PrettyTable, TableStyle
 
 import mmseg_sats
 from benchmarks.measure import PRECISIONS, Ratio, device, finish_device, median_seconds
-from benchmarks.models import SIZES, stage
+from benchmarks.models import SIZES, Stage, stage
 from benchmarks.step import NUM_NEW, NUM_OLD
 
 CROP, BATCH, EPOCHS = 512, 24, 30
@@ -32,7 +33,11 @@ def measure() -> list[Ratio]:
     ratios = []
     for precision in PRECISIONS:
         for size in SIZES:
-            row, ratio = _row(size, precision)
+            try:
+                row, ratio = _row(size, precision)
+            except torch.cuda.OutOfMemoryError as error:
+                print(f'{size}, {precision}: not measured: {error}', flush=True)
+                continue
             print(f'{ratio.name}: {ratio.value:.3f} ({ratio.detail})', flush=True)
             table.add_row([size, precision, *row])
             ratios.append(ratio)
@@ -42,9 +47,8 @@ def measure() -> list[Ratio]:
 
 def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
     options = dict(dtype=PRECISIONS[precision], crop_size=CROP, batch_size=BATCH, size=size)
-    # One after the other: neither's weights count in the other's memory.
-    peaks = {method: _peak_gib(method, options) for method in ('finetune', 'sats')}
-    tuned, sats = (stage(method, NUM_OLD, NUM_NEW, **options) for method in ('finetune', 'sats'))
+    tuned, tuned_peak = _with_peak('finetune', options)
+    sats, sats_peak = _with_peak('sats', options)
     seconds = median_seconds(
         {'FT': tuned.step, 'SATS': sats.step, 'old model': sats.old_forward}, warmup=3
     )
@@ -60,22 +64,24 @@ def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
         f'{BATCH / seconds["FT"]:.0f}',
         f'{BATCH / seconds["SATS"]:.0f}',
         f'{ratio.value:.2f}',
-        *(f'{peaks[method]:.1f}' for method in ('finetune', 'sats')),
+        *(f'{peak / 2**30:.1f}' for peak in (tuned_peak, sats_peak)),
         f'{_hours(seconds["FT"], seconds["SATS"]):.1f}',
     ]
     return row, ratio
 
 
-def _peak_gib(method: str, options: dict[str, Any]) -> float:
-    """All that a step's tensors take at most: weights, optimizer, activations."""
+def _with_peak(method: str, options: dict[str, Any]) -> tuple[Stage, int]:
+    """A method's stage, and what its step's tensors take at most: weights, optimizer, activations."""
+    gc.collect()
+    others = torch.cuda.memory_allocated()
     made = stage(method, NUM_OLD, NUM_NEW, **options)
     if method == 'finetune':
-        made.model._old_model = None  # a run of it loads none
+        others += sum(p.numel() * p.element_size() for p in made.model.old_model.model.parameters())
     made.step()  # makes the momentum
     torch.cuda.reset_peak_memory_stats()
     made.step()
     finish_device()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return made, torch.cuda.max_memory_allocated() - others
 
 
 def _hours(finetune_step: float, sats_step: float) -> float:
