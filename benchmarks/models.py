@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mmseg_sats  # noqa: F401  registers the parts
 from benchmarks.measure import device
-from mmseg_sats.models.old_model import OldModel, run_segmentor
+from mmseg_sats.models.old_model import OldModel
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 SIZES = {
@@ -76,8 +76,8 @@ class Stage:
 
     def old_forward(self) -> None:
         """The old model's forward pass over the batch."""
-        with self.autocast(), torch.no_grad():
-            run_segmentor(self.model.old_model.model, self.inputs, with_attention=False)
+        with self.autocast():
+            self.model.old_model(self.inputs)
 
 
 def stage(

@@ -18,11 +18,12 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import OHEMPixelSampler
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
 from mmseg_sats.models import old_model
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
-from mmseg_sats.models.old_model import OldModel
+from mmseg_sats.models.old_model import OldModel, run_segmentor
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
 from tests.small_models import (
@@ -578,6 +579,63 @@ def test_the_old_model_gives_no_graph(snapshot: str) -> None:
     assert not any(attention.query.requires_grad for attention in output.attentions)
     assert len(output.attentions) == len(output.features) == 4
     assert old(images()).attentions == ()
+
+
+def tensors(output: SegmentorOutput) -> list[Tensor]:
+    maps = [tensor for own in output.attentions for tensor in (own.query, own.key)]
+    return [output.logits, *output.features, *maps]
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_the_old_models_weights_are_cast_once(snapshot: str) -> None:
+    old: OldModel = later_stage(snapshot, **SATS).old_model
+    plain = tensors(old(images(), with_attention=True))
+    counts = []
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16), Casts() as casts:
+            found = tensors(old(images(), with_attention=True))
+        counts.append(casts.count)
+        with torch.autocast('cpu', torch.bfloat16), torch.no_grad(), Casts() as casts:
+            output, _ = run_segmentor(old.model, images(), with_attention=True)
+        for one, other in zip(found, tensors(output), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+    # The first call makes the copy and compares; then activations alone are cast.
+    assert counts[1] == counts[2] < casts.count / 2
+    assert all(p.dtype == torch.float32 for p in old.model.parameters())
+    for one, other in zip(plain, tensors(old(images(), with_attention=True)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('damage', ['normalised', 'dtype'])
+def test_an_old_model_that_does_more_with_its_weights_is_run_as_it_is(
+    snapshot: str, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    old: OldModel = later_stage(snapshot, **SATS).old_model
+
+    def classify(head: nn.Module, features: Tensor) -> Tensor:
+        weight, bias = head.conv_seg.weight, head.conv_seg.bias
+        if damage == 'dtype':
+            with torch.autocast('cpu', enabled=False):
+                return F.conv2d(features.float(), weight, bias)
+        return F.conv2d(features, 3 * F.normalize(weight, dim=1), bias)
+
+    monkeypatch.setattr(type(old.model.decode_head), 'cls_seg', classify)
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16):
+            found = old(images()).logits
+            with torch.no_grad():
+                expected = run_segmentor(old.model, images(), with_attention=False)[0].logits
+        assert torch.equal(found, expected)
 
 
 def test_the_old_model_goes_where_the_images_are_and_is_left_alone_there(

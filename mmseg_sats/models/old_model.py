@@ -2,6 +2,7 @@
 """The old model: the frozen teacher of a stage, and the one way to run a segmentor for its parts."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from mmseg.models import EncoderDecoder
 from torch import Tensor
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.models.cast_weights import autocast_dtype, with_cast_weights
 from mmseg_sats.models.classifier import shape_mismatches
 from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.unknown import split_classifier
@@ -48,6 +50,9 @@ def run_segmentor(
 class OldModel:
     """The frozen model as it stood after the previous stage.
 
+    Under autocast a copy runs whose weights are cast once and for all, so what is done to ``model``
+    after its first use there has no effect.
+
     Not an ``nn.Module``, on purpose: as an attribute of the student it stays out of its
     ``state_dict``, optimizer, EMA and DDP wrapper, and ``train()`` does not reach it. Copies share it.
 
@@ -57,6 +62,7 @@ class OldModel:
 
     def __init__(self, model: EncoderDecoder) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._cast: dict[tuple[torch.device, torch.dtype], EncoderDecoder] = {}
 
     @classmethod
     def from_checkpoint(
@@ -104,8 +110,43 @@ class OldModel:
         dtype = inputs.dtype if torch.float64 in (own.dtype, inputs.dtype) else own.dtype
         if (own.device, own.dtype) != (inputs.device, dtype):
             self.model.to(inputs.device, dtype)
-        return run_segmentor(self.model, inputs, with_attention)[0]
+            self._cast.clear()
+        lower = autocast_dtype(inputs.device)
+        if lower is None:
+            return run_segmentor(self.model, inputs, with_attention)[0]
+        if (inputs.device, lower) not in self._cast:
+            return self._run_and_cast(inputs, with_attention, lower)
+        return run_segmentor(self._cast[inputs.device, lower], inputs, with_attention)[0]
+
+    def _run_and_cast(
+        self, inputs: Tensor, with_attention: bool, dtype: torch.dtype
+    ) -> SegmentorOutput:
+        """Makes the copy for autocast; where it does not give the very same, the model itself is kept.
+
+        It would not in a model that does more with a weight than to multiply by it.
+        """
+        expected = run_segmentor(self.model, inputs, with_attention)[0]
+        try:
+            faster = with_cast_weights(self.model, dtype)
+            same = _equal(expected, run_segmentor(faster, inputs, with_attention)[0])
+        except RuntimeError:  # dtypes that do not go together
+            same = False
+        self._cast[inputs.device, dtype] = faster if same else self.model
+        return expected
 
     def __deepcopy__(self, memo: dict) -> 'OldModel':
         # EMA copies the student; a frozen model needs no second copy.
         return self
+
+
+def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
+    """Whether two outputs are the same numbers."""
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
+    yield output.trained_logits
+    yield from output.features
+    for attention in output.attentions:
+        yield from (attention.query, attention.key)
