@@ -2,13 +2,16 @@
 """Pooled attention beside the dense map, and the attention loss beside a loop over classes and heads."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
-from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
+from benchmarks.measure import PRECISIONS, Ratio, Work, device, median_seconds, peak_bytes
+from mmseg_sats.models import attention as attention_module
 from mmseg_sats.models.attention import AttentionMap
 from mmseg_sats.models.class_regions import find_regions
 from mmseg_sats.models.losses import crp_loss
@@ -18,11 +21,12 @@ HEADS = (1, 2, 5, 8)
 """MiT-B2's; its keys lie 32 pixels apart at every stage."""
 STRIDES = (4, 8, 16, 32)
 CROPS = (512, 1024)
+THROUGHPUT_BATCH = 24
 
 
 def measure() -> list[Ratio]:
     """Each of MiT-B2's shapes by itself and together, then how time and memory grow, then the loop."""
-    return [*_against_dense(), *_growth(), *_against_loop()]
+    return [*_against_dense(), *_growth(), *_against_loop(), *_fused_against_chunks()]
 
 
 def attention(crop: int, block: int, batch: int = BATCH, seed: int = 0) -> AttentionMap:
@@ -60,10 +64,10 @@ def pooled(maps: AttentionMap, labels: Tensor) -> Work:
 
 def dense(maps: AttentionMap, labels: Tensor) -> Work:
     """The same means from the whole map."""
-    regions = find_regions(labels)
-    slots = torch.arange(regions.width, device=labels.device)
 
     def work() -> None:
+        regions = find_regions(labels)
+        slots = torch.arange(regions.width, device=labels.device)
         members = (regions.slots.unsqueeze(1) == slots.unsqueeze(1)).float()
         means = (members / members.sum(2, keepdim=True)).unsqueeze(1) @ maps.dense()
         torch.autograd.grad(means.square().sum(), (maps.query, maps.key))
@@ -159,6 +163,48 @@ def _against_loop() -> list[Ratio]:
             detail=f'{seconds["loop"]:.2f} over {seconds["pooled"]:.3f} s',
         )
     ]
+
+
+def _fused_against_chunks() -> list[Ratio]:
+    """The whole loss by the GPU's own kernels and by chunks; none without a GPU."""
+    if device().type == 'cpu':
+        return []
+    ratios = []
+    for batch in (BATCH, THROUGHPUT_BATCH):
+        for precision, dtype in PRECISIONS.items():
+            student, teacher = (
+                [_cast(attention(CROPS[0], block, batch, seed), dtype) for block in range(4)]
+                for seed in (0, 1)
+            )
+            labels = labels_on(CROPS[0], batch=batch)
+            inputs = [tensor for own in student for tensor in (own.query, own.key)]
+
+            def fused() -> None:
+                torch.autograd.grad(crp_loss(student, teacher, labels, num_labels=256), inputs)  # noqa: B023
+
+            def chunks() -> None:
+                with patch.object(attention_module, '_fused_kernels', lambda device: None):
+                    fused()
+
+            seconds = median_seconds({'fused': fused, 'chunks': chunks})
+            ratios.append(
+                Ratio(
+                    f'attention loss, {precision}, batch {batch}: speed of the kernels over chunks',
+                    seconds['chunks'] / seconds['fused'],
+                    1.3,
+                    more_is_better=True,
+                    detail=f'{1000 * seconds["fused"]:.1f} instead of {1000 * seconds["chunks"]:.1f} ms',
+                )
+            )
+    return ratios
+
+
+def _cast(own: AttentionMap, dtype: torch.dtype | None) -> AttentionMap:
+    """The map as autocast hands it out."""
+    if dtype is None:
+        return own
+    query, key = (tensor.detach().to(dtype).requires_grad_() for tensor in (own.query, own.key))
+    return replace(own, query=query, key=key)
 
 
 def loop_loss(student: list[AttentionMap], teacher: list[AttentionMap], labels: Tensor) -> Tensor:

@@ -25,13 +25,17 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return dict(rtol=1e-9, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('chunk', SIZES)
+@pytest.mark.parametrize('chunk', [*SIZES, 'fused'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('pooling', ['class', 'global', 'none'])
 def test_attention_loss(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, pooling: str, chunk: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, pooling: str, chunk: int | str
 ) -> None:
-    monkeypatch.setattr(attention, 'DEFAULT_CHUNK_ELEMENTS', chunk)
+    if chunk == 'fused':
+        assert attention._fused_kernels(torch.device('cuda', 0))
+    else:
+        monkeypatch.setattr(attention, '_fused_kernels', lambda device: None)
+        monkeypatch.setattr(attention, 'DEFAULT_CHUNK_ELEMENTS', chunk)
     labels = random_labels(3, 24, 32, classes=6)
     labels[1] = 0
     shapes = [(1, (12, 16), (3, 4)), (2, (6, 8), (3, 4)), (5, (3, 4), (3, 4))]

@@ -10,6 +10,10 @@ being stored.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +120,20 @@ class AttentionMap:
 
     def pool_regions(self, regions: ClassRegions) -> Tensor:
         """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
+        fused = _fused_kernels(self.query.device)
+        if fused and fused.can_fuse(self.query, self.key, regions):
+            return fused.FusedRegionMean.apply(self.query, self.key, self.scale, regions)
         return _RegionMean.apply(self.query, self.key, self.scale, regions)
+
+
+@lru_cache
+def _fused_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels for an NVIDIA GPU of the Ampere generation or later, None for other devices."""
+    if device.type != 'cuda' or not torch.version.cuda or not find_spec('triton'):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return import_module('mmseg_sats.models.fused_pooling')
 
 
 def attend(query: Tensor, key: Tensor, scale: float) -> Tensor:
