@@ -26,6 +26,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 autodoc_typehints = 'none'  # signatures show them
+autodoc_mock_imports = ['triton']  # comes with CUDA builds of torch
 autodoc_member_order = 'bysource'
 # A class is described where it is written, not again where a package re-exports it.
 autodoc_default_options = {'members': True, 'show-inheritance': True, 'ignore-module-all': True}

@@ -11,6 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmseg_sats.models import resizing
 from mmseg_sats.models.losses import (
     SigmoidCrossEntropyLoss,
     knowledge_distillation,
@@ -187,7 +188,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('index', range(3))
-def test_no_second_tensor_of_all_pixels_and_classes_but_the_gradient(index: int) -> None:
+def test_no_second_tensor_of_all_pixels_and_classes_but_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', 6 * 8 * 8)  # an image
     student = random_tensor(4, 6, 8, 8).requires_grad_()
     teacher, labels = random_tensor(4, 4, 8, 8), random_labels(4, 8, 8, classes=6)
     losses: list[Callable[[], Tensor]] = [

@@ -277,13 +277,14 @@ class FusedRegionMean(torch.autograd.Function):
         means = query.new_empty(
             call.splits, call.batch, call.heads, call.width, call.keys, dtype=torch.float32
         )
-        _log_sums_kernel[call.by_rows](
-            *call.inputs, *call.places, log_sums, scale, *call.sizes, **call.options
-        )
-        _means_kernel[call.by_keys](
-            *call.inputs, *call.places, call.shares, log_sums, means,
-            scale, call.items, *call.sizes, call.width, **call.wide,
-        )  # fmt: skip
+        with torch.cuda.device_of(query):
+            _log_sums_kernel[call.by_rows](
+                *call.inputs, *call.places, log_sums, scale, *call.sizes, **call.options
+            )
+            _means_kernel[call.by_keys](
+                *call.inputs, *call.places, call.shares, log_sums, means,
+                scale, call.items, *call.sizes, call.width, **call.wide,
+            )  # fmt: skip
         ctx.save_for_backward(query, key, log_sums)
         ctx.scale, ctx.regions = scale, regions
         return means.sum(0) if call.splits > 1 else means[0]
@@ -298,13 +299,14 @@ class FusedRegionMean(torch.autograd.Function):
         grad_query = query.new_zeros(call.batch, call.length, call.heads, call.dim)
         dots = torch.empty_like(log_sums)
         grad_key = log_sums.new_empty(call.splits, call.batch, call.heads, call.keys, call.dim)
-        _grad_query_kernel[call.by_rows](
-            *call.inputs, *call.places, call.shares, log_sums, grad, grad_query, dots,
-            ctx.scale, *call.sizes, call.width, **call.wide,
-        )  # fmt: skip
-        _grad_key_kernel[call.by_keys](
-            *call.inputs, *call.places, call.shares, log_sums, grad, dots, grad_key,
-            ctx.scale, call.items, *call.sizes, call.width, **call.wide,
-        )  # fmt: skip
+        with torch.cuda.device_of(query):
+            _grad_query_kernel[call.by_rows](
+                *call.inputs, *call.places, call.shares, log_sums, grad, grad_query, dots,
+                ctx.scale, *call.sizes, call.width, **call.wide,
+            )  # fmt: skip
+            _grad_key_kernel[call.by_keys](
+                *call.inputs, *call.places, call.shares, log_sums, grad, dots, grad_key,
+                ctx.scale, call.items, *call.sizes, call.width, **call.wide,
+            )  # fmt: skip
         whole = grad_key.sum(0) if call.splits > 1 else grad_key[0]
         return grad_query.transpose(1, 2), whole.to(key.dtype), None, None
