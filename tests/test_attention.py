@@ -264,12 +264,13 @@ def test_regions_of_a_small_batch() -> None:
     ]
 
 
-@pytest.mark.parametrize('size', [(13, 11), (4, 6)])
+# Of 690 rows the 86th of 172 is another one in float64 than in the float32 of resized labels.
+@pytest.mark.parametrize('size', [(13, 11), (4, 6), (690, 7)])
 def test_regions_on_several_grids_are_those_of_each(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0, 0, 1, 3, 20, 255])[torch.randint(6, (3, *size), generator=generator)]
     labels[1] = 0
-    grids = [(4, 6), (1, 1), (2, 3), (4, 6), (9, 5)]
+    grids = [(4, 6), (1, 1), (2, 3), (4, 6), (9, 5), (172, 7)]
     together = find_regions_on_grids(labels, grids, num_labels=21)
     assert together.keys() == set(grids)
     for grid, found in together.items():
@@ -291,6 +292,16 @@ def test_regions_on_several_grids_are_those_of_each(size: tuple[int, int]) -> No
         assert len(image) == sum(
             len(set(picture.unique().tolist()) - {0, 255}) for picture in resized
         )
+
+
+def test_a_batch_may_be_empty_of_images_and_a_grid_need_not_meet_every_label() -> None:
+    assert find_regions(torch.zeros(0, 4, 4, dtype=torch.long)).width == 0
+    labels = torch.ones(1, 8, 8, dtype=torch.long)
+    labels[0, 1, 1] = -1
+    with pytest.raises(ValueError, match=r'negative.* got -1'):
+        find_regions_on_grids(labels, [(4, 4)])
+    (regions,) = find_regions_on_grids(labels, [(4, 4)], num_labels=2).values()
+    assert regions.rows == (16,)
 
 
 @pytest.mark.parametrize('wrong', [21, 300, -1, -7])

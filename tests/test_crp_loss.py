@@ -427,14 +427,27 @@ def test_preparing_changes_when_regions_are_found_and_nothing_else(
         return find(*args, **kwargs)
 
     monkeypatch.setattr(crp_module, 'find_regions_on_grids', watched)
-    module.prepare(teacher, labels)
+    module.prepare(teacher, labels, 21)
     found = len(calls)
     assert torch.equal(module(student, teacher, labels), expected)
     assert len(calls) == found if pooling == 'class' else found == 0
     # What was prepared for other labels is not used, nor twice.
-    module.prepare(teacher, labels)
+    module.prepare(teacher, labels, 21)
     assert torch.equal(module(student, teacher, labels.clamp(max=1)), other)
     assert torch.equal(module(student, teacher, labels), expected)
+
+
+def test_labels_may_be_beyond_a_byte_and_the_old_models_classes() -> None:
+    student, teacher = (
+        make_output(seed, logits=torch.zeros(4, channels, 7, 9))
+        for seed, channels in ((0, 300), (1, 250))
+    )
+    labels = make_labels()
+    few, many = labels.masked_fill(labels == 5, 21), labels.masked_fill(labels == 5, 290)
+    module = CRPDistillationLoss(blocks=(0, 1, 2))
+    expected = module(student, teacher, few)
+    module.prepare(teacher, many, 300)
+    assert torch.equal(module(student, teacher, many), expected)
 
 
 def test_module_refuses_what_cannot_work() -> None:

@@ -91,5 +91,18 @@ def test_what_the_kernels_are_not_made_for() -> None:
     assert can_fuse(attention.query, attention.key, regions)
     assert not can_fuse(attention.query.double(), attention.key.double(), regions)
     assert not can_fuse(attention.query, attention.key, find_regions(0 * make_labels()))
+    classes = torch.arange(1, 71).view(1, 7, 10)
+    assert not can_fuse(attention.query, attention.key, find_regions(classes))
+    assert can_fuse(attention.query, attention.key, find_regions(classes.clamp(max=64)))
     wide = make_map(dim=200)
     assert not can_fuse(wide.query, wide.key, regions)
+
+
+def test_a_device_that_triton_cannot_serve_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_pooling.kernels_run(torch.device(DEVICE))
+
+    def fail(*args: object) -> None:
+        raise RuntimeError('Failed to find C compiler')
+
+    monkeypatch.setattr(FusedRegionMean, 'apply', fail)
+    assert not fused_pooling.kernels_run(torch.device(DEVICE))

@@ -90,6 +90,44 @@ def train_a_little(model: IncrementalEncoderDecoder, steps: int = 2) -> None:
         wrapper.update_params(total_loss(model.loss(images(), samples(block_labels()))))
 
 
+# What is asked before the student's forward pass
+
+
+def test_a_label_without_a_channel_is_named(snapshot: str) -> None:
+    for model in (build(model_cfg(6)), later_stage(snapshot, **SATS)):
+        labels = block_labels()
+        labels[0, :3] = model.num_classes
+        with pytest.raises(ValueError, match=rf'0\.\.{model.num_classes - 1} .* got \[{model.num_classes}\]'):
+            model.train().loss(images(), samples(labels))
+
+
+def test_parts_prepare_before_the_students_forward_pass(
+    snapshot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = later_stage(snapshot, **SATS).train()
+    attention, order = model.distillation['attention'], []
+    prepare, forward = attention.prepare, model.backbone.forward_with_attention
+
+    def prepared(teacher: SegmentorOutput, labels: Tensor, num_classes: int) -> None:
+        assert teacher.logits.shape[1] == NUM_OLD
+        assert num_classes == model.num_classes
+        order.append('prepare')
+        prepare(teacher, labels, num_classes)
+
+    def seen(inputs: Tensor) -> Any:
+        order.append('student')
+        return forward(inputs)
+
+    monkeypatch.setattr(attention, 'prepare', prepared)
+    monkeypatch.setattr(model.backbone, 'forward_with_attention', seen)
+    expected = model.loss(images(), samples(block_labels()))
+    assert order == ['prepare', 'student']
+    # Without it the same comes out.
+    monkeypatch.setattr(attention, 'prepare', lambda *args: None)
+    found = model.loss(images(), samples(block_labels()))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 # The old model
 
 

@@ -133,7 +133,8 @@ def _fused_kernels(device: torch.device) -> ModuleType | None:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    return import_module('mmseg_sats.models.fused_pooling')
+    kernels = import_module('mmseg_sats.models.fused_pooling')
+    return kernels if kernels.kernels_run(device) else None
 
 
 def attend(query: Tensor, key: Tensor, scale: float) -> Tensor:

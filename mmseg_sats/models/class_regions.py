@@ -90,7 +90,12 @@ def find_regions(
 def find_regions_on_grids(
     labels: Tensor, grids: Sequence[Grid], ignore_index: int = 255, num_labels: int | None = None
 ) -> dict[Grid, ClassRegions]:
-    """The same on several grids (h, w), to which labels (B, H, W) are brought by nearest neighbour."""
+    """The same on several grids (h, w), to which labels (B, H, W) are brought by nearest neighbour.
+
+    With a bound, those labels alone are looked at that a grid takes.
+    """
+    if num_labels is None:
+        num_labels = _count_labels(labels.long(), ignore_index)
     unique = tuple(dict.fromkeys(grids))
     places = _nearest(tuple(labels.shape[1:]), unique, labels.device)
     flat = labels.flatten(1).index_select(1, places).long()
@@ -104,22 +109,23 @@ def _find(
     """The regions of (B, P) labels, in which the grids' positions stand one grid after the other."""
     if num_labels is None:
         num_labels = _count_labels(labels, ignore_index)
+    cells = num_labels + 1
     batch, device = len(labels), labels.device
     layout = _layout(batch, lengths, device)
     foreground = (labels != 0) & (labels != ignore_index)
     # Label `num_labels` stands for all that are out of range: -1 is so in remainders.
-    known = labels.where(foreground, 0).clamp(-1, num_labels) % (num_labels + 1)
-    cell = known + layout.grid * (num_labels + 1)
-    counts = labels.new_zeros(batch, len(lengths) * (num_labels + 1))
+    known = labels.where(foreground, 0).clamp(-1, num_labels) % cells
+    cell = known + layout.grid * cells
+    counts = labels.new_zeros(batch, len(lengths) * cells)
     counts.scatter_add_(1, cell, foreground.long())
     # What needs no answer is asked of the device before it is waited for.
-    slots = ((counts > 0).view(batch, len(lengths), -1).cumsum(2) - 1).flatten(1).gather(1, cell)
+    slots = ((counts > 0).view(batch, len(lengths), cells).cumsum(2) - 1).flatten(1).gather(1, cell)
     slots.masked_fill_(~foreground, -1)
     place = layout.foreground_first(foreground)
     order = torch.empty_like(place).scatter_(1, place, layout.position.expand_as(place))
     ordered_slots = torch.empty_like(place).scatter_(1, place, slots)
     # One copy to the host tells every size that is needed there.
-    host = counts.cpu().view(batch, len(lengths), -1).transpose(0, 1)
+    host = counts.cpu().view(batch, len(lengths), cells).transpose(0, 1)
     if host[..., num_labels].any():
         wrong = labels[known == num_labels].unique().tolist()
         raise ValueError(
@@ -209,9 +215,17 @@ def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layo
 def _nearest(size: Grid, grids: tuple[Grid, ...], device: torch.device) -> Tensor:
     """For each position of the grids, which of H * W pixels it takes, by torch's own rule."""
     with torch.inference_mode(False):
-        pixels = torch.arange(size[0] * size[1], dtype=torch.float64).view(1, 1, *size)
-        small = [F.interpolate(pixels, grid, mode='nearest').flatten() for grid in grids]
-        return torch.cat(small).long().to(device)
+        flat = [
+            _nearest_places(size[0], grid[0])[:, None] * size[1] + _nearest_places(size[1], grid[1])
+            for grid in grids
+        ]
+        return torch.cat([places.flatten() for places in flat]).to(device)
+
+
+def _nearest_places(source: int, size: int) -> Tensor:
+    """(size,): the place that each takes of an axis, in float32, in which labels would be resized."""
+    axis = torch.arange(source, dtype=torch.float32).view(1, 1, source, 1)
+    return F.interpolate(axis, (size, 1), mode='nearest').flatten().long()
 
 
 @lru_cache(maxsize=64)

@@ -10,25 +10,25 @@ With A = softmax(Q K^T * scale), rows m, keys n, share s_m of a row in its regio
 gradient of the means: dA_mn = s_m G_r(m)n, dS = A * (dA - sum_n A dA), dQ = scale dS K, dK = scale dS^T Q.
 """
 
+import logging
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_sats.models.class_regions import ClassRegions
+from mmseg_sats.models.class_regions import ClassRegions, find_regions
 
+# About as many as keep a large GPU busy: where keys and images are few, the rows are split among them.
 PROGRAMS = 256
-"""About as many as keep a large GPU busy; fewer keys and images are made up for by splitting the rows."""
+# What a program has room for.
 LARGEST_DIM, LARGEST_WIDTH = 128, 64
-"""What a program has room for."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
+# Arguments that Triton makes no kernel of its own for: rows and width are others in every batch.
 CHANGING = ['slots_b', 'items', 'heads', 'rows', 'length', 'width']
-"""Numbers that a kernel is not made anew for: rows and width change from batch to batch."""
 
 
 def can_fuse(query: Tensor, key: Tensor, regions: ClassRegions) -> bool:
@@ -39,6 +39,23 @@ def can_fuse(query: Tensor, key: Tensor, regions: ClassRegions) -> bool:
         and query.shape[3] <= LARGEST_DIM
         and 0 < regions.width <= LARGEST_WIDTH
     )
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton can make kernels for the device; it says in the log why it cannot."""
+    regions = find_regions(torch.ones(1, 4, 4, dtype=torch.long, device=device))
+    query = torch.zeros(1, 1, 16, 16, device=device)
+    try:
+        FusedRegionMean.apply(query, query, 1.0, regions)
+    except Exception as error:  # a compiler or a driver is missing, say
+        print_log(
+            f'Triton makes no kernels for {device}, so attention is pooled in chunks, which takes '
+            f'longer: {error}',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return False
+    return True
 
 
 @triton.jit

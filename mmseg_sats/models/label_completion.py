@@ -25,7 +25,7 @@ def complete_labels(
         labelers: source to an object called as ``labeler(labels, teacher_logits)`` with (b, H, W)
             and (b, K_old, H, W), or, where it has a true ``needs_student``, as ``labeler(labels,
             teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
-            ``pixelwise`` is called for a few rows of pixels at a time. Its
+            ``pixelwise`` is called for a piece of the pixels at a time, rows or whole images. Its
             ``image_weights(labels, completed)``, if any, gives (b,) or None.
         student: the student's output for the batch; None will do where no labeler needs it.
         teacher: the old model's.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmseg.models import EncoderDecoder
 from torch import Tensor
@@ -112,7 +113,7 @@ class OldModel:
             self.model.to(inputs.device, dtype)
             self._cast.clear()
         lower = autocast_dtype(inputs.device)
-        if lower is None:
+        if lower is None or dtype != torch.float32:
             return run_segmentor(self.model, inputs, with_attention)[0]
         if (inputs.device, lower) not in self._cast:
             return self._run_and_cast(inputs, with_attention, lower)
@@ -129,8 +130,16 @@ class OldModel:
         try:
             faster = with_cast_weights(self.model, dtype)
             same = _equal(expected, run_segmentor(faster, inputs, with_attention)[0])
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError:  # dtypes that do not go together
             same = False
+        if not same:
+            print_log(
+                'The old model gives other numbers with its weights cast once for autocast, so they '
+                'are cast in every step, which takes longer.',
+                logger='current',
+            )
         self._cast[inputs.device, dtype] = faster if same else self.model
         return expected
 

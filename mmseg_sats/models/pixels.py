@@ -3,7 +3,7 @@
 
 Logits at the labels' size are the largest tensors of a training step, and their softmaxes are as
 large again. No loss needs them as a whole: here both models' logits, at the head's resolution, are
-resized a few rows at a time, every loss sees the same piece and its log-probabilities, and backward
+resized a piece at a time, every loss sees the same piece and its log-probabilities, and backward
 computes each piece once more and brings its gradient straight back to the head's resolution.
 """
 

@@ -43,9 +43,6 @@ def _l2(difference: Tensor) -> Tensor:
     return torch.linalg.vector_norm(difference, dim=-1)
 
 
-# Labels that fit a byte have room in any case: only more classes than that cost more.
-BYTE_LABELS = 256
-
 DISTANCES: dict[str, Distance] = {'l2': _l2, 'squared_l2': _squared_l2}
 
 
@@ -80,7 +77,8 @@ def crp_loss(
         normalisation: ``'per_block'`` or ``'paper'``, see above; with ``'global'`` and ``'none'``
             an image counts as one class.
         ignore_index: the label that belongs to no class.
-        num_labels: an upper bound of the labels, where known; a GPU is waited for once less.
+        num_labels: an upper bound of the labels, where known; a GPU is waited for once less, and
+            labels that no block's grid takes are not checked.
 
     Returns:
         The loss, a scalar.
@@ -299,6 +297,10 @@ SOURCES = {
 }
 
 
+# The least bound of the labels that regions are looked for with: any label of a mask is under it.
+BYTE_LABELS = 256
+
+
 @MODELS.register_module()
 class CRPDistillationLoss(nn.Module):
     """Self-attention transfer by class-region pooling, L_a of SATS; see ``crp_loss``.
@@ -347,12 +349,12 @@ class CRPDistillationLoss(nn.Module):
         """Whether the segmentor must ask its backbone for attention."""
         return _attentions in self._sources
 
-    def prepare(self, teacher: SegmentorOutput, labels: Tensor) -> None:
-        """Finds the regions of the labels (B, H, W) for the next call with them.
+    def prepare(self, teacher: SegmentorOutput, labels: Tensor, num_classes: int) -> None:
+        """Finds the regions of the labels (B, H, W), below ``num_classes``, for the next call with them.
 
         That waits for the GPU, which has less to do before the student's forward pass than after it.
         """
-        self._prepared = self._grids(teacher, 'teacher', labels)
+        self._prepared = self._grids(teacher, 'teacher', labels, num_classes)
         if self.pooling == 'class':
             self._prepared.by_class  # noqa: B018  found now
 
@@ -365,7 +367,7 @@ class CRPDistillationLoss(nn.Module):
         """
         grids, self._prepared = self._prepared, None
         if grids is None or grids.labels is not labels:
-            grids = self._grids(student, 'student', labels)
+            grids = self._grids(student, 'student', labels, student.logits.shape[1])
         losses: Iterable[Tensor] = (
             _crp_loss(
                 pick_blocks(blocks_of(student), self.blocks, 'student'),
@@ -379,11 +381,13 @@ class CRPDistillationLoss(nn.Module):
         )
         return self.loss_weight * sum(losses)
 
-    def _grids(self, output: SegmentorOutput, owner: str, labels: Tensor) -> _LabelGrids:
+    def _grids(
+        self, output: SegmentorOutput, owner: str, labels: Tensor, num_classes: int
+    ) -> _LabelGrids:
         blocks = [
             block
             for blocks_of in self._sources
             for block in pick_blocks(blocks_of(output), self.blocks, owner)
         ]
-        num_labels = max(BYTE_LABELS, output.logits.shape[1])
+        num_labels = max(BYTE_LABELS, num_classes)
         return _LabelGrids(labels, self.ignore_index, num_labels, [_grid(block) for block in blocks])

@@ -58,8 +58,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             background; one with ``needs_student`` is called with the student's logits as well.
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
-            so that a child config can drop a part. One with ``prepare(teacher, labels)`` has that called
-            before the student's forward pass, for what a GPU would have to be waited for later.
+            so that a child config can drop a part. One with ``prepare(teacher, labels, num_classes)`` has
+            that called before the student's forward pass, for what a GPU would have to be waited for
+            later; ``teacher`` is None where there is no old model.
         classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
             ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
@@ -214,7 +215,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         check_targets(self.decode_head, targets, self.num_classes + self.unknown)
         for part in parts.values():
             if hasattr(part, 'prepare'):
-                part.prepare(teacher, labels)
+                part.prepare(teacher, labels, self.num_classes)
         student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
