@@ -20,7 +20,7 @@ from mmseg_sats.models.attention import working_dtype
 
 # How many entries of resized logits exist at a time, by device type: on a CPU what stays in its cache,
 # on an accelerator few and large kernels. A block of rows shares what was done to its source rows.
-PIECE_ELEMENTS = {'cpu': 2**20}
+PIECE_ELEMENTS = {'cpu': 2**19}
 BLOCK_ELEMENTS = {'cpu': 2**22}
 DEFAULT_ELEMENTS = 2**24
 
@@ -91,9 +91,11 @@ class ResizedLogits:
         return elements.get(self.logits.device.type, DEFAULT_ELEMENTS)
 
     def _cut(self, rows: slice, elements: dict[str, int]) -> Iterator[slice]:
-        size = max(1, self._limit(elements) // max(1, self.channels * self.size[1]))
-        for start in range(rows.start, rows.stop, size):
-            yield slice(start, min(start + size, rows.stop))
+        most = max(1, self._limit(elements) // max(1, self.channels * self.size[1]))
+        count = rows.stop - rows.start
+        even = -(-count // -(-count // most)) if count else 1  # no small rest at the end
+        for start in range(rows.start, rows.stop, even):
+            yield slice(start, min(start + even, rows.stop))
 
 
 class Block(ABC):
