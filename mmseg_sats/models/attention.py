@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from mmseg_sats.models.class_regions import ClassRegions, find_regions
 
 # How many entries of the map exist at a time, by device type. A CPU wants a chunk that stays in its
-# cache; an accelerator wants few and large kernels. Backward holds two such arrays.
+# cache; an accelerator wants few and large kernels. Backward holds three such arrays.
 CHUNK_ELEMENTS = {'cpu': 2**18}
 DEFAULT_CHUNK_ELEMENTS = 2**25
 

@@ -84,6 +84,8 @@ def find_regions(
         ValueError: if a label other than ``ignore_index`` is negative, or not under the bound.
     """
     flat = labels.flatten(1).long()
+    if num_labels is None:
+        num_labels = _count_labels(flat, ignore_index)
     return _find(flat, (flat.shape[1],), ignore_index, num_labels)[0]
 
 
@@ -104,11 +106,13 @@ def find_regions_on_grids(
 
 
 def _find(
-    labels: Tensor, lengths: tuple[int, ...], ignore_index: int, num_labels: int | None
+    labels: Tensor, lengths: tuple[int, ...], ignore_index: int, num_labels: int
 ) -> list[ClassRegions]:
-    """The regions of (B, P) labels, in which the grids' positions stand one grid after the other."""
-    if num_labels is None:
-        num_labels = _count_labels(labels, ignore_index)
+    """The regions of (B, P) long labels, in which the grids' positions stand one grid after the other.
+
+    Raises:
+        ValueError: if a label other than ``ignore_index`` is not in 0..num_labels - 1.
+    """
     cells = num_labels + 1
     batch, device = len(labels), labels.device
     layout = _layout(batch, lengths, device)

@@ -100,6 +100,7 @@ def _crp_loss(
     distance: str,
     normalisation: str,
 ) -> Tensor:
+    """``crp_loss`` with the labels' regions, which two sources may share or ``prepare`` have found."""
     pool = choose('pooling', pooling, POOLINGS)
     measure = choose('distance', distance, DISTANCES)
     normalise = choose('normalisation', normalisation, NORMALISATIONS)
