@@ -19,7 +19,7 @@ from mmengine.runner import TestLoop
 from prettytable import PrettyTable, TableStyle
 
 import mmseg_sats.engine.incremental_runner as incremental_runner
-from benchmarks.measure import Ratio, resident_bytes
+from benchmarks.measure import Ratio, finish_device, resident_bytes
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.engine import (
     AtomicCheckpointHook,
@@ -112,6 +112,7 @@ class Stopwatch:
         try:
             yield
         finally:
+            finish_device()  # what a part gives a GPU to do is its own
             self._note()
             self._parts.pop()
 

@@ -453,6 +453,58 @@ CASES = [
         r'does not reach the layers of AttentionMixVisionTransformer: expected model\.backbone\.with_cp',
         ("activation_checkpointing=['backbone.layers.0']",),
     ),
+    # what the later stages alone are trained with
+    Case(
+        'optimizer misspelt',
+        r"optim_wrapper\.optimizer\.type='AdamV' is not registered \(did you mean 'Adam",
+        ('later_stages.optim_wrapper.optimizer.type=AdamV',),
+    ),
+    Case(
+        'argument of the optimizer misspelt',
+        r"optim_wrapper: .*unexpected keyword argument 'lrr'",
+        ('later_stages.optim_wrapper.optimizer.lrr=1',),
+    ),
+    Case(
+        'schedule misspelt',
+        r'param_scheduler: PolyLRR is not in the',
+        spoil=lambda p: p.add("later_stages = dict(param_scheduler=[dict(type='PolyLRR')])\n"),
+    ),
+    Case(
+        'hook misspelt',
+        r'custom_hooks: NoHook is not in the',
+        spoil=lambda p: p.add("later_stages = dict(custom_hooks=[dict(type='NoHook')])\n"),
+    ),
+    Case(
+        'argument of a hook misspelt',
+        r"default_hooks: .*unexpected keyword argument 'every'",
+        ('later_stages.default_hooks.logger.every=3',),
+    ),
+    Case(
+        'transform misspelt',
+        r'NoTransform is not in the',
+        spoil=lambda p: p.add("later_stages = dict(eval_pipeline=[dict(type='NoTransform')])\n"),
+    ),
+    # evaluation
+    Case(
+        'metric misspelt',
+        r"IncrementalIoUMetrik is not in .*did you mean 'IncrementalIoUMetric'",
+        ('test_evaluator.type=IncrementalIoUMetrik',),
+    ),
+    Case(
+        'argument of the metric misspelt',
+        r"unexpected keyword argument 'num_bases'",
+        ('test_evaluator.num_bases=2',),
+    ),
+    Case(
+        'another metric alone',
+        r'test_evaluator has IoUMetric: expected an IncrementalIoUMetric',
+        ('test_evaluator.type=IoUMetric',),
+    ),
+    Case(
+        'two metrics of one key',
+        r"IncrementalIoUMetric and IoUMetric both give mIoU: expected another prefix",
+        spoil=lambda p: p.add("test_evaluator = [dict(type='IncrementalIoUMetric'), dict(type='IoUMetric')]\n"),
+    ),
     Case(
         'source misspelt',
         r"source='features' is unknown \(did you mean 'feature'",

@@ -28,9 +28,9 @@ from mmseg_sats.checkpoint import (
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
-from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
+from mmseg_sats.engine.evaluation import check_evaluator, evaluate_stage, evaluation_set
 from mmseg_sats.engine.hooks.best_epoch_hook import BEST
-from mmseg_sats.engine.preflight import check_base, check_config, check_data, check_model
+from mmseg_sats.engine.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.results import (
     comparison_table,
@@ -58,6 +58,7 @@ from mmseg_sats.engine.stage_config import (
     stage_dir,
 )
 from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.trial_build import check_model, check_training
 from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
 from mmseg_sats.once import Sharing
 from mmseg_sats.protocol import Stage
@@ -112,7 +113,8 @@ class IncrementalRunner:
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
         check_outside_folder(stages[-1])
-        check_model(stages[-1])
+        check_training(stages[-1], check_model(stages[-1]))
+        check_evaluator(stages[-1])
         if not (stage_dir(self.work_dir, 0) / 'done').exists():
             if self.base is None:
                 check_pretrained(stages[0])

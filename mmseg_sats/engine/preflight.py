@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What can be known to be wrong before the first iteration: options, numbers, device, data, model."""
+"""What can be known to be wrong before the first iteration: options, numbers, device, data, base."""
 
-import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmseg.registry import DATASETS, MODELS
-from torch import nn
+from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.snapshot import adopt_base, head_names
 from mmseg_sats.engine.stage_config import STAGE_PARTS
+from mmseg_sats.engine.trial_build import build_model
 from mmseg_sats.suggest import check_choice, near_match
 
 # Top-level keys that are read by name, by mmengine's Runner or by ours.
@@ -191,13 +190,14 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
             that leaves the data root, a stage without images, a file that is no image, or a class
             that no held-out image shows.
     """
-    cfg = stages[first]
-    loaders = (cfg.train_dataloader, cfg.test_dataloader, cfg.get('val_dataloader'))
-    for loader in filter(None, loaders):
+    # The last stage's transforms may be others; lists and masks are read once.
+    cfgs = [stages[-1], stages[first]]
+    parts = ('train_dataloader', 'test_dataloader', 'val_dataloader')
+    for loader in filter(None, [cfg.get(part) for cfg in cfgs for part in parts]):
         dataset = DATASETS.build(stage_dataset_cfg(loader.dataset))
         if hasattr(dataset, 'check_stages'):
             dataset.check_stages(first)
-    if cfg.get('held_out'):
+    if stages[first].get('held_out'):
         _check_held_out(dataset)
 
 
@@ -210,25 +210,6 @@ def _check_held_out(dataset: IncrementalDataset) -> None:
         raise ValueError(
             f'held_out={dataset.held_out}: no held-out image shows {", ".join(absent)}: expected every '
             'class, old ones too, in the masks of the training images, and a share that is large enough'
-        )
-
-
-def check_model(cfg: Config) -> None:
-    """Builds the model of a stage and throws it away.
-
-    Raises:
-        KeyError: a type that is not registered, with a near match.
-        TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
-        ValueError: whatever else the model's parts refuse, or activation checkpointing that would do
-            nothing.
-    """
-    model = _build_model(cfg)
-    names = [name for name in cfg.get('activation_checkpointing') or () if 'backbone' in name]
-    # mmengine wraps the layers' forward, and layers that give their attention are not called by it.
-    if names and hasattr(model.backbone, 'forward_with_attention'):
-        raise ValueError(
-            f'activation_checkpointing={names} does not reach the layers of '
-            f'{type(model.backbone).__name__}: expected model.backbone.with_cp=True in its place'
         )
 
 
@@ -246,31 +227,5 @@ def check_base(cfg: Config, base: Path) -> None:
     if not base.is_file():
         raise FileNotFoundError(f'--base {base}: no such checkpoint')
     classes = evaluation_set(cfg).metainfo['classes']
-    model = _build_model(cfg)
+    model = build_model(cfg)
     adopt_base(model, head_names(model), base, classes)
-
-
-def _build_model(cfg: Config) -> nn.Module:
-    model = cfg.model.to_dict() | dict(old_model=None)
-    model['backbone'] = model['backbone'] | dict(init_cfg=None)
-    try:
-        return MODELS.build(model)
-    except KeyError as error:
-        raise KeyError(f'{error.args[0]}{_near_type(str(error.args[0]))}') from error
-    except TypeError as error:
-        raise TypeError(f'{error}{_near_argument(str(error))}') from error
-
-
-def _near_type(message: str) -> str:
-    """The registered name that is nearest to the one in mmengine's message."""
-    match = re.match(r'(\w+) is not in the', message)
-    registries = (MODELS, MODELS.parent)
-    names = [name for registry in registries if registry for name in registry.module_dict]
-    return near_match(match[1], names) if match else ''
-
-
-def _near_argument(message: str) -> str:
-    """The argument that is nearest to the one in Python's message."""
-    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    part = MODELS.get(match[1]) if match else None
-    return near_match(match[2], inspect.signature(part).parameters) if part else ''
