@@ -29,6 +29,12 @@ def make_map(
     return AttentionMap(query, key, dim**-0.5, query_hw, key_hw)
 
 
+def set_chunks(monkeypatch: pytest.MonkeyPatch, elements: int, padded: bool) -> None:
+    """Chunks of so many elements; padded as on a device that has no size of its own."""
+    monkeypatch.setattr(module, 'CHUNK_ELEMENTS', {} if padded else {'cpu': elements})
+    monkeypatch.setattr(module, 'DEFAULT_CHUNK_ELEMENTS', elements)
+
+
 def make_labels(batch: int = 2, hw: tuple[int, int] = (5, 7), seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor([0, 0, 1, 3, 200, 255])
@@ -90,8 +96,11 @@ def test_pool_by_hand() -> None:
 
 @pytest.mark.parametrize('chunk', [1, 18, 19, 40, 100, 10**6])
 @pytest.mark.parametrize('batch', [1, 5])
-def test_pool_equals_pooled_dense(monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int) -> None:
-    monkeypatch.setattr(module, 'CHUNK_ELEMENTS', {'cpu': chunk})
+@pytest.mark.parametrize('padded', [False, True])
+def test_pool_equals_pooled_dense(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int, padded: bool
+) -> None:
+    set_chunks(monkeypatch, chunk, padded)
     attention, labels = make_map(batch), make_labels(batch)
     labels[-1, 1:] = 0  # a short image among longer ones
     if batch > 2:
@@ -104,15 +113,58 @@ def test_pool_equals_pooled_dense(monkeypatch: pytest.MonkeyPatch, chunk: int, b
         torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
-def test_chunks_cover_every_row_once_within_the_limit() -> None:
+@pytest.mark.parametrize('padded', [False, True])
+def test_chunks_cover_every_row_once_within_the_limit(padded: bool) -> None:
     rows, limit, row_elements = [7, 0, 3, 25, 1, 1, 0], 60, 6
     seen = torch.zeros(len(rows), max(rows), dtype=torch.long)
-    for images, span in module._chunks(rows, row_elements, limit):
+    chunks = list(module._chunks(rows, row_elements, limit, padded))
+    for images, span in chunks:
         assert (images.stop - images.start) * (span.stop - span.start) * row_elements <= limit
         seen[images, span] += 1
+    assert any(images.stop - images.start > 1 for images, _ in chunks)
+    assert padded or seen.sum() == sum(rows)
     for count, image in zip(rows, seen, strict=True):
         assert (image[:count] == 1).all()
     assert seen.max() == 1
+
+
+@pytest.mark.parametrize('padded', [False, True])
+def test_what_background_holds_does_not_come_in(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    set_chunks(monkeypatch, 10**6, padded)
+    labels = make_labels(5)
+    labels[-1, 1:] = 0  # fewer rows than the others have
+    labels[2] = 255
+    clean, spoilt = make_map(5), make_map(5)
+    outside = ((labels == 0) | (labels == 255)).flatten(1)
+    with torch.no_grad():
+        spoilt.query.transpose(1, 2)[outside] = torch.tensor([float('nan'), float('inf'), 1.0, -1.0])
+    pooled = [attention.pool(labels)[0] for attention in (clean, spoilt)]
+    assert torch.equal(*pooled)
+    for got, want in zip(gradients(pooled[1], spoilt), gradients(pooled[0], clean), strict=True):
+        assert torch.equal(got, want)
+
+
+class _SoftmaxRows(TorchDispatchMode):
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.rows += result[..., 0].numel()
+        return result
+
+
+def test_rows_of_background_are_never_computed() -> None:
+    attention, labels = make_map(5), make_labels(5)
+    labels[-1, 1:] = 0
+    labels[2] = 255
+    foreground = int(((labels != 0) & (labels != 255)).sum())
+    with _SoftmaxRows() as record:
+        pooled = attention.pool(labels)[0]
+    assert record.rows == 3 * foreground
+    with _SoftmaxRows() as record:
+        pooled.sum().backward()
+    assert record.rows == 3 * foreground
 
 
 def test_pool_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,25 @@ def test_gradient_reaches_the_student_only(source: str, pooling: str) -> None:
     assert all(leaf.grad is None for leaf in leaves(teacher))
 
 
+@pytest.mark.parametrize('spoilt', [0, 1], ids=['student', 'teacher'])
+@pytest.mark.parametrize('source', ['attention', 'feature'])
+def test_what_background_holds_does_not_come_in(source: str, spoilt: int) -> None:
+    labels = make_labels()
+    clean, other = ([MAKERS[source](seed) for seed in (0, 1)] for _ in range(2))
+    with torch.no_grad():
+        for block, grid in zip(other[spoilt], GRIDS, strict=True):
+            small = F.interpolate(labels[:, None].float(), grid).flatten(1)
+            outside = (small == 0) | (small == 255)
+            tensor = block.query if source == 'attention' else block.flatten(2)[:, None].mT
+            tensor.transpose(1, 2)[outside] = float('nan')
+    losses = [crp_loss(*models, labels) for models in (clean, other)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for got, want in zip(leaves(other[0]), leaves(clean[0]), strict=True):
+        assert torch.equal(got.grad, want.grad)
+
+
 @pytest.mark.parametrize('source', ['attention', 'feature'])
 def test_a_batch_without_classes_gives_zero_in_the_graph(source: str) -> None:
     student, teacher = MAKERS[source](0), MAKERS[source](1)

@@ -169,17 +169,19 @@ class _Chunk(NamedTuple):
     rows: slice
 
 
-def _chunks(rows: Sequence[int], row_elements: int, limit: int) -> Iterator[_Chunk]:
+def _chunks(rows: Sequence[int], row_elements: int, limit: int, padded: bool) -> Iterator[_Chunk]:
     """Cover all images' rows by chunks of at most ``limit`` elements (or of a single row).
 
-    Neighbouring images share a chunk as long as they fit with the rows of the longest; an image too
-    large for one chunk has several to itself.
+    Neighbouring images share a chunk as long as they fit, with the rows of the longest where they may be
+    ``padded`` and with as many rows each where not; an image too large for one chunk has several to itself.
     """
     size = max(1, limit // row_elements)
     start = 0
     while start < len(rows):
         stop, longest = start + 1, rows[start]
-        while stop < len(rows) and (stop + 1 - start) * max(longest, rows[stop]) <= size:
+        while stop < len(rows) and (padded or rows[stop] == longest):
+            if (stop + 1 - start) * max(longest, rows[stop]) > size:
+                break
             longest = max(longest, rows[stop])
             stop += 1
         for first in range(0, longest, size):
@@ -199,12 +201,15 @@ class _Rows:
         # Written anew, since products of what is not contiguous would copy it each time.
         self.key = torch.empty(key.shape, dtype=self.dtype, device=key.device).copy_(key).mul_(scale)
         self.positions = regions.positions
+        self.pads = regions.pads
         self.weights = regions.weights(self.dtype)
         self.rows = regions.rows
 
     def chunks(self) -> Iterator[_Chunk]:
         row_elements = max(1, self.heads * self.key.shape[2])
-        return _chunks(self.rows, row_elements, chunk_elements(self.query))
+        # An accelerator would rather compute rows of zeros than launch kernels for every image.
+        padded = self.query.device.type not in CHUNK_ELEMENTS
+        return _chunks(self.rows, row_elements, chunk_elements(self.query), padded)
 
     def places(self, chunk: _Chunk) -> Tensor:
         """Flat positions (n * P,) of the chunk's rows in the batch."""
@@ -214,6 +219,8 @@ class _Rows:
         """(n, heads, P, d)"""
         count = chunk.images.stop - chunk.images.start
         rows = self.query.index_select(0, self.places(chunk)).view(count, -1, self.heads, self.dim)
+        # What background holds must not come in, be it multiplied by 0.
+        rows.masked_fill_(self.pads[chunk.images, chunk.rows, None, None], 0)
         return rows.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
 
     def attention(self, queries: Tensor, chunk: _Chunk) -> Tensor:

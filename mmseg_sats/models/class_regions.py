@@ -59,6 +59,11 @@ class ClassRegions:
         """(B, longest): the foreground's part of ``order``; images with less go on in background."""
         return self.order[:, : max(self.rows, default=0)].contiguous()
 
+    @cached_property
+    def pads(self) -> Tensor:
+        """(B, longest) bool: which of ``positions`` are background that only pads a row."""
+        return self.ordered_slots[:, : self.positions.shape[1]] < 0
+
     def weights(self, dtype: torch.dtype) -> Tensor:
         """(B, width, longest): each of ``positions`` in the means of the image's regions."""
         if dtype not in self._weights:

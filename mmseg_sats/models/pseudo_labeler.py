@@ -148,7 +148,9 @@ class EntropyPseudoLabeler:
         floor: least threshold of a class, also of one without pixels.
         threshold: ``'median'``; ``'released'`` for the arithmetic of PLOP's released code, in which
             entropy is averaged over classes rather than summed, divided by log K_o twice, and the
-            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes);
+            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes;
+            it divides the second time by the log of old and new channels together, here those of the
+            old model, so that some pixels in a thousand are labelled otherwise);
             or a number in (0, 1], the same threshold for all classes, which needs no pass.
         ignore_index: label of the pixels that the old model is not sure about.
         scale_images: whether an image's cross-entropy is scaled by the share of its background that

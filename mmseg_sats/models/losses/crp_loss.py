@@ -169,7 +169,8 @@ def _region_means(block: Block, regions: ClassRegions) -> Tensor:
     if isinstance(block, AttentionMap):
         return block.pool_regions(regions)
     features = block.flatten(2).to(maps.working_dtype(block)).mT
-    rows = features.flatten(0, 1)[regions.positions]
+    # A row that pads counts nothing, and what background holds must not come in, be it times 0.
+    rows = features.flatten(0, 1)[regions.positions].masked_fill(regions.pads.unsqueeze(2), 0)
     return (regions.weights(rows.dtype) @ rows).unsqueeze(1)
 
 
