@@ -77,6 +77,11 @@ class Place(NamedTuple):
         self.config.write_text(text.replace(old, new))
 
 
+OTHER_ORDER = """
+eval_dataset['metainfo'] = dict(classes=['background', 'b', 'a', 'c', 'd', 'e', 'f'])
+"""
+
+
 class Case(NamedTuple):
     """What is wrong, what the message says, options of the command line, and what is spoilt first."""
 
@@ -483,6 +488,54 @@ CASES = [
         'transform misspelt',
         r'NoTransform is not in the',
         spoil=lambda p: p.add("later_stages = dict(eval_pipeline=[dict(type='NoTransform')])\n"),
+    ),
+    Case(
+        'value of a stage misspelt',
+        r"later_stages\.lrr is read by nothing \(did you mean 'lr'",
+        ('later_stages.lrr=1',),
+    ),
+    Case(
+        'value of the run for some stages',
+        r'later_stages\.protocol: all stages of a run have the same protocol',
+        ('later_stages.protocol=2-2',),
+    ),
+    Case(
+        'hook left out',
+        r'custom_hooks has no PseudoLabelThresholdHook, which finds the thresholds',
+        ('custom_hooks=[]',),
+    ),
+    Case('no epochs by the loop', r'train_cfg\.max_epochs=0', ('train_cfg.max_epochs=0',)),
+    Case('negative rate of the head', r'head_lr_mult=-1: expected a number above 0', ('head_lr_mult=-1',)),
+    Case('resume that is a text', r"resume='no': expected True or False", ('resume=no',)),
+    Case(
+        'unknown class that there is not',
+        r"classifier_init='unknown' .* expected unknown=True",
+        ('classifier_init=unknown',),
+    ),
+    Case(
+        'part left out misspelt',
+        r"distillation\.atention=None leaves nothing out \(did you mean 'attention'",
+        ('distillation.atention=None',),
+    ),
+    Case(
+        "a method's key misspelt in the file",
+        r"config key 'pseudo_labeller' is read by nothing \(did you mean 'pseudo_labeler'",
+        spoil=lambda p: p.add('pseudo_labeller = None\n'),
+    ),
+    Case(
+        'two classes of one name',
+        r'names a more than once: expected a name of its own',
+        ("class_names=['background','a','a','c','d','e','f']",),
+    ),
+    Case(
+        'evaluation with the classes in another order',
+        r"test_dataloader of stage 0 has the classes .*'b', 'a'.*: expected those of the run's other data",
+        spoil=lambda p: p.add(OTHER_ORDER),
+    ),
+    Case(
+        'protocol of the evaluation',
+        r'test_dataloader of stage 0 has the stages \[\[6, 5, 4\], \[3\]',
+        ('test_dataloader.dataset.class_order=[6,5,4,3,2,1]',),
     ),
     # evaluation
     Case(

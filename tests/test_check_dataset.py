@@ -170,3 +170,15 @@ def test_published_counts_are_the_given_ones() -> None:
             protocol = Protocol(line['protocol'], classes[dataset])
             images, _ = published_counts(dataset, protocol, split, line['setting'])
             assert ' '.join(map(str, images)) == line['images per stage']
+
+
+def test_a_photograph_that_is_cut_off_is_a_fault(config: Path, tmp_path: Path) -> None:
+    write(tmp_path, 'train', 'half', mask(10), size=(80, 100))
+    Image.fromarray(np.zeros((80, 100), np.uint8) + 10).save(tmp_path / 'labels/train/half.png')
+    path = tmp_path / 'rgb/train/half.jpg'
+    noise = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    status, lines = check(config)
+    assert status == 1
+    assert any('half.jpg is cut off or damaged' in line for line in lines)

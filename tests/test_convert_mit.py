@@ -213,3 +213,10 @@ def test_a_file_with_mmseg_names_needs_no_conversion(tmp_path: Path) -> None:
 def test_of_many_foreign_names_some_are_shown() -> None:
     with pytest.raises(KeyError, match=r'x0, x1, x2, x3, x4 and 3 more'):
         convert_mit.convert({f'x{i}': torch.zeros(1) for i in range(8)})
+
+
+def test_a_file_without_an_encoder_is_refused(tmp_path: Path) -> None:
+    torch.save({'head.weight': torch.zeros(2)}, tmp_path / 'source.pth')
+    with pytest.raises(SystemExit, match='no parameter of an original MiT encoder'):
+        convert_mit.main([str(tmp_path / 'source.pth'), str(tmp_path / 'mit.pth')])
+    assert not (tmp_path / 'mit.pth').exists()

@@ -19,6 +19,7 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine import work_dir
 from mmseg_sats.engine.snapshot import latest_checkpoint
 from mmseg_sats.models import AttentionMixVisionTransformer
 
@@ -326,3 +327,25 @@ eval_dataset = dict(
     assert results['stages'][0]['iou'].keys() == {'background', 'a', 'b', 'c'}
     assert results['stages'][0]['iou']['background'] == 0.0  # nobody has taught it yet
     assert results['stages'][1]['new_classes'] == ['d', 'e', 'f']
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    shapes_cfg: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_dir, 'PATIENCE', 0.3)
+    runner = RUNNERS.build(shapes_cfg('finetune'))
+    (tmp_path / 'run').mkdir()
+    with work_dir.locked(tmp_path / 'run'):
+        with pytest.raises(work_dir.WorkDirBusyError, match='another process is training'):
+            runner.train()
+        assert list((tmp_path / 'run').iterdir()) == []
+    with work_dir.locked(tmp_path / 'run'):  # free again
+        pass
+
+
+def test_the_users_own_config_is_not_overwritten(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / 'run').mkdir()
+    path = tmp_path / 'run/config.py'
+    shapes_cfg('finetune').dump(path)
+    with pytest.raises(ValueError, match=r'config\.py would be overwritten'):
+        RUNNERS.build(Config.fromfile(path))

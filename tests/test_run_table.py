@@ -149,3 +149,12 @@ def test_a_missing_method_is_named_and_the_rest_reported(
     assert 'left out: configs/sats/segformer_tiny_shapes_2-1.py does not exist' in printed
     assert 'no config' in printed
     assert '1 of 1' in printed
+
+
+def test_a_table_without_any_run_is_not_written(
+    main: Main, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ['--dataset', 'shapes', '--memory', 'none', '--protocols', '2-1', '--out', tmp_path]
+    assert main('table1', '--methods', 'sats', *options, '--cfg-options', *words) == 1
+    assert 'no table is written' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

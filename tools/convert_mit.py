@@ -91,7 +91,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: if a name is unknown, or of a query and key-value projection one is missing; the
             message names such keys.
-        ValueError: if the names are mmseg's already.
+        ValueError: if the names are mmseg's already, or no parameter is an encoder's.
     """
     if state_dict and all(re.match(r'layers\.\d', name) for name in state_dict):
         raise ValueError("the names are mmseg's already: use the file as it is")
@@ -110,6 +110,8 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown:
         more = f' and {len(unknown) - SHOWN} more' if unknown[SHOWN:] else ''
         raise KeyError(f'not parameters of an original MiT: {", ".join(unknown[:SHOWN])}{more}')
+    if not converted:
+        raise ValueError('it holds no parameter of an original MiT encoder')
     return converted | _pack(halves)
 
 

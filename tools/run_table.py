@@ -176,6 +176,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ]
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if not plan.runs:
+        console.print('no config for anything that was asked for: no table is written', soft_wrap=True)
+        return 1
     failed: list[str] = []
     if todo and not args.report:
         scheduler = Scheduler(

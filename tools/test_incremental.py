@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import write_json
+from mmseg_sats.checkpoint import load_checkpoint_safely, write_json
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.results import stage_results
@@ -79,6 +79,12 @@ def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
     dataset = evaluation_set(cfg)
     classes = dataset.metainfo['classes']
+    trained = load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes']
+    if list(trained) != list(classes):
+        raise ValueError(
+            f'{folder}/snapshot.pth was trained on classes {list(trained)}, the data have {list(classes)}: '
+            'expected the same in this order'
+        )
     new = classes[len(classes) - len(dataset.stage.new) :]
     return stage_results(dataset.stage.index, new, None, metrics, classes)
 

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.distributed import own_error_on_top
+from mmseg_sats.engine.work_dir import WorkDirBusyError
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,6 +82,8 @@ def main() -> None:
     try:
         with own_error_on_top():
             runner.train()
+    except WorkDirBusyError as error:
+        raise SystemExit(str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -18,7 +18,7 @@ from mmseg_sats.datasets.class_index import (
     select_eval,
     select_train,
 )
-from mmseg_sats.datasets.image_sizes import size_of
+from mmseg_sats.datasets.image_sizes import check_decodes, size_of
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')
@@ -113,11 +113,12 @@ def _examine_all(pairs: Sequence[tuple[str, str]], workers: int | None) -> Itera
 
 
 def examine_pair(pair: tuple[str, str]) -> Pair:
-    """Reads one mask, and of its image the header."""
+    """Reads one mask, and decodes its image."""
     image, mask = pair
     nothing = np.zeros(256, np.int64)
     try:
         width, height = size_of(image)
+        check_decodes(image)
         labels = read_labels(mask)
     except (FileNotFoundError, ValueError) as error:
         return Pair(nothing, str(error))

@@ -77,6 +77,19 @@ def _check_pair(pair: tuple[str, str]) -> None:
         )
 
 
+def check_decodes(path: str) -> None:
+    """Decodes an image and throws it away.
+
+    Raises:
+        ValueError: it is cut off or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f'{path} is cut off or damaged: {error}') from error
+
+
 def size_of(path: str) -> tuple[int, int]:
     """Width and height as OpenCV reads the image, photographs turned as their EXIF says.
 

@@ -71,7 +71,7 @@ def classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
     """Names and colours by annotation id, background included.
 
     Raises:
-        ValueError: the dataset changes labels itself, or does not name its classes.
+        ValueError: the dataset changes labels itself, or does not name its classes, or gives two the same name.
     """
     where = type(dataset).__name__
     if getattr(dataset, 'reduce_zero_label', False):
@@ -94,6 +94,12 @@ def classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
         )
     if names[0].lower() != 'background':
         names, palette = ('background', *names), [[0, 0, 0], *palette]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f'{where}: metainfo.classes names {", ".join(repeated)} more than once: expected a name of its own for '
+            'every class, under which results are kept'
+        )
     if len(names) < 2:
         raise ValueError(f'{where}: metainfo.classes holds background alone: {names}')
     return names, palette

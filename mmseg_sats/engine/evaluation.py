@@ -5,14 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config
-from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.runner import Runner
-from mmseg.evaluation import IoUMetric
-from mmseg.registry import DATASETS, METRICS
+from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImagesError
-from mmseg_sats.evaluation import IncrementalIoUMetric
-from mmseg_sats.suggest import near_match
 
 
 def evaluation_set(cfg: Config) -> IncrementalDataset:
@@ -22,46 +18,6 @@ def evaluation_set(cfg: Config) -> IncrementalDataset:
         cfg: a stage's config.
     """
     return DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
-
-
-def check_evaluator(cfg: Config) -> None:
-    """Sees that the evaluation of a stage gives the figures that results are made of, and no two of one name.
-
-    Args:
-        cfg: a stage's config.
-
-    Raises:
-        KeyError: a metric that is not registered, with a near match.
-        TypeError: an argument that a metric does not have.
-        ValueError: no ``IncrementalIoUMetric``, or two metrics that give the same key.
-    """
-    given = cfg.test_evaluator
-    try:
-        metrics = Evaluator(given.get('metrics', given) if isinstance(given, dict) else given).metrics
-    except KeyError as error:
-        name = str(error.args[0]).split(' ')[0]
-        raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
-    if not any(isinstance(metric, IncrementalIoUMetric) for metric in metrics):
-        names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
-        raise ValueError(
-            f'test_evaluator has {names}: expected an IncrementalIoUMetric, which the results are made of'
-        )
-    owners: dict[tuple[str | None, str], BaseMetric] = {}
-    for metric in metrics:
-        for key in _known_keys(metric):
-            other = owners.setdefault((metric.prefix, key), metric)
-            if other is not metric:
-                raise ValueError(
-                    f'test_evaluator: {type(other).__name__} and {type(metric).__name__} both give {key}: '
-                    "expected another prefix for one of them, e.g. prefix='stock'"
-                )
-
-
-def _known_keys(metric: BaseMetric) -> Sequence[str]:
-    """Of what a metric returns, the keys by which metrics of this package and mmseg may collide."""
-    if isinstance(metric, IncrementalIoUMetric):
-        return ['mIoU']
-    return ['aAcc', *metric.metrics] if isinstance(metric, IoUMetric) else []
 
 
 def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:

@@ -4,7 +4,7 @@
 import copy
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from mmseg_sats.checkpoint import (
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.config_text import config_text
 from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
-from mmseg_sats.engine.evaluation import check_evaluator, evaluate_stage, evaluation_set
+from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.hooks.best_epoch_hook import BEST
 from mmseg_sats.engine.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
@@ -58,8 +58,15 @@ from mmseg_sats.engine.stage_config import (
     stage_dir,
 )
 from mmseg_sats.engine.stage_runner import StageRunner
-from mmseg_sats.engine.trial_build import check_model, check_training
-from mmseg_sats.engine.work_dir import check_same_run, check_unused, check_writable
+from mmseg_sats.engine.trained_model import note_on_sizes
+from mmseg_sats.engine.trial_build import check_evaluator, check_model, check_training
+from mmseg_sats.engine.work_dir import (
+    check_own_config,
+    check_same_run,
+    check_unused,
+    check_writable,
+    locked,
+)
 from mmseg_sats.once import Sharing
 from mmseg_sats.protocol import Stage
 
@@ -106,12 +113,15 @@ class IncrementalRunner:
         check_replay(self.cfg, self.protocol)
         check_report(self.cfg.get('report'))
         check_writable(self.work_dir)
+        check_own_config(self.work_dir, cfg.filename)
         if self.cfg.get('resume'):
             check_same_run(self.work_dir, self.cfg)
         else:
             check_unused(self.work_dir)
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
+        if note := note_on_sizes(self.cfg):
+            self.logger.warning(note)
         check_outside_folder(stages[-1])
         check_training(stages[-1], check_model(stages[-1]))
         check_evaluator(stages[-1])
@@ -136,11 +146,19 @@ class IncrementalRunner:
 
         Returns:
             The contents of results.json.
+
+        Raises:
+            WorkDirBusyError: another process trains in the work dir.
         """
+        if is_main_process():
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+        with locked(self.work_dir) if is_main_process() else nullcontext():
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         if self.cfg.get('resume') and not (self.work_dir / 'config.py').exists():
             self.logger.warning(f'nothing to resume in {self.work_dir}: starting from stage 0')
         if is_main_process():
-            self.work_dir.mkdir(parents=True, exist_ok=True)
             remove_temporary(self.work_dir)
             write_text(self.work_dir / 'config.py', config_text(self.cfg))
         check_shared(self.work_dir)

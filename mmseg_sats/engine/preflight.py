@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.replay import stage_dataset_cfg
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.snapshot import adopt_base, head_names
 from mmseg_sats.engine.stage_config import STAGE_PARTS
-from mmseg_sats.engine.trial_build import build_model
+from mmseg_sats.engine.trial_build import build_model, trains_on_one_image
 from mmseg_sats.suggest import check_choice, near_match
 
 # Top-level keys that are read by name, by mmengine's Runner or by ours.
@@ -34,6 +36,19 @@ KEYS = (
     'val_evaluator', 'vis_backends', 'visualizer', 'work_dir',
 )  # fmt: skip
 DEVICES = (None, 'cuda', 'cpu')
+# Words of the project's own configs, which the rest of a config reads as $name.
+WORDS = (
+    'auxiliary_loss', 'centre_crop_pipeline', 'class_names', 'classifier_init', 'distillation', 'eval_dataset',
+    'eval_future', 'eval_images', 'eval_pipeline', 'head_lr_mult', 'ignore_values', 'image_size', 'label_transforms',
+    'mask_values', 'norm_cfg', 'num_shapes', 'outside_root', 'persistent_workers', 'pretrained', 'pseudo_labeler',
+    'saliency', 'saliency_folder', 'segmentation_loss', 'tensorboard', 'train_dataset', 'train_images', 'train_list',
+    'train_masks', 'val_images', 'val_list', 'val_masks', 'wandb',
+)  # fmt: skip
+# What no stage can have of its own.
+RUN_WIDE = (
+    *STAGE_PARTS, 'base', 'class_order', 'dataset', 'launcher', 'memory', 'memory_selection', 'method', 'protocol',
+    'report', 'resume', 'runner_type', 'split', 'work_dir',
+)  # fmt: skip
 # Whole numbers and the least that each may be.
 _WHOLE = dict(epochs=1, batch_size=1, num_workers=0, seed=0, checkpoint_iters=1)
 _MAY_BE_NONE = ('seed', 'checkpoint_iters', 'lr')
@@ -79,10 +94,14 @@ def check_config(cfg: Config) -> None:
     """
     content = cfg._cfg_dict.to_dict()
     _check_keys(content)
+    resume = content.get('resume')
+    if not isinstance(resume, bool | None):
+        raise TypeError(f'resume={resume!r}: expected True or False')
     for part in STAGE_PARTS:
         inner = content.get(part) or {}
         if not isinstance(inner, dict):
             raise TypeError(f'{part} must be a dict of config values, got {inner!r}')
+        _check_part(part, inner, content)
         _check_numbers(inner, f'{part}.')
     _check_numbers(content, '')
     _check_device(cfg.get('device'))
@@ -95,13 +114,25 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:
-    read = {*KEYS, *_words(content)}
+    known = {*KEYS, *WORDS, *_words(content)}
     for key in content:
         # Other unread keys may be values that a config file uses for itself.
-        if key not in read and _close(key, KEYS):
+        if key not in known and _close(key, known):
             raise KeyError(
-                f'config key {key!r} is read by nothing{near_match(key, KEYS)}: correct it or take it out'
+                f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
             )
+
+
+def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Of some stages' own values nothing is left unread, and what belongs to the run is not among them."""
+    read = {*KEYS, *content, *_words(content)}
+    for key in inner:
+        if key in RUN_WIDE:
+            raise ValueError(
+                f'{part}.{key}: all stages of a run have the same {key}, expected it at the top level'
+            )
+        if key not in read:
+            raise KeyError(f'{part}.{key} is read by nothing{near_match(key, read)}: correct it or take it out')
 
 
 def _close(key: str, read: Collection[str]) -> bool:
@@ -144,9 +175,10 @@ def _check_numbers(content: Mapping[str, Any], path: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f'{path}{name}={value!r}: expected a whole number from {least}')
-    rate = content.get('lr')
-    if not (rate is None or _is_word(rate)) and not _positive(rate):
-        raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
+    for name in ('lr', 'head_lr_mult'):
+        rate = content.get(name)
+        if not (rate is None or _is_word(rate)) and not _positive(rate):
+            raise ValueError(f'{path}{name}={rate!r}: expected a number above 0')
     size = content.get('crop_size', 1)
     sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
     if not _is_word(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
@@ -188,17 +220,60 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
         FileNotFoundError: a list, image or mask does not exist.
         ValueError: a mask with impossible labels, an image and a mask of different size, a path
             that leaves the data root, a stage without images, a file that is no image, or a class
-            that no held-out image shows.
+            that no held-out image shows; a last batch of one image that the model cannot be trained
+            with; loaders or stages that do not name the same classes.
     """
     # The last stage's transforms may be others; lists and masks are read once.
-    cfgs = [stages[-1], stages[first]]
+    cfgs = [stages[first], *stages[first + 1 :][-1:]]
     parts = ('train_dataloader', 'test_dataloader', 'val_dataloader')
-    for loader in filter(None, [cfg.get(part) for cfg in cfgs for part in parts]):
-        dataset = DATASETS.build(stage_dataset_cfg(loader.dataset))
-        if hasattr(dataset, 'check_stages'):
-            dataset.check_stages(first)
-    if stages[first].get('held_out'):
-        _check_held_out(dataset)
+    known: IncrementalDataset | None = None
+    for cfg, part in [(cfg, part) for cfg in cfgs for part in parts if cfg.get(part)]:
+        try:
+            dataset = DATASETS.build(stage_dataset_cfg(cfg[part].dataset))
+            if hasattr(dataset, 'check_stages'):
+                dataset.check_stages(first)
+        except NoImagesError as error:
+            if first or not cfg.get('model_config'):
+                raise
+            raise NoImagesError(
+                f'{error}. model_config names a trained model: expected its checkpoint by --base'
+            ) from error
+        if isinstance(dataset, IncrementalDataset):
+            known = known or dataset
+            _check_classes(part, dataset, known)
+        if cfg is cfgs[0] and part == 'train_dataloader' and isinstance(dataset, IncrementalDataset):
+            _check_last_batches(stages[first:], dataset)
+        if part == 'val_dataloader' and cfg.get('held_out'):
+            _check_held_out(dataset)
+
+
+def _check_classes(part: str, dataset: IncrementalDataset, known: IncrementalDataset) -> None:
+    """A channel has one name: data in another order would be measured under each other's names."""
+    for what, found, expected in (
+        ('classes', dataset.class_names, known.class_names),
+        ('stages', *([list(stage.new) for stage in one.protocol.stages] for one in (dataset, known))),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{part} of stage {dataset.stage.index} has the {what} {found}: expected those of the "
+                f"run's other data, {expected}"
+            )
+
+
+def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -> None:
+    """A batch of one image ends a training whose model has norms behind a pooling to one pixel."""
+    for cfg, stage in zip(stages, dataset.protocol.stages[-len(stages) :], strict=True):
+        loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
+        size, limit = loader.batch_size, loader.get('num_batch_per_epoch')
+        plain = stage_dataset_cfg(loader.dataset) is loader.dataset and not loader.get('batch_sampler')
+        plain &= (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and get_world_size() == 1
+        reached = not loader.get('drop_last') and (not limit or images < limit * size)
+        if plain and reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
+            raise ValueError(
+                f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
+                f'this model cannot be trained (a norm in it would see one value a channel): expected another '
+                'batch_size, or train_dataloader.drop_last=True'
+            )
 
 
 def _check_held_out(dataset: IncrementalDataset) -> None:

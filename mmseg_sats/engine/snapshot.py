@@ -93,13 +93,14 @@ def adopt_base(
         The state dict, complete and of the model's shapes.
 
     Raises:
-        ValueError: other classes, another order of classes, or another model.
+        ValueError: other classes, another order of classes, another model, or weights that are not finite.
     """
     loaded = load_checkpoint_safely(checkpoint)
     model = unwrap(model)
     own = model.state_dict()
     state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
-    names = loaded['meta'].get('dataset_meta', {}).get('classes')
+    # mmseg before version 1 called them CLASSES.
+    names = loaded['meta'].get('dataset_meta', {}).get('classes') or loaded['meta'].get('CLASSES')
     rows = state_dict.get('decode_head.conv_seg.weight', torch.empty(0)).shape[0]
     without_background = rows == len(classes) - 1
     expected = list(classes[1:] if without_background else classes)
@@ -110,13 +111,32 @@ def adopt_base(
     if without_background:
         for name in head_names:
             add_background(state_dict, f'{name}.')
-    problems = [f'{key}: missing' for key in own if key not in state_dict] + shape_mismatches(
-        state_dict, model
-    )
+    if names is None:
+        print_log(
+            f'--base {checkpoint} does not name its classes: that they are {expected}, in this order, cannot '
+            'be checked',
+            logger='current',
+            level=logging.WARNING,
+        )
+    problems = [f'{key}: missing' for key in own if key not in state_dict]
+    # An auxiliary head may be left out; anything else would make another model of it.
+    left_out = () if 'auxiliary_head' in head_names else ('auxiliary_head.',)
+    problems += [
+        f'{key}: not in the model'
+        for key in state_dict
+        if key not in own and not key.startswith((*left_out, 'data_preprocessor.'))
+    ]
+    problems += shape_mismatches(state_dict, model)
     if problems:
         raise ValueError(
             f'--base {checkpoint} does not fit stage 0 ({len(classes)} classes with background): '
             + '; '.join(problems[:5])
+        )
+    spoilt = [key for key in own if not state_dict[key].isfinite().all()]
+    if spoilt:
+        raise ValueError(
+            f'--base {checkpoint} has numbers that are not finite in {", ".join(spoilt[:5])}: expected a model '
+            'whose training went well'
         )
     return {key: state_dict[key] for key in own}
 

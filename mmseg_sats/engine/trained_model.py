@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The model of a run out of the mmseg config that a checkpoint was trained with."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def take_trained_model(cfg: Config) -> None:
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: it has no model, or one that is not an ``EncoderDecoder``.
+        ValueError: it has no model, one that is not an ``EncoderDecoder``, or one with an auxiliary head whose
+            channels are not the classes.
     """
     path = cfg.get('model_config')
     if path is None:
@@ -33,12 +35,47 @@ def take_trained_model(cfg: Config) -> None:
     merged = Config(dict(model=_model_of(trained, path)))
     merged.merge_from_dict(dict(model=dict(cfg.get('model') or {})))
     cfg.model = merged.model
+    _check_heads(cfg.model, path)
     # What registers the model's parts must come along into every stage's config.
     imports = (trained.get('custom_imports') or {}).get('imports') or []
     if imports:
         own = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
         own = dict(own, imports=list(dict.fromkeys([*own['imports'], *imports])))
         cfg.custom_imports = own
+
+
+def _check_heads(model: Mapping[str, Any], path: Path) -> None:
+    """An auxiliary head for something else than the classes cannot grow with them."""
+    heads, channels = model.get('auxiliary_head') or [], model['decode_head'].get('num_classes')
+    for head in heads if isinstance(heads, list) else [heads]:
+        if head.get('num_classes') != channels:
+            raise ValueError(
+                f'model_config {path}: an auxiliary {head.get("type")} has {head.get("num_classes")} channels, '
+                f'the decode head {channels}: expected one for each class. Leave such heads out by '
+                'model = dict(auxiliary_head=None)'
+            )
+
+
+def note_on_sizes(cfg: Config) -> str | None:
+    """What to tell somebody whose model was tested on images of another size than the run's, or None.
+
+    Args:
+        cfg: a run's config.
+    """
+    path = cfg.get('model_config')
+    if path is None:
+        return None
+    theirs, own = _resizing(Config.fromfile(path).get('test_pipeline')), _resizing(cfg.get('test_pipeline'))
+    if theirs == own:
+        return None
+    return (
+        f'{path} tests on images after {theirs or "no resizing"}, this run after {own or "no resizing"}: its figures '
+        'and pseudo-labels are not those of that size. For the same, give test_pipeline the same steps'
+    )
+
+
+def _resizing(pipeline: Any) -> list[dict[str, Any]]:
+    return [dict(step) for step in pipeline or () if 'Resize' in str(step.get('type'))]
 
 
 def _model_of(trained: Config, path: Path) -> dict[str, Any]:

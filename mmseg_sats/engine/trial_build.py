@@ -1,20 +1,25 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Building what a stage is trained with and throwing it away, so that an error comes before stage 0 is trained."""
+"""Building what a stage is trained and measured with, and throwing it away: errors come before any training."""
 
 import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
-from mmseg.registry import MODELS
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS, MODELS
 from torch import nn
 
+from mmseg_sats.engine.hooks import PrototypeHook, PseudoLabelThresholdHook
+from mmseg_sats.evaluation import IncrementalIoUMetric
 from mmseg_sats.suggest import near_match
 
 
@@ -63,14 +68,93 @@ def check_training(cfg: Config, model: nn.Module) -> None:
             with _named('param_scheduler'):
                 options = dict(end=1) | copy.deepcopy(dict(scheduler))
                 PARAM_SCHEDULERS.build(options, default_args=dict(optimizer=optimizer, epoch_length=1))
+    for limit in ('max_epochs', 'max_iters'):
+        if (value := (cfg.get('train_cfg') or {}).get(limit, 1)) < 1:
+            raise ValueError(f'train_cfg.{limit}={value!r}: expected a whole number from 1')
+    _check_hooks(cfg, model)
+
+
+def _check_hooks(cfg: Config, model: nn.Module) -> None:
     hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
     hooks += [('custom_hooks', hook) for hook in cfg.get('custom_hooks') or []]
+    built = []
     for key, hook in hooks:
         if isinstance(hook, dict):
             with _named(key):
                 options = copy.deepcopy(dict(hook))
                 options.pop('priority', None)
-                HOOKS.build(options)
+                hook = HOOKS.build(options)
+        built.append(hook)
+    # A custom_hooks of the user's own takes the place of the method's.
+    labeler = getattr(model, 'pseudo_labeler', None)
+    for needed, kind, why in (
+        (getattr(labeler, 'needs_pass', False), PseudoLabelThresholdHook, 'finds the thresholds of its pseudo_labeler'),
+        (getattr(model, 'prototypes', None) is not None, PrototypeHook, 'keeps its prototypes'),
+    ):
+        if needed and not any(isinstance(hook, kind) for hook in built):
+            raise ValueError(
+                f'custom_hooks has no {kind.__name__}, which {why}: expected dict(type={kind.__name__!r}) among them'
+            )
+
+
+def check_evaluator(cfg: Config) -> None:
+    """Sees that the evaluation of a stage gives the figures that results are made of, and no two of one name.
+
+    Args:
+        cfg: a stage's config.
+
+    Raises:
+        KeyError: a metric that is not registered, with a near match.
+        TypeError: an argument that a metric does not have.
+        ValueError: no ``IncrementalIoUMetric``, or two metrics that give the same key.
+    """
+    given = cfg.test_evaluator
+    try:
+        with _in_silence(logging.WARNING):
+            metrics = Evaluator(given.get('metrics', given) if isinstance(given, dict) else given).metrics
+    except KeyError as error:
+        name = str(error.args[0]).split(' ')[0]
+        raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
+    if not any(isinstance(metric, IncrementalIoUMetric) for metric in metrics):
+        names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
+        raise ValueError(
+            f'test_evaluator has {names}: expected an IncrementalIoUMetric, which the results are made of'
+        )
+    owners: dict[tuple[str | None, str], BaseMetric] = {}
+    for metric in metrics:
+        for key in _known_keys(metric):
+            other = owners.setdefault((metric.prefix, key), metric)
+            if other is not metric:
+                raise ValueError(
+                    f'test_evaluator: {type(other).__name__} and {type(metric).__name__} both give {key}: '
+                    "expected another prefix for one of them, e.g. prefix='stock'"
+                )
+
+
+def _known_keys(metric: BaseMetric) -> Sequence[str]:
+    """Of what a metric returns, the keys by which metrics of this package and mmseg may collide."""
+    if isinstance(metric, IncrementalIoUMetric):
+        return ['mIoU']
+    return ['aAcc', *metric.metrics] if isinstance(metric, IoUMetric) else []
+
+
+def trains_on_one_image(cfg: Config) -> bool:
+    """Whether the stage's model can be trained with a single image: norms behind a pooling to one pixel cannot."""
+    model = build_model(cfg).train()
+    size = cfg.get('crop_size', 512)
+    height, width = (size, size) if isinstance(size, int) else size
+    heads = [head for name, head in model.named_children() if name.endswith('_head')]
+    heads = [one for head in heads for one in (head if isinstance(head, nn.ModuleList) else [head])]
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            features = model.extract_feat(torch.zeros(1, 3, height, width))
+            for head in heads:
+                head(features)
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            return False
+    return True
 
 
 def _check_registered(key: str, name: Any, registry: Registry) -> None:
@@ -96,10 +180,10 @@ def _named(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
-    """mmengine logs a line for every parameter's options."""
+def _in_silence(level: int = logging.INFO) -> Iterator[None]:
+    """What mmengine logs up to ``level`` (a line for every parameter's options) it will say again."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(level)
     try:
         yield
     finally:

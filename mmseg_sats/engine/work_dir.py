@@ -4,11 +4,18 @@
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 # What may change between a run and its --resume: it changes no number that the run leaves.
 HARMLESS = re.compile(
@@ -18,6 +25,12 @@ HARMLESS = re.compile(
     r'|\w+_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor|timeout))'
 )
 _SHOWN = 8
+# Loaders' workers outlive a killed process by some seconds, and its lock with them.
+PATIENCE = 10.0
+
+
+class WorkDirBusyError(ValueError):
+    """Another process trains in the work dir."""
 
 
 def check_writable(work_dir: Path) -> None:
@@ -53,6 +66,56 @@ def check_unused(work_dir: Path) -> None:
         raise ValueError(
             f'{work_dir} is in use: it holds {", ".join(found)}. Pass --resume to go on with that '
             'run, or name another --work-dir; nothing there is overwritten'
+        )
+
+
+@contextmanager
+def locked(work_dir: Path) -> Iterator[None]:
+    """Within it no other process may train in the folder; where the file system knows no locks, nothing happens.
+
+    It is the folder that the kernel locks, until the process and its workers have ended: nothing is written.
+
+    Raises:
+        WorkDirBusyError: another process trains there.
+    """
+    descriptor = os.open(work_dir, os.O_RDONLY)
+    try:
+        if fcntl and not _take(descriptor, time.monotonic() + PATIENCE):
+            raise WorkDirBusyError(
+                f'{work_dir}: another process is training in this work dir; wait for it, or name another --work-dir'
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, until: float) -> bool:
+    with suppress(OSError):
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.2)
+    return True  # e.g. NFS, which locks no folders
+
+
+def check_own_config(work_dir: Path, filename: str | None) -> None:
+    """Refuses a work dir in which the run's ``config.py`` would take the place of the user's own.
+
+    The one that a run has kept there is the same again, and may be given with ``--resume``.
+
+    Raises:
+        ValueError: what would be overwritten.
+    """
+    kept = work_dir / 'config.py'
+    used = any(work_dir.glob('stage_*'))
+    if filename and kept.exists() and kept.samefile(filename) and not used:
+        raise ValueError(
+            f'{filename} would be overwritten by the config that a run keeps in its work dir {work_dir}: '
+            'expected another --work-dir'
         )
 
 

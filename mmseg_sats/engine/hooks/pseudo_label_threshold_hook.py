@@ -83,7 +83,7 @@ def training_images_once(runner: Runner) -> dict[str, Any]:
         num_workers=train.get('num_workers', 0),
         sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     )
-    if 'num_batch_per_epoch' in train:
+    if train.get('num_batch_per_epoch'):
         # mmengine then trains on the first so many images alone.
         cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
     return cfg

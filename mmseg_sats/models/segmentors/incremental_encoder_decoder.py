@@ -29,7 +29,7 @@ from mmseg_sats.models.shared_losses import check_targets, shared_losses
 from mmseg_sats.models.unknown import fold_unknown, split_classifier
 from mmseg_sats.models.whole_batch import losses_over_ranks
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.suggest import check_choice, near_match
 
 
 @MODELS.register_module()
@@ -94,6 +94,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         **kwargs: Any,
     ) -> None:
         check_choice('classifier_init', classifier_init, CLASSIFIER_INITS)
+        if classifier_init == 'unknown' and not unknown:
+            raise ValueError(
+                "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
+            )
+        _check_left_out(distillation or {})
         self_cfg = copy.deepcopy(
             dict(backbone=backbone, decode_head=decode_head, neck=kwargs.get('neck'))
         )
@@ -286,6 +291,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_left_out(distillation: Mapping[str, Any]) -> None:
+    """A part is left out by None; one that there is not, with another of nearly its name, is a slip."""
+    present = [name for name, cfg in distillation.items() if cfg is not None]
+    for name, cfg in distillation.items():
+        if cfg is None and (close := near_match(name, present)):
+            raise ValueError(f'distillation.{name}=None leaves nothing out{close}; expected one of {present}')
 
 
 def _prefix(name: str) -> str:
