@@ -156,3 +156,25 @@ def test_index_and_table_against_a_loop() -> None:
     for number in range(256):
         assert through[number] == (table[ids[number]] if number in ids else 255)
     assert through_label_ids(table, None) is table
+
+
+def test_images_may_end_with_more_than_their_format(tmp_path: Path) -> None:
+    for name in ('sub/a_rgb.jpg', 'b_rgb.jpg', 'c.jpg'):
+        write(tmp_path, name, None)
+    (tmp_path / 'masks/sub').mkdir(parents=True)
+    for name in ('sub/a', 'b'):
+        cv2.imwrite(str(tmp_path / f'masks/{name}_ids.png'), np.zeros((4, 6), np.uint8))
+    data = folder(tmp_path, img_suffix='_rgb.jpg', seg_map_suffix='_ids.png')
+    masks = [Path(data.get_data_info(i)['seg_map_path']).name for i in range(len(data))]
+    assert masks == ['b_ids.png', 'a_ids.png']
+
+
+def test_numbers_that_are_ignored(tmp_path: Path) -> None:
+    write(tmp_path, 'a.jpg', [3, 9, 255])
+    data = stage_1(tmp_path, ignore_values=[0, 9])
+    assert data[0]['gt_seg_map'][0].tolist() == [3, 255, 255, 255, 255, 255]
+    named = stage_1(tmp_path, mask_values=dict(crate=9, background=3), ignore_values=[0])
+    assert named[0]['gt_seg_map'][0].tolist() == [0, 3, 255, 255, 255, 255]
+    for wrong, message in (([256], 'has 256'), ([9], "has 9, which is 'crate'")):
+        with pytest.raises(ValueError, match=f'ignore_values {message}'):
+            label_ids(CLASSES, dict(crate=9), wrong)

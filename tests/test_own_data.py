@@ -3,6 +3,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,9 @@ from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.datasets.shapes_drawing import draw_scene
-from mmseg_sats.engine.trained_model import take_trained_model
+from mmseg_sats.engine.stage_config import build_stage_config
+from mmseg_sats.engine.trained_model import note_on_sizes, take_trained_model
+from mmseg_sats.protocol import Protocol
 from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.stage_folder import make_stage
@@ -162,7 +165,7 @@ def test_a_number_without_a_name_is_named(
 
 
 def test_training_stage_0_needs_its_images(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r'stage 0: none of .* is left for train'):
+    with pytest.raises(ValueError, match=r'stage 0: none of .* is left for train.* by --base'):
         RUNNERS.build(config(yard, monkeypatch, base=None)).train()
 
 
@@ -209,3 +212,94 @@ def test_names_in_another_order_are_refused(yard: Path, monkeypatch: pytest.Monk
     torch.save(checkpoint, yard / 'old/model.pth')
     with pytest.raises(ValueError, match=r"was trained on classes \['person'"):
         RUNNERS.build(config(yard, monkeypatch)).train()
+
+
+def change_checkpoint(path: Path, change: Callable[[dict], object]) -> None:
+    checkpoint = load_checkpoint_safely(path)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+def test_older_checkpoints_name_their_classes_in_capitals(
+    yard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_checkpoint(yard / 'old/model.pth', lambda c: c.update(meta=dict(CLASSES=tuple(OLD[::-1]))))
+    with pytest.raises(ValueError, match=r"was trained on classes \['person'"):
+        RUNNERS.build(config(yard, monkeypatch))
+
+
+def test_a_deeper_model_is_not_cut_to_the_config(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {'backbone.layer4.2.conv1.weight': torch.zeros(1)}
+    change_checkpoint(yard / 'old/model.pth', lambda c: c['state_dict'].update(more))
+    with pytest.raises(ValueError, match=r'layer4\.2\.conv1\.weight: not in the model'):
+        RUNNERS.build(config(yard, monkeypatch))
+
+
+def test_auxiliary_heads_may_be_left_out(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = RUNNERS.build(config(yard, monkeypatch, **{'model.auxiliary_head': None}))
+    assert runner.cfg.model.auxiliary_head is None
+
+
+def test_weights_that_are_not_finite_are_refused(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(checkpoint: dict) -> None:
+        checkpoint['state_dict']['decode_head.conv_seg.weight'][0] = float('nan')
+
+    change_checkpoint(yard / 'old/model.pth', spoil)
+    with pytest.raises(ValueError, match=r'not finite in decode_head\.conv_seg\.weight'):
+        RUNNERS.build(config(yard, monkeypatch))
+
+
+def test_a_head_of_boundaries_is_named(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Config.fromfile(yard / 'old/config.py')
+    trained.model.auxiliary_head.num_classes = 2
+    trained.dump(yard / 'old/config.py')
+    with pytest.raises(ValueError, match=r'FCNHead has 2 channels.*auxiliary_head=None'):
+        RUNNERS.build(config(yard, monkeypatch))
+    RUNNERS.build(config(yard, monkeypatch, **{'model.auxiliary_head': None}))
+
+
+def test_tests_at_another_size_are_told(
+    yard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize = dict(type='Resize', scale=(64, 32), keep_ratio=True)
+    (yard / 'old/config.py').open('a').write(f'\ntest_pipeline = [{resize!r}]\n')
+    assert "after [{'type': 'Resize'" in note_on_sizes(config(yard, monkeypatch))
+    same = config(yard, monkeypatch)
+    same.test_pipeline.insert(1, resize)
+    assert note_on_sizes(same) is None
+
+
+def test_auxiliary_heads_do_not_unlearn_what_the_method_keeps(
+    yard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(yard, monkeypatch, segmentation_loss=dict(type='UnbiasedCrossEntropyLoss', num_old='$num_old_classes'))
+    stage = build_stage_config(cfg, Protocol('5-3', 8), Protocol('5-3', 8).stage(1), yard / 'run')
+    own = stage.model.auxiliary_head.loss_decode
+    assert (own.type, own.num_old, own.loss_weight) == ('UnbiasedCrossEntropyLoss', 6, 0.4)
+    plain = config(yard, monkeypatch)
+    stage = build_stage_config(plain, Protocol('5-3', 8), Protocol('5-3', 8).stage(1), yard / 'run')
+    assert stage.model.auxiliary_head.loss_decode.type == 'CrossEntropyLoss'
+
+
+@pytest.mark.parametrize(('batch_size', 'trains'), [(4, True), (5, False)])
+def test_a_last_batch_of_one_image_is_found_before_training(
+    yard: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, trains: bool
+) -> None:
+    for number, path in enumerate(sorted((yard / 'data/yard/rgb/train').iterdir())):
+        if number >= 6:
+            path.unlink()
+    trained = Config.fromfile(yard / 'old/config.py')
+    trained.model.decode_head = dict(trained.model.decode_head, type='PSPHead', pool_scales=(1, 2))
+    for unread in ('num_convs', 'concat_input'):
+        trained.model.decode_head.pop(unread)
+    trained.dump(yard / 'old/config.py')
+    init_default_scope('mmseg')
+    state_dict = MODELS.build(dict(trained.model, pretrained=None)).state_dict()
+    torch.save(dict(meta={}, state_dict=state_dict), yard / 'old/model.pth')
+    options = dict(batch_size=batch_size, distillation=dict(attention=None, output=None))
+    if trains:
+        RUNNERS.build(config(yard, monkeypatch, **options))
+    else:
+        with pytest.raises(ValueError, match=r'stage 1: 6 images in batches of 5 leave one'):
+            RUNNERS.build(config(yard, monkeypatch, **options))
+        RUNNERS.build(config(yard, monkeypatch, **options | {'train_dataloader.drop_last': True}))

@@ -13,6 +13,7 @@ from mmseg_sats.suggest import near_match
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 BACKGROUND = 'background'
+IGNORED = 255
 
 
 @DATASETS.register_module()
@@ -30,7 +31,10 @@ class FolderDataset(BaseSegDataset):
             is 0 where that is nobody's number; 255 is ignored unless it has a name. None or empty: class i has
             number i.
         palette: A colour (r, g, b) for each class; drawn from a fixed seed by default.
+        ignore_values: Numbers in the masks that stand for ignored pixels, beside 255.
         ann_file: A list of the names to use, without suffix; all images by default.
+        img_suffix: What every image's name ends with, and its mask's name is without; by default any of the
+            usual suffixes.
         seg_map_suffix: What a mask has in the place of its image's suffix.
         **options: As in mmseg's ``BaseSegDataset``, which refuses others.
 
@@ -49,13 +53,20 @@ class FolderDataset(BaseSegDataset):
         data_prefix: Mapping[str, str] | None = None,
         mask_values: Mapping[str, int] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
+        ignore_values: Sequence[int] = (),
         ann_file: str = '',
+        img_suffix: str | None = None,
         seg_map_suffix: str = '.png',
         **options: Any,
     ) -> None:
         classes = tuple(classes)
         _check_names(classes)
-        self.label_ids = label_ids(classes, mask_values) if mask_values else None
+        self.label_ids = None
+        if mask_values or ignore_values:
+            own = {name: i for i, name in enumerate(classes) if i not in ignore_values}
+            values = mask_values or own
+            self.label_ids = label_ids(classes, values, ignore_values)
+        self.image_suffix = img_suffix
         metainfo: dict[str, Any] = dict(classes=classes)
         if palette is not None:
             metainfo['palette'] = [list(colour) for colour in palette]
@@ -83,7 +94,7 @@ class FolderDataset(BaseSegDataset):
 
     def load_data_list(self) -> list[dict]:
         """One entry per image, sorted by path, with the mask that it should have."""
-        images = _images_by_name(Path(self.data_prefix['img_path']))
+        images = _images_by_name(Path(self.data_prefix['img_path']), self.image_suffix)
         if self.ann_file:
             images = _listed(images, Path(self.ann_file))
         masks = Path(self.data_prefix['seg_map_path'])
@@ -99,12 +110,15 @@ class FolderDataset(BaseSegDataset):
         ]
 
 
-def label_ids(classes: Sequence[str], mask_values: Mapping[str, int]) -> dict[int, int]:
-    """Number in a mask to class id.
+def label_ids(
+    classes: Sequence[str], mask_values: Mapping[str, int], ignore_values: Sequence[int] = ()
+) -> dict[int, int]:
+    """Number in a mask to class id, 255 for those that are ignored.
 
     Args:
         classes: Names by class id, background first.
         mask_values: Name to number; classes without one do not occur in the masks.
+        ignore_values: Numbers of ignored pixels.
 
     Raises:
         ValueError: An unknown name, a number outside 0..255, or one number for two names.
@@ -123,6 +137,12 @@ def label_ids(classes: Sequence[str], mask_values: Mapping[str, int]) -> dict[in
                 f'mask_values gives {value} to {classes[ids[value]]!r} and to {name!r}'
             )
         ids[value] = classes.index(name)
+    for value in ignore_values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 255:
+            raise ValueError(f'ignore_values has {value!r}, expected numbers in 0..255')
+        if value in ids and ids[value] != IGNORED:
+            raise ValueError(f'ignore_values has {value}, which is {classes[ids[value]]!r} by mask_values')
+        ids[value] = IGNORED
     if 0 not in ids.values():  # background's own number was not given
         ids.setdefault(0, 0)
     return ids
@@ -138,14 +158,16 @@ def _check_names(classes: Sequence[str]) -> None:
         )
 
 
-def _images_by_name(folder: Path) -> dict[str, Path]:
-    """The images below a folder by their path in it without suffix, sorted."""
+def _images_by_name(folder: Path, suffix: str | None) -> dict[str, Path]:
+    """The images below a folder by their path in it without suffix (any usual one for None), sorted."""
     if not folder.is_dir():
         raise FileNotFoundError(f'the folder of images {folder} does not exist')
     images: dict[str, Path] = {}
     for path in sorted(folder.rglob('*')):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            name = path.relative_to(folder).with_suffix('').as_posix()
+        own = path.suffix if suffix is None else suffix
+        wanted = path.suffix.lower() in IMAGE_SUFFIXES if suffix is None else path.name.endswith(own)
+        if wanted:
+            name = path.relative_to(folder).as_posix().removesuffix(own)
             if name in images:
                 raise ValueError(f'{images[name]} and {path} would share a mask')
             images[name] = path

@@ -104,6 +104,7 @@ class IncrementalDataset(Dataset):
         stage: The :class:`Stage`.
         class_names: Names by annotation id, background at 0, future classes included.
         table: (256,) uint8, what each annotation id becomes.
+        mask_table: (256,) uint8, what each number in the masks becomes: ``table``, unless these number otherwise.
     """
 
     def __init__(
@@ -151,9 +152,9 @@ class IncrementalDataset(Dataset):
             self.protocol, stage, mode, setting, eval_future, ignore_index
         )
         self._label_ids = getattr(self.dataset, 'label_ids', None)
-        in_masks = through_label_ids(self.table, self._label_ids, ignore_index)
+        self.mask_table = through_label_ids(self.table, self._label_ids, ignore_index)
         self._label_transforms = build_transforms(label_transforms)
-        chain = [RelabelSegMap(in_masks), *self._label_transforms]
+        chain = [RelabelSegMap(self.mask_table), *self._label_transforms]
         self.pipeline = Compose(with_relabelling(transforms, chain, mode))
         self.class_names = names
         self._metainfo = self._stage_metainfo(palette)

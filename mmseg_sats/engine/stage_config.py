@@ -104,8 +104,9 @@ def build_stage_config(
     Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
     allows no key in two of a config's bases). Then words are resolved, then come the things that only
-    the stage knows: the heads' sizes, the old model, where weights start, what is held out and what
-    replayed, names and folders. An optimizer without a constructor gets ``GroupedOptimWrapperConstructor``.
+    the stage knows: the heads' sizes, the method's loss for auxiliary heads with plain cross-entropy, the
+    old model, where weights start, what is held out and what replayed, names and folders. An optimizer
+    without a constructor gets ``GroupedOptimWrapperConstructor``.
 
     Args:
         cfg: the run's config.
@@ -151,8 +152,16 @@ def build_stage_config(
 
 def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     heads = model.get('auxiliary_head') or []
-    for head in [model.decode_head, *(heads if isinstance(heads, list) else [heads])]:
+    heads = heads if isinstance(heads, list) else [heads]
+    for head in [model.decode_head, *heads]:
         head.num_classes = stage.num_seen_labels
+    loss = model.decode_head.get('loss_decode')
+    for head in heads:
+        own = head.get('loss_decode')
+        # Plain cross-entropy beside a loss made for old classes in the background would teach the backbone
+        # that they are background.
+        if _is_plain(own) and isinstance(loss, dict) and not _is_plain(loss):
+            head.loss_decode = dict(copy.deepcopy(loss), loss_weight=own.get('loss_weight', 1.0))
     pretrained = model.backbone.get('init_cfg') or {}
     # Later stages take all weights from the snapshot; a null checkpoint asks for a random start.
     if stage.index > 0 or ('checkpoint' in pretrained and pretrained['checkpoint'] is None):
@@ -162,6 +171,10 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
             part.pop('pretrained', None)
         snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
         model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
+
+
+def _is_plain(loss: Any) -> bool:
+    return isinstance(loss, dict) and loss.get('type') == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
 
 
 def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:

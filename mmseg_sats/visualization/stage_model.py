@@ -140,7 +140,7 @@ def mask_channels(stage: StageModel, mask: str | Path) -> Tensor:
     labels_of(str(mask))
     seg = mmcv.imread(str(mask), flag='unchanged', backend='pillow')
     dataset = DATASETS.build(dict(copy.deepcopy(stage.cfg.test_dataloader.dataset), lazy_init=True))
-    return torch.from_numpy(dataset.table[seg.astype(np.uint8)]).long()
+    return torch.from_numpy(dataset.mask_table[seg.astype(np.uint8)]).long()
 
 
 def eval_dataset(cfg: Config) -> Any:

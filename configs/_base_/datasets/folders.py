@@ -7,6 +7,7 @@ val_images = 'images/val'
 val_masks = 'masks/val'
 class_names = None
 mask_values = dict()
+ignore_values = ()
 crop_size = 512
 batch_size = 8
 num_workers = 2
@@ -32,6 +33,7 @@ train_dataset = dict(
     type='FolderDataset',
     classes='$class_names',
     mask_values='$mask_values',
+    ignore_values='$ignore_values',
     data_root='$data_root',
     data_prefix=dict(img_path='$train_images', seg_map_path='$train_masks'),
     pipeline='$train_pipeline')
@@ -39,6 +41,7 @@ eval_dataset = dict(
     type='FolderDataset',
     classes='$class_names',
     mask_values='$mask_values',
+    ignore_values='$ignore_values',
     data_root='$data_root',
     data_prefix=dict(img_path='$val_images', seg_map_path='$val_masks'),
     pipeline='$eval_pipeline')

@@ -38,6 +38,6 @@ model = dict(
         loss_decode='$auxiliary_loss'),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
-# On the labels that the decode head sees, at mmseg's weight. A method whose segmentation_loss is no plain
-# cross-entropy sets this one too.
+# On the labels that the decode head sees, at mmseg's weight. Where a method's segmentation_loss is no plain
+# cross-entropy, these heads get it too, at this weight.
 auxiliary_loss = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)
