@@ -175,6 +175,11 @@ def test_a_class_only_predicted_has_0() -> None:
     assert evaluate([sample([[0, 2]], [[0, 1]])], 3)['IoU.dog'] == 0
 
 
+def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
+    result = evaluate([sample([[0, 0]], [[0, 2]])], 3)
+    assert result['IoU.dog'] == result['mIoU_new'] == 0
+
+
 def test_nothing_new_in_stage_0() -> None:
     result = evaluate([sample([[0, 1]], [[0, 1]])], 2, num_base=2)
     assert math.isnan(result['mIoU_new'])
@@ -271,7 +276,14 @@ def test_shapes_that_differ_name_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ('pred', 'label', 'which'), [(0, 7, 'label'), (7, 0, 'prediction'), (0, -1, 'label')]
+    ('pred', 'label', 'which'),
+    [
+        (0, 7, 'label'),
+        (7, 0, 'prediction'),
+        (0, -1, 'label'),
+        (0, 2, 'label'),  # the first number behind the classes
+        (2, 0, 'prediction'),
+    ],
 )
 def test_values_that_no_class_has_name_the_image(pred: int, label: int, which: str) -> None:
     with pytest.raises(ValueError, match=rf'street\.png: {which} holds .*expected 0\.\.1'):
