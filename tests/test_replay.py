@@ -350,6 +350,19 @@ def test_two_sources_share_the_replayed_half() -> None:
     assert sources == ['stage'] * 4 + ['memory'] * 2 + ['outside'] * 2
 
 
+def test_a_last_batch_of_one_image_of_the_stage_has_one_of_each_source() -> None:
+    last = epoch_of(Sized(stage=9, memory=5, outside=5), 8)[-1]
+    sources = ['stage' if i < 9 else 'memory' if i < 14 else 'outside' for i in last]
+    assert sources == ['stage', 'memory', 'outside']
+
+
+def test_sources_of_one_size_are_drawn_each_in_an_order_of_its_own() -> None:
+    flat = [i for batch in epoch_of(Sized(stage=40, memory=20, outside=20), 8) for i in batch]
+    memory, outside = ([i - first for i in flat if first <= i < first + 20] for first in (40, 60))
+    assert sorted(memory) == sorted(outside) == list(range(20))
+    assert memory != outside
+
+
 def test_mixed_in_every_image_comes_once() -> None:
     batches = epoch_of(Sized(stage=21, memory=5), 8, share=None)
     assert [len(batch) for batch in batches] == [8, 8, 8, 2]
@@ -397,6 +410,12 @@ def test_num_batch_per_epoch_counts_batches(
         assert sources == [{'stage', 'memory'}] * 3
         names = {Path(s.img_path).stem for b in batches for s in b['data_samples'] if s.source == 'stage'}
         assert names == set('cde')  # the first images, as mmengine's slice takes them
+    else:  # an epoch is six of the seven images, each time others
+        seen = set()
+        for epoch in range(8):
+            loader.batch_sampler.sampler.set_epoch(epoch)
+            seen |= {(Path(s.img_path).stem, s.source) for b in loader for s in b['data_samples']}
+        assert len(seen) == 7
 
 
 def test_more_batches_than_there_are_images_are_no_error(
