@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import ConfigDict
-from mmseg.models import FCNHead
+from mmseg.models import CrossEntropyLoss, FCNHead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,7 +54,10 @@ def head(**options: Any) -> FCNHead:
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
-@pytest.mark.parametrize(('old', 'new'), [((7, 9), SIZE), ((5, 8), (5, 8)), ((16, 16), (64, 64)), ((9, 12), (4, 5))])
+@pytest.mark.parametrize(('old', 'new'), [
+    ((7, 9), SIZE), ((5, 8), (5, 8)), ((16, 16), (64, 64)), ((9, 12), (4, 5)),
+    ((5, 8), (5, 16)), ((5, 8), (10, 8)),  # one side keeps its size
+])
 def test_rows_and_their_adjoint_are_those_of_interpolate(
     old: tuple[int, int], new: tuple[int, int], align_corners: bool
 ) -> None:
@@ -76,6 +79,17 @@ def test_rows_and_their_adjoint_are_those_of_interpolate(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     (adjoint,) = torch.autograd.grad(expected, logits, grad)
     torch.testing.assert_close(total, adjoint, rtol=0, atol=1e-11)
+
+
+def test_a_class_that_is_masked_out_of_logits_of_the_labels_size_has_no_part() -> None:
+    logits = random_tensor(2, 5, 40, 30)
+    logits[:, 4] = -torch.inf
+    logits.requires_grad_()
+    labels = random_labels(2, 40, 30, classes=4).clamp(max=3)
+    (found,) = pixel_maps([lambda pixels: -pixels.log_p.gather(1, pixels.targets)[:, 0]], logits, None, labels)
+    expected = F.cross_entropy(logits, labels, reduction='none')
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected)))
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
@@ -121,6 +135,11 @@ def test_weights_of_images_are_factors_of_the_heads_losses() -> None:
     torch.testing.assert_close(*gradients)
 
 
+class OwnLoss(CrossEntropyLoss):
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return 2 * super().forward(*args, **options)
+
+
 class OwnHead(FCNHead):
     def loss_by_feat(self, *args: Any) -> dict[str, Tensor]:
         return super().loss_by_feat(*args)
@@ -131,6 +150,7 @@ class OwnHead(FCNHead):
     dict(loss_decode=[CROSS_ENTROPY, dict(type='DiceLoss')]),
     dict(loss_decode=CROSS_ENTROPY | dict(avg_non_ignore=True)),
     dict(loss_decode=CROSS_ENTROPY | dict(class_weight=[1.0] * 5 + [2.0])),
+    dict(loss_decode=CROSS_ENTROPY | dict(reduction='sum')),
     dict(loss_decode=CROSS_ENTROPY | dict(use_sigmoid=True)),
 ])
 def test_heads_of_another_kind_keep_their_own_way(options: dict[str, Any]) -> None:
@@ -144,6 +164,9 @@ def test_a_head_with_a_loss_of_its_own_and_an_unknown_class_keep_their_own_way()
     student, teacher, labels = outputs()
     own = head()
     own.__class__ = OwnHead
+    assert shared_losses(own, {}, student, teacher, labels) == {}
+    own = head()
+    own.loss_decode = OwnLoss()
     assert shared_losses(own, {}, student, teacher, labels) == {}
     student.unknown = random_tensor(3, 1, 7, 9)
     assert shared_losses(head(), {}, student, teacher, labels) == {}
@@ -172,6 +195,26 @@ def test_a_label_without_a_channel_is_named() -> None:
     check_targets(head(), labels, 6)
     with pytest.raises(ValueError, match=r'0\.\.5 .* got \[7\]'):
         check_targets(head(), labels.masked_fill(labels == 2, 7), 6)
+    check_targets(head(ignore_index=7), labels.masked_fill(labels == 255, 7), 6)
+
+
+@pytest.mark.parametrize('loss', [CROSS_ENTROPY, dict(type='OneVsRestLoss')], ids=lambda loss: loss['type'])
+def test_a_heads_own_ignore_index_is_heeded(loss: dict[str, Any]) -> None:
+    student, _, labels = outputs()
+    own = head(ignore_index=3, loss_decode=loss)
+    labels = labels.masked_fill(labels == 255, 3)
+    found = shared_losses(own, {}, student, None, labels)
+    for name, value in own.loss_by_feat(student.logits, samples(labels)).items():
+        torch.testing.assert_close(found[f'decode.{name}'], value, check_dtype=False)
+
+
+def test_what_does_not_fit_the_logits_is_named() -> None:
+    student, teacher, labels = outputs()
+    with pytest.raises(ValueError, match='at least the channels of the teacher'):
+        shared_losses(head(), dict(kd=UnbiasedDistillationLoss()), teacher, student, labels)
+    own = head(loss_decode=dict(type='UnbiasedCrossEntropyLoss', num_old=7))
+    with pytest.raises(ValueError, match='num_old=7 for logits of K=6'):
+        shared_losses(own, {}, student, None, labels)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
@@ -191,9 +234,35 @@ def test_half_precision_is_computed_in_float32() -> None:
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=0.01, atol=1e-7)
 
 
+@pytest.mark.parametrize('inside', [False, True])
+def test_backward_is_of_full_precision_inside_autocast_and_behind_it(inside: bool) -> None:
+    student, _, labels = outputs()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        logits = student.logits.detach().to(dtype).requires_grad_()
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            (values,) = pixel_maps([UnbiasedCrossEntropyLoss(2).pixels], logits, None, labels)
+            loss = values.sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append((values.detach().double(), logits.grad.double()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_logits_resized_without_a_graph_are_not_handed_out_where_one_is_wanted() -> None:
+    student, *_ = outputs()
+    with torch.no_grad():
+        assert not student.resized(SIZE).requires_grad
+    assert student.resized(SIZE).requires_grad
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('unknown', [False, True])
-def test_labels_in_pieces_are_those_of_the_whole(unknown: bool) -> None:
-    student, teacher, labels = outputs()
+def test_labels_in_pieces_are_those_of_the_whole(unknown: bool, align_corners: bool) -> None:
+    student, teacher, labels = outputs(align_corners)
     if unknown:
         teacher.unknown = random_tensor(3, 1, 7, 9, seed=2)
     data_samples = samples(labels)
