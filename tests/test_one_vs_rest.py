@@ -141,6 +141,14 @@ def test_the_threshold_itself_is_enough() -> None:
     assert SigmoidPseudoLabeler(0.5)(torch.zeros(1, 1, 1).long(), logits).item() == 1
 
 
+def test_half_precision_scores_are_compared_in_float32() -> None:
+    logits = torch.tensor([-5.0, 0.84375]).bfloat16().view(1, 2, 1, 1)
+    labels = torch.zeros(1, 1, 1, dtype=torch.long)
+    # What 0.7 is rounded to in bfloat16.
+    assert logits[0, 1].float().sigmoid() < 0.7 <= logits[0, 1].sigmoid()
+    assert SigmoidPseudoLabeler(0.7)(labels, logits).item() == 0
+
+
 @pytest.mark.parametrize('threshold', [0, -1, 1.1])
 def test_impossible_thresholds(threshold: float) -> None:
     with pytest.raises(ValueError, match=r'threshold must be in \(0, 1\]'):

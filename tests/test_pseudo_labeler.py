@@ -87,6 +87,9 @@ def test_an_unsure_pixel_is_ignored_and_a_sure_one_is_taught() -> None:
     labeler = EntropyPseudoLabeler(threshold=0.5)
     assert labeler(torch.tensor([[[0, 0, 0]]]), logits).tolist() == [[[255, 0, 2]]]
     assert labeler(torch.tensor([[[7, 255, 1]]]), logits).tolist() == [[[7, 255, 1]]]
+    # As unsure as the threshold is not sure.
+    even = torch.zeros(1, 2, 1, 1)
+    assert EntropyPseudoLabeler(threshold=1.0)(torch.tensor([[[0]]]), even).item() == 255
 
 
 def test_thresholds_are_the_medians_over_several_updates() -> None:

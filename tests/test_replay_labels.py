@@ -70,6 +70,7 @@ def one_pixel(*values: float) -> Tensor:
         ((0.3, 0.7), (0.8, 0.1, 0.1), 1),
         ((0.3, 0.7), (0.2, 0.0, 0.8), 2),  # conflict: the new model is surer
         ((0.1, 0.9), (0.2, 0.0, 0.8), 1),  # conflict: the old one is
+        ((0.0, 1.0), (0.0, 0.0, 1.0), 1),  # conflict: both are as sure
         ((0.1, 0.9), (0.3, 0.3, 0.4), 1),  # background and a together are the new model's background
     ],
 )
