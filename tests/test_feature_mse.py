@@ -77,6 +77,8 @@ def test_wrong_features_are_named() -> None:
         feature_mse(one, other[:1])
     with pytest.raises(ValueError, match=r'features 1.*\(2, 5, 2, 3\) and \(2, 3, 4, 5\)'):
         feature_mse(one, [other[0], other[0]])
+    with pytest.raises(ValueError, match=r'features 0: .*must both be'):
+        feature_mse([torch.zeros(2, 3, 4)], [torch.zeros(2, 3, 4)])
     with pytest.raises(ValueError, match=r'blocks must be different indices.*\(0, 0\)'):
         FeatureMSELoss(blocks=(0, 0))
     with pytest.raises(ValueError, match=r'blocks \(3,\): the student has only 2 blocks, 0 to 1'):

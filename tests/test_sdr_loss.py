@@ -259,6 +259,14 @@ def test_the_others_are_of_the_labels_and_need_no_teacher(part: type, name: str)
     assert not part.needs_teacher
 
 
+@pytest.mark.parametrize(('part', 'name'), [(RepulsionLoss, 'repulsion'), (SparsityLoss, 'sparsity')])
+def test_the_block_is_chosen(part: type, name: str) -> None:
+    features, labels = example()
+    student = SegmentorOutput(torch.zeros(BATCH, 3, 8, 10), (features, torch.zeros(BATCH, 2, 2, 2)))
+    loss = part(block=0)(student, None, labels)
+    torch.testing.assert_close(loss, PAIRS[name][1](features, labels), rtol=1e-6, atol=0)
+
+
 def test_a_loss_without_its_prototypes_is_named() -> None:
     distillation = dict(near=dict(type='PrototypeAttractionLoss'))
     with pytest.raises(ValueError, match=r'distillation near: asks for prototypes'):

@@ -143,9 +143,12 @@ def test_a_class_that_is_masked_out_of_logits_of_the_labels_size_has_no_part() -
 
 def test_a_second_derivative_is_refused() -> None:
     logits = random_tensor(1, 3, 4, 5).requires_grad_()
-    loss = unbiased_distillation(logits, random_tensor(1, 2, 4, 5, seed=1))
-    with pytest.raises(RuntimeError, match='first derivatives alone'):
-        torch.autograd.grad(loss, logits, create_graph=True)
+    for loss in (
+        unbiased_distillation(logits, random_tensor(1, 2, 4, 5, seed=1)),
+        unbiased_cross_entropy(logits, random_labels(1, 4, 5, classes=3), 2),
+    ):
+        with pytest.raises(RuntimeError, match='first derivatives alone: create_graph=True'):
+            torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_distilling_the_teacher_itself_is_its_entropy() -> None:
@@ -259,6 +262,8 @@ def test_cross_entropy_module_refuses_what_it_cannot_do() -> None:
         loss(logits, labels, avg_factor=2.0, reduction_override='sum')
     with pytest.raises(ValueError, match='at least 1, got 0'):
         UnbiasedCrossEntropyLoss(num_old=0)
+    with pytest.raises(ValueError, match='num_old=5 for logits of K=4'):
+        UnbiasedCrossEntropyLoss(num_old=5)(logits, labels)
 
 
 @pytest.mark.parametrize('thresh', [None, 0.7])
@@ -281,12 +286,13 @@ def test_cross_entropy_serves_an_mmseg_head_with_hard_example_mining(thresh: flo
     assert loss.item() == pytest.approx((pixels * kept).mean().item(), rel=1e-6)
 
 
-def test_distillation_module_compares_at_the_size_of_the_labels() -> None:
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_distillation_module_compares_at_the_size_of_the_labels(align_corners: bool) -> None:
     student, teacher = random_tensor(2, 5, 3, 4), random_tensor(2, 3, 3, 4, seed=1)
     labels = torch.full((2, 6, 8), 255)
     loss = MODELS.build({'type': 'UnbiasedDistillationLoss', 'loss_weight': 20.0})
     expected = 20 * unbiased_distillation(
-        *(F.interpolate(x, size=(6, 8), mode='bilinear') for x in (student, teacher)))
-    value = loss(Output(student), Output(teacher), labels)
+        *(F.interpolate(x, (6, 8), mode='bilinear', align_corners=align_corners) for x in (student, teacher)))
+    value = loss(*(Output(x, align_corners=align_corners) for x in (student, teacher)), labels)
     assert value.item() == pytest.approx(expected.item(), abs=1e-12)
     assert UnbiasedDistillationLoss.needs_attention is False
