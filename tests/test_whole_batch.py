@@ -5,6 +5,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,8 +90,9 @@ def test_without_other_processes_nothing_is_touched() -> None:
 
 
 def test_sums_and_maxima_and_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """f = sum over k of (S_k M_k)^2, of two elements on three ranks; as written and as shared."""
-    given = torch.tensor([[1.0, -2.0], [3.0, 5.0], [2.0, 0.5]], dtype=torch.float64)
+    """f = sum over k of (S_k M_k)^2, of three elements on three ranks; as written and as shared."""
+    # Two ranks have the maximum of the last, and share its gradient.
+    given = torch.tensor([[1.0, -2.0, 3.0], [3.0, 5.0, 3.0], [2.0, 0.5, 1.0]], dtype=torch.float64)
     whole = given.clone().requires_grad_()
     expected = (whole.sum(0) * whole.amax(0)).square().sum()
     expected.backward()
@@ -120,6 +122,17 @@ def test_a_mean_over_nothing_counts_for_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_labels_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [torch.tensor([[3, 255]]), torch.tensor([[0, 3]])]
     assert Group(monkeypatch, 2).run(lambda rank: labels_over_ranks(labels[rank])) == [[0, 3, 255]] * 2
+
+
+def test_accuracy_of_all_ranks_is_over_the_pixels_that_the_head_does_not_ignore(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = SimpleNamespace(loss_decode=SimpleNamespace(loss_name='loss_ce'), ignore_index=0)
+    labels = [torch.tensor([[[0, 0, 0, 1]]]), torch.tensor([[[1, 1, 1, 0]]])]
+    accuracy = [torch.tensor([100.0]), torch.tensor([0.0])]
+    shared = Group(monkeypatch, 2).run(
+        lambda r: losses_over_ranks({'decode.acc_seg': accuracy[r]}, {'decode': head}, {}, labels[r]))
+    assert shared == [{'decode.acc_seg': 25.0}] * 2
 
 
 LABELLER = dict(type='EntropyPseudoLabeler', threshold=0.9, scale_images=True)
@@ -263,6 +276,11 @@ def test_processes_share_the_batches_of_one(
         seen = Counter(index for part in parts for index in part)
         assert set(seen) == set(whole)
         assert sum(seen.values()) == max(len(whole), world_size)  # no process is without an image
+
+
+def test_without_shuffling_images_come_in_their_order() -> None:
+    sampler = DefaultSampler(range(5), shuffle=False, seed=5)
+    assert list(SharedBatchSampler(sampler, 2)) == [[0, 1], [2, 3], [4]]
 
 
 def test_more_processes_than_images() -> None:
