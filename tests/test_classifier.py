@@ -111,6 +111,14 @@ def test_a_checkpoint_that_has_grown_is_left_alone(init: str) -> None:
     assert all(rows[key] is before[key] for key in before)
 
 
+@pytest.mark.parametrize('init', ['balanced', 'random', 'unknown'])
+def test_without_a_new_class_nothing_grows(init: str) -> None:
+    rows = old_rows()
+    before = dict(rows)
+    grow_classifier(rows, 'head.', make_head(NUM_OLD), NUM_OLD, init)
+    assert all(rows[key] is before[key] for key in before)
+
+
 def test_unknown_init_names_the_option_and_its_choices() -> None:
     with pytest.raises(ValueError, match=r"classifier_init='balancd' is unknown.*'balanced'"):
         grow_classifier(old_rows(), 'head.', make_head(5), NUM_OLD, 'balancd')
@@ -180,6 +188,7 @@ def test_a_head_with_more_per_class_than_its_classifier_is_refused(cfg: dict[str
         head_with_a_second_classifier('EncHead', use_se_loss=False, in_channels=[32], in_index=[3]),
         head_with_a_second_classifier('ASPPHead', 8, dilations=(1, 2)),
         head_with_a_second_classifier('FCNHead', 8, num_convs=1),
+        head_with_a_second_classifier('FCNHead', 8, num_convs=1, out_channels=8),
     ],
     ids=lambda cfg: cfg['type'],
 )

@@ -79,6 +79,19 @@ def test_they_go_on_in_a_stage_with_more_classes() -> None:
     assert first.state_dict()['counts'].sum() < second.state_dict()['counts'].sum()
     with pytest.raises(ValueError, match=r'prototypes of 4 classes .* do not fit 3 classes'):
         ClassPrototypes(3).load_state_dict(second.state_dict())
+    with pytest.raises(ValueError, match='2 classes with 3 counts'):
+        first.load_state_dict(dict(sums=torch.zeros(2, CHANNELS), counts=torch.zeros(3)))
+
+
+def test_a_state_is_a_copy_when_it_is_given_and_when_it_is_taken() -> None:
+    features, labels = data()
+    prototypes, other = gathered(2), ClassPrototypes(CLASSES)
+    state = prototypes.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    other.load_state_dict(state)
+    for each in (prototypes, other):
+        each.update((features,), labels)
+        assert all(torch.equal(state[key], before[key]) for key in before)
 
 
 def test_an_empty_state_may_be_kept() -> None:
