@@ -109,6 +109,20 @@ def test_old_classes_take_their_own_exemplars_before_any_new_image() -> None:
         assert sorted(rows[classes == 1].tolist()) == [2, 3]
 
 
+def test_in_a_last_round_that_is_not_full_it_is_old_exemplars_that_stay() -> None:
+    presence = table(['0', '1', '1', '0', '0', '1'], 2)
+    for seed in range(8):
+        rows, _ = draw(presence, 3, seed, kept=[0, 1, 1])
+        assert sorted(rows.tolist()) == [0, 1, 2]
+
+
+def test_a_class_without_exemplars_takes_new_images_before_those_of_others() -> None:
+    presence = table([*['01'] * 4, *['1'] * 3], 2)
+    for seed in range(8):
+        rows, classes = draw(presence, 4, seed, kept=[0, 0, 0, 0])
+        assert set(rows[classes == 1].tolist()) <= {4, 5, 6}
+
+
 def test_a_class_without_candidates_leaves_its_room_to_the_others() -> None:
     _, classes = draw(table(['0', '0', '2', '2'], 3), 4)
     assert counts(classes, 3) == [2, 0, 2]
@@ -145,6 +159,9 @@ def test_most_labelled() -> None:
         rows = most_labelled_rows(presence, 3, np.random.default_rng(seed)).tolist()
         assert set(rows[:2]) == {1, 5}
         assert rows[2] in (2, 3)
+    alike = np.ones((20, 2), dtype=bool)
+    picks = [most_labelled_rows(alike, 3, np.random.default_rng(seed)).tolist() for seed in (0, 1)]
+    assert picks[0] != picks[1]  # ties are drawn
 
 
 @pytest.mark.parametrize('selection', SELECTIONS)
