@@ -158,6 +158,18 @@ def test_any_module_can_be_frozen() -> None:
     assert [module.training for module in model] == [True, False, False]
 
 
+def test_a_model_of_which_all_but_a_part_is_frozen_keeps_its_own_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).train()
+    freeze(model, ['*', '!1'])
+    assert [module.training for module in (model, *model)] == [True, False, True]
+
+
+def test_a_pattern_may_name_a_parameter() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    freeze(model, ['0.weight'])
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+
+
 def test_the_frozen_finetuning_keeps_the_encoder_of_stage_0(
     shapes_cfg: Callable[..., Config], tmp_path: Path
 ) -> None:

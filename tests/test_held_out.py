@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely, read_json
+from mmseg_sats.checkpoint import load_checkpoint_safely, read_json, write_json
 from mmseg_sats.datasets.held_out import held_out
 from mmseg_sats.engine.hooks import BestEpochHook
 from mmseg_sats.engine.run_plan import build_protocol
@@ -225,6 +225,13 @@ def test_an_epoch_without_a_figure_is_no_best(
     assert kept == [1, 2, 6]
     noted = read_json(tmp_path / 'held_out.json')
     assert noted == {str(epoch): None if math.isnan(score) else score for epoch, score in scores.items()}
+
+
+def test_a_stage_that_starts_afresh_does_not_take_up_the_scores_of_another_run(tmp_path: Path) -> None:
+    write_json(tmp_path / 'held_out.json', {'1': 90.0})
+    hook = BestEpochHook()
+    hook.before_train(SimpleNamespace(epoch=0, iter=0, work_dir=str(tmp_path)))
+    assert hook.scores == {}
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,4 @@ def test_spectral_residual_by_the_formula() -> None:
 def test_an_even_image_has_nothing_salient() -> None:
     results = dict(img=np.full((40, 50, 3), 90, np.uint8), gt_seg_map=np.zeros((40, 50), np.uint8))
     assert (MarkUnknown()(results)['gt_seg_map'] == 0).all()
+    assert (spectral_residual(np.full((90, 120, 3), 77, np.uint8)) == 0).all()
