@@ -144,6 +144,11 @@ def test_relative_and_absolute_paths_share_a_cache(masks, tmp_path, monkeypatch)
     assert held(ClassIndex.load_or_scan(relative, cache_dir='cache')) == LABELS
 
 
+def test_what_one_reader_found_is_not_taken_for_anothers(masks, tmp_path):
+    files = {module._cache_file(masks, tmp_path, backend) for backend in ('pillow', 'cv2')}
+    assert len(files) == 2
+
+
 def cut(content):
     return content[: len(content) // 2]
 

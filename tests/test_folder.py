@@ -140,6 +140,26 @@ def test_no_image_left_has_an_error_of_its_own(tmp_path: Path) -> None:
         stage_1(tmp_path)
 
 
+def index_of(number: int) -> ClassIndex:
+    """The index of one mask that holds one number."""
+    presence = np.zeros((1, 256), bool)
+    presence[0, number] = True
+    return ClassIndex(['a.png'], np.packbits(presence, axis=1))
+
+
+@pytest.mark.parametrize(
+    ('number', 'ids', 'held'),
+    [
+        (10, {10: 1, 20: 1}, 1),  # two numbers that stand for one class: either will do
+        (20, {10: 1, 20: 1}, 1),
+        (255, {255: 2}, 2),  # the ignored number, if it stands for a class
+    ],
+)
+def test_what_a_number_stands_for(number: int, ids: dict[int, int], held: int) -> None:
+    presence = index_by_class(index_of(number), ids).presence
+    assert np.flatnonzero(presence[0]).tolist() == [held]
+
+
 def test_index_and_table_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     ids = {0: 0, 7: 2, 9: 1, 200: 4, 201: 3}

@@ -14,7 +14,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
 from mmseg_sats.datasets import class_index
-from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
+from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImagesError
 from mmseg_sats.datasets.transforms import RelabelSegMap, relabel_table
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
@@ -209,6 +209,12 @@ def test_metainfo_by_stage(wrapped):
     assert dataset.class_names == CLASSES
 
 
+def test_background_may_be_written_with_a_capital(wrapped):
+    wrapped['metainfo'] = wrapped['metainfo'] | {'classes': ('Background', *CLASSES[1:])}
+    dataset = IncrementalDataset(wrapped, '2-1', 0)
+    assert dataset.metainfo['classes'] == ('Background', 'ant', 'bee')
+
+
 def test_joint_with_the_split_of_a_protocol(wrapped):
     dataset = IncrementalDataset(wrapped, 'joint', 0, split='2-1')
     assert names(dataset) == 'abcdefghijmnopqrst'
@@ -234,6 +240,12 @@ def test_pipeline_argument_replaces_the_wrapped_one(wrapped):
     broken = {**wrapped, 'pipeline': [{'type': 'RandomCrop'}]}
     dataset = IncrementalDataset(broken, '2-1', 0, pipeline=LOAD)
     assert dataset[0]['gt_seg_map'].tolist() == [[0, 1], [1, 1]]
+
+
+def test_masks_that_are_loaded_twice_are_relabelled_behind_each(wrapped):
+    dataset = IncrementalDataset(wrapped, '2-1', 0, pipeline=LOAD * 2)
+    kinds = [type(t).__name__ for t in dataset.pipeline.transforms]
+    assert kinds == ['LoadAnnotations', 'RelabelSegMap'] * 2
 
 
 def test_masks_loaded_inside_other_transforms(wrapped):
@@ -331,6 +343,23 @@ def test_images_that_the_pipeline_refuses(wrapped):
     assert evaluation[0]['seg_map_path'].endswith('a.png')
     with pytest.raises(RuntimeError, match=r'eval pipeline gave None for image 3 .*d\.jpg'):
         evaluation[3]
+
+
+class Draw:
+    """A transform that adds a random number."""
+
+    def __call__(self, results):
+        return results | {'drawn': np.random.random()}
+
+
+def test_what_is_drawn_depends_on_the_stage_and_the_image_however_it_is_named(wrapped):
+    def drawn(stage, idx):
+        dataset = IncrementalDataset(wrapped, '2-1', stage, pipeline=[*LOAD, Draw()], seed=3)
+        dataset.set_epoch(0)
+        return dataset[idx]['drawn']
+
+    assert drawn(1, -1) == drawn(1, 6)
+    assert len({drawn(1, 0), drawn(1, 6), drawn(2, 0)}) == 3
 
 
 ADE_MAPS = {'a': ([0, 1],), 'b': ([150, 100],), 'c': ([101, 110],), 'd': ([0, 0],)}
@@ -436,6 +465,17 @@ def test_empty_stage(wrapped):
                                   eval_images='all')) == 2
 
 
+def test_stages_before_the_first_that_is_checked_need_no_images(wrapped, tmp_path):
+    for name, rows in MAPS.items():
+        if np.isin([1, 2], rows).any():
+            (tmp_path / 'ann' / f'{name}.png').unlink()
+            (tmp_path / 'img' / f'{name}.jpg').unlink()
+    dataset = IncrementalDataset(wrapped, '2-1', 1)
+    dataset.check_stages(1)
+    with pytest.raises(NoImagesError, match='stage 0'):
+        dataset.check_stages()
+
+
 def test_table_by_hand():
     protocol = Protocol('2-1', num_classes=4, class_order=[3, 1, 4, 2])
     assert relabel_table(protocol, 1)[:5].tolist() == [0, 0, 0, 0, 3]
@@ -443,16 +483,19 @@ def test_table_by_hand():
     assert relabel_table(protocol, 1, 'eval')[:5].tolist() == [0, 2, 0, 1, 3]
     ignoring = relabel_table(protocol, 1, 'eval', eval_future='ignore', ignore_index=9)
     assert ignoring[:6].tolist() == [0, 2, 9, 1, 3, 9]
+    for mode in ('train', 'memory'):  # what becomes of future classes in evaluation is of no account
+        assert (relabel_table(protocol, 0, mode, eval_future='ignore')[[2, 4]] == 0).all()
 
 
 def test_transform_agrees_with_a_loop_over_pixels():
     table = np.random.default_rng(1).permutation(256)
     seg = np.random.default_rng(2).integers(0, 256, (13, 7), dtype=np.uint8)
-    for view in (seg, seg[::2, ::3], seg.T):
+    for view in (seg, seg[::2, ::3], seg.T, seg[0]):  # the last as of a mask one pixel high
         given = view.copy()
         result = RelabelSegMap(table)({'gt_seg_map': view})['gt_seg_map']
-        expected = [[int(table[label]) for label in row] for row in view.tolist()]
-        assert (result.dtype, result.tolist()) == (np.uint8, expected)
+        expected = [int(table[label]) for label in view.flatten().tolist()]
+        assert (result.dtype, result.shape) == (np.uint8, view.shape)
+        assert result.flatten().tolist() == expected
         np.testing.assert_array_equal(view, given)
 
 
