@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 
+from mmseg_sats.datasets import EvaluateAsIs
 from mmseg_sats.engine.stage_config import config_words, resolve_words
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +38,5 @@ def test_label_and_prediction_have_the_crops_size(tmp_path: Path) -> None:
     assert sample.gt_sem_seg.data.shape == (1, 24, 24)
     assert bool((sample.gt_sem_seg.data == 1).all())
     assert tuple(sample.ori_shape) == (24, 24)  # what mmseg resizes the prediction to
+    wide = dict(img_shape=(4, 7), ori_shape=(9, 9))
+    assert EvaluateAsIs().transform(wide)['ori_shape'] == (4, 7)

@@ -93,6 +93,7 @@ def test_the_crop_size_is_height_and_width(size: Any, crop: tuple, scale: tuple)
     words = config_words(Config(dict(crop_size=size, other=1)))
     assert words['crop_size'] == crop
     assert words['crop_scale'] == scale
+    assert words['crop_wh'] == crop[::-1]
     assert words['other'] == 1
     assert 'crop_scale' not in config_words(Config(dict(other=1)))
 
@@ -101,8 +102,9 @@ def test_the_crop_size_is_height_and_width(size: Any, crop: tuple, scale: tuple)
 
 
 def test_the_stage_knows_sizes_and_predecessors(shapes_cfg: Callable[..., Config]) -> None:
-    cfg = shapes_cfg('sats')
+    cfg = shapes_cfg('sats', resume=True)
     for index, stage_cfg in enumerate(stage_configs(cfg, '/w/run')):
+        assert not stage_cfg.resume  # without a checkpoint of its own it starts afresh
         assert stage_cfg.model.decode_head.num_classes == 4 + index
         assert stage_cfg.train_dataloader.dataset.stage == index
         assert stage_cfg.test_dataloader.dataset.stage == index
@@ -221,15 +223,16 @@ def test_a_model_zoo_is_left_to_mmengine_and_a_file_is_looked_at(tmp_path: Path)
     init_default_scope('mmseg')
     resnet = dict(type='ResNetV1c', depth=18, base_channels=4, stem_channels=4)
 
-    def check(backbone: dict, checkpoint: str) -> None:
-        init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    def check(backbone: dict, checkpoint: str, **options: Any) -> None:
+        init_cfg = dict(type='Pretrained', checkpoint=checkpoint, **options)
         check_pretrained(Config(dict(model=dict(backbone=dict(backbone, init_cfg=init_cfg)))))
 
     check(resnet, 'open-mmlab://resnet18_v1c')
     with pytest.raises(FileNotFoundError, match=r'r18\.pth do not exist. Convert weights .*model_converters'):
         check(resnet, 'r18.pth')
     path = str(tmp_path / 'weights.pth')
-    torch.save(MODELS.build(resnet).state_dict() | {'fc.weight': torch.zeros(1)}, path)
+    weights = MODELS.build(resnet).state_dict()
+    torch.save(weights | {'fc.weight': torch.zeros(1)}, path)
     check(resnet, path)
     with pytest.raises(ValueError, match=r'weights.pth does not fit AttentionVisionTransformer: .*missing'):
         check(VIT, path)
@@ -238,6 +241,14 @@ def test_a_model_zoo_is_left_to_mmengine_and_a_file_is_looked_at(tmp_path: Path)
     check(VIT, path)
     with pytest.raises(ValueError, match=r'patch_embed.*\(8, 3, 16, 16\) in the checkpoint'):
         check(dict(VIT, patch_size=8), path)
+    # A few tensors may be missing.
+    torch.save(dict(list(weights.items())[3:]), path)
+    check(resnet, path)
+    # Of a whole segmentor's weights, the prefix says which are the encoder's.
+    torch.save({f'backbone.{name}': weight for name, weight in weights.items()}, path)
+    check(resnet, path, prefix='backbone.')
+    with pytest.raises(ValueError, match='does not fit ResNetV1c'):
+        check(resnet, path)
 
 
 def test_an_undefined_word_of_a_config_is_named(shapes_cfg: Callable[..., Config]) -> None:
