@@ -197,6 +197,12 @@ def test_an_image_that_is_the_stages_and_an_exemplar_serves_as_both(
         dataset[-1]
 
 
+class InStage2(ReplayDataset):
+    """Says that it is of another stage."""
+
+    metainfo = dict(stage=2)
+
+
 def test_what_is_drawn_for_a_replayed_image_depends_on_how_often_it_came_up(
     stage_1: dict[str, Any], exemplars: str, outside: dict[str, Any]
 ) -> None:
@@ -210,11 +216,13 @@ def test_what_is_drawn_for_a_replayed_image_depends_on_how_often_it_came_up(
     dataset = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=4)
     again = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=4)
     other = ReplayDataset(stage_1, exemplars, memory=2, outside=outside, seed=5)
+    later = InStage2(stage_1, exemplars, memory=2, outside=outside, seed=4)
     for idx in (5, 8):
         looks = [pixels(dataset, idx + 10 * number) for number in range(6)]
         assert len({tuple(look) for look in looks}) >= 3
         assert looks == [pixels(again, idx + 10 * number) for number in range(6)]
         assert looks != [pixels(other, idx + 10 * number) for number in range(6)]
+        assert looks != [pixels(later, idx + 10 * number) for number in range(6)]
     samples = [dataset[idx]['data_samples'] for idx in (6, 16, 26)]
     assert [(sample.source, Path(sample.img_path).stem) for sample in samples] == [('memory', 'a')] * 3
 
@@ -239,6 +247,12 @@ def test_outside_images_are_unlabelled(
     assert dataset[9]['data_samples'].source == 'outside'
     assert rows(dataset[9]) == ([0, 0], [0, 0])
     assert dataset[9]['inputs'].unique().tolist() == [200]
+
+
+def test_an_outside_image_that_a_transform_gives_up_on_is_replaced(outside: dict[str, Any]) -> None:
+    dataset = DATASETS.build(outside)
+    dataset.pipeline.transforms.insert(0, lambda info: None if info['img_path'].endswith('y.JPG') else info)
+    assert Path(dataset[0]['data_samples'].img_path).name in ('z.jpeg', 'x.png')
 
 
 def test_masks_of_outside_images_are_never_read(
