@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmengine.registry import init_default_scope
 from mmseg.models.backbones import PCPVT, SVT, VisionTransformer
 from mmseg.registry import MODELS
@@ -17,6 +18,7 @@ from mmseg_sats.models.backbones import (
     AttentionVisionTransformer,
     attend_with_map,
 )
+from mmseg_sats.models.backbones.self_attention import self_attention
 from mmseg_sats.models.losses import crp_loss
 from mmseg_sats.models.old_model import run_segmentor
 from tests.small_models import CROSS_ENTROPY
@@ -166,6 +168,22 @@ def test_stochastic_depth_drops_the_same_branches_as_stock(name: str, options: d
     torch.manual_seed(5)
     for mine, theirs in zip(own(images()), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_behind_the_output_projection_is_at_work_in_training() -> None:
+    module = MultiheadAttention(8, 2, proj_drop=1.0, batch_first=True).train()
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(self_attention(module, x, (2, 3), identity=x)[0], x)
+
+
+@pytest.mark.parametrize(('name', 'options'), [CASES[3], CASES[5]], ids=['pcpvt', 'svt'])
+def test_all_tokens_of_twins_pass_the_dropout_behind_their_patch_embedding(name: str, options: dict) -> None:
+    _, own = make_pair(name, options)
+    used = []
+    for drop in own.position_encoding_drops:
+        drop.register_forward_hook(lambda *_: used.append(1))
+    own(images())
+    assert len(used) == 4
 
 
 def test_vit_checkpointing_gives_the_same_gradients() -> None:
