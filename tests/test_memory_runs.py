@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
@@ -24,6 +24,13 @@ from mmseg_sats.protocol import Protocol
 from tests.conftest import CONFIGS
 
 MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def mmseg_scope() -> None:
+    init_default_scope('mmseg')
+
+
 PROTOCOL = Protocol('3-1', 6)
 MEMORY = 10
 METHODS = sorted(
@@ -188,7 +195,7 @@ def test_a_run_keeps_what_a_dry_run_says(
     assert keep_all(shapes_cfg('sats', memory=MEMORY, seed=1), tmp_path / 'other') != texts
 
 
-def test_a_memory_of_another_class_order_is_refused(
+def test_a_memory_of_another_class_order_or_budget_is_refused(
     shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
     keep_all(shapes_cfg('sats', memory=MEMORY), tmp_path / 'run')
@@ -197,6 +204,9 @@ def test_a_memory_of_another_class_order_is_refused(
     stage = build_stage_config(cfg, other, other.stages[1], tmp_path / 'run')
     with pytest.raises(ValueError, match=r'stage_0/exemplars.json is of another run: .*not seen'):
         keep_exemplars(stage, other.stages[1], tmp_path, tmp_path / 'run/stage_0')
+    cfg = stage_cfg(shapes_cfg('sats', memory=MEMORY + 1), 1, tmp_path / 'run')
+    with pytest.raises(ValueError, match='budget of 10, the config has memory=11'):
+        keep_exemplars(cfg, PROTOCOL.stages[1], tmp_path, tmp_path / 'run/stage_0')
 
 
 @pytest.mark.parametrize('selection', ['RandomMemory', 'ReservoirMemory', 'MostLabelledMemory'])
@@ -210,6 +220,12 @@ def test_other_selections_are_one_word(
     offered = [file['offered'] for file in files]
     assert offered == sorted(offered)
     assert offered[-1] > 24  # an image of several stages comes by more than once
+    if selection == 'ReservoirMemory':  # which counts them; what is in the memory is not offered again
+        for index in (1, 2, 3):
+            dataset = stage_cfg(cfg, index, tmp_path / 'run').train_dataloader.dataset
+            own = DATASETS.build(stage_dataset_cfg(dataset)).image_files()
+            kept = {item['image'] for item in files[index - 1]['exemplars']}
+            assert offered[index] == offered[index - 1] + len(set(own) - kept)
     if selection == 'MostLabelledMemory':
         numbers = [len(item['holds']) for item in files[-1]['exemplars']]
         assert numbers == sorted(numbers, reverse=True)
@@ -290,6 +306,15 @@ def test_bad_values_are_refused_before_training(
     with pytest.raises(error, match=message):
         RUNNERS.build(shapes_cfg('sats', **options))
     assert not (tmp_path / 'run').exists()
+
+
+def test_as_many_exemplars_as_classes_before_the_last_stage_are_enough(shapes_cfg: MakeConfig) -> None:
+    check_replay(shapes_cfg('sats', memory=5), PROTOCOL)
+
+
+def test_exemplars_and_outside_images_need_a_place_each(shapes_cfg: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r'1 for 2 source\(s\) of replay'):
+        RUNNERS.build(shapes_cfg('recall', memory=9, batch_size=2))
 
 
 @pytest.mark.parametrize('method', ['recall', 'st_cil'])
