@@ -202,7 +202,7 @@ def test_a_process_with_workers_ends_when_its_run_does(
     """The signal comes to the process alone, not to its workers, which wait for work meanwhile."""
     what, entry, code = ENDINGS[ending]
     cfg = make(shapes_cfg, 'run', num_workers=1, persistent_workers=True)
-    cfg.custom_hooks = [dict(type='Ending')]
+    cfg.custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='Ending')]
     cfg.dump(tmp_path / 'config.py')
     script = tmp_path / 'ending.py'
     script.write_text(
