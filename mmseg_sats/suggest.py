@@ -26,3 +26,19 @@ def choose(option: str, name: object, choices: Mapping[str, T]) -> T:
     """``choices[name]``, or the error of :func:`check_choice`."""
     check_choice(option, name, choices)
     return choices[name]
+
+
+def one_slip(one: str, other: str) -> bool:
+    """One letter more, less or another, or two neighbours exchanged."""
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    if start is None:
+        return len(one) != len(other)
+    rest = one[start:], other[start:]
+    return (
+        rest[0][1:] == rest[1][1:]
+        or rest[0][1:] == rest[1]
+        or rest[0] == rest[1][1:]
+        or (rest[0][:2] == rest[1][:2][::-1] and rest[0][2:] == rest[1][2:])
+    )

@@ -19,7 +19,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_sats.checkpoint import write_text
-from mmseg_sats.engine import StageRunner
+from mmseg_sats.engine import IncrementalRunner, StageRunner
 from mmseg_sats.models import AttentionMixVisionTransformer
 from tools.train_incremental import main
 
@@ -505,7 +505,7 @@ CASES = [
         ('custom_hooks=[]',),
     ),
     Case('no epochs by the loop', r'train_cfg\.max_epochs=0', ('train_cfg.max_epochs=0',)),
-    Case('negative rate of the head', r'head_lr_mult=-1: expected a number above 0', ('head_lr_mult=-1',)),
+    Case('negative rate of the head', r'head_lr_mult=-1: expected a number from 0', ('head_lr_mult=-1',)),
     Case('resume that is a text', r"resume='no': expected True or False", ('resume=no',)),
     Case(
         'unknown class that there is not',
@@ -597,6 +597,33 @@ def test_the_unspoilt_case_reaches_training(place: Place, monkeypatch: pytest.Mo
         monkeypatch.setattr(sys, 'argv', [*arguments, OPTIONS, 'device=None', 'num_workers=0'])
         with pytest.raises(AssertionError, match='training has started'):
             main()
+
+
+UNUSUAL = {
+    'a hook that looks for the visualizer': "default_hooks = dict(visualization=dict(type='SegVisualizationHook'))",
+    'a schedule without an end': (
+        'param_scheduler = [dict(type="LinearLR", start_factor=0.1, begin=0, end=1), '
+        'dict(type="CosineAnnealingLR", begin=1)]\nepochs = 3'
+    ),
+    'a dotted value of later stages': "later_stages = {'optim_wrapper.optimizer.weight_decay': 0.5}",
+    'a value that a hook of the user reads': 'later_stages = dict(my_hook_factor=3)',
+    'a part in place of another': (
+        "distillation = dict(attention=None, attention_mine=dict(type='CRPDistillationLoss', loss_weight=1.0))"
+    ),
+    'words of the user': 'scale_h = 3\nscale_w = 4',
+    'a head that is held': 'head_lr_mult = 0',
+    'a second metric': (
+        "test_evaluator = [dict(type='IncrementalIoUMetric'), dict(type='IoUMetric', prefix='stock')]"
+    ),
+}
+
+
+@pytest.mark.parametrize('text', UNUSUAL.values(), ids=[name.replace(' ', '_') for name in UNUSUAL])
+def test_what_is_unusual_is_not_refused(text: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.add(f'\n{text}\n')
+    monkeypatch.setattr(sys, 'argv', ['train', str(place.config), '--work-dir', str(place.work_dir)])
+    monkeypatch.setattr(IncrementalRunner, 'train', lambda self: None)
+    main()
 
 
 def test_a_cut_off_image_is_named_in_the_middle_of_training(place: Place) -> None:

@@ -195,6 +195,8 @@ def test_numbers_that_are_ignored(tmp_path: Path) -> None:
     assert data[0]['gt_seg_map'][0].tolist() == [3, 255, 255, 255, 255, 255]
     named = stage_1(tmp_path, mask_values=dict(crate=9, background=3), ignore_values=[0])
     assert named[0]['gt_seg_map'][0].tolist() == [0, 3, 255, 255, 255, 255]
+    with pytest.raises(ValueError, match='ignore_values=0: expected a list'):
+        folder(tmp_path, ignore_values=0)
     for wrong, message in (([256], 'has 256'), ([9], "has 9, which is 'crate'")):
         with pytest.raises(ValueError, match=f'ignore_values {message}'):
             label_ids(CLASSES, dict(crate=9), wrong)

@@ -5,7 +5,9 @@ import copy
 import csv
 import hashlib
 import json
+import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -339,8 +341,12 @@ def test_two_processes_do_not_train_in_one_folder(
         with pytest.raises(work_dir.WorkDirBusyError, match='another process is training'):
             runner.train()
         assert list((tmp_path / 'run').iterdir()) == []
-    with work_dir.locked(tmp_path / 'run'):  # free again
-        pass
+    context = multiprocessing.get_context('fork')
+    with work_dir.locked(tmp_path / 'run'):
+        worker = context.Process(target=time.sleep, args=(60,))  # as a loader's, which outlives an error
+        worker.start()
+    with work_dir.locked(tmp_path / 'run'):
+        worker.kill()
 
 
 def test_the_users_own_config_is_not_overwritten(shapes_cfg: MakeConfig, tmp_path: Path) -> None:

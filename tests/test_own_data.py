@@ -235,6 +235,13 @@ def test_a_deeper_model_is_not_cut_to_the_config(yard: Path, monkeypatch: pytest
         RUNNERS.build(config(yard, monkeypatch))
 
 
+def test_tensors_that_no_model_needs_do_not_matter(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = 'decode_head.loss_decode.class_weight', 'backbone.bn9.num_batches_tracked', 'ema_steps'
+    more = dict.fromkeys(names, torch.zeros(1))
+    change_checkpoint(yard / 'old/model.pth', lambda c: c['state_dict'].update(more))
+    RUNNERS.build(config(yard, monkeypatch))
+
+
 def test_auxiliary_heads_may_be_left_out(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = RUNNERS.build(config(yard, monkeypatch, **{'model.auxiliary_head': None}))
     assert runner.cfg.model.auxiliary_head is None
@@ -263,10 +270,14 @@ def test_tests_at_another_size_are_told(
 ) -> None:
     resize = dict(type='Resize', scale=(64, 32), keep_ratio=True)
     (yard / 'old/config.py').open('a').write(f'\ntest_pipeline = [{resize!r}]\n')
-    assert "after [{'type': 'Resize'" in note_on_sizes(config(yard, monkeypatch))
-    same = config(yard, monkeypatch)
-    same.test_pipeline.insert(1, resize)
-    assert note_on_sizes(same) is None
+    def note(cfg: Config) -> str | None:
+        protocol = Protocol('5-3', 8)
+        return note_on_sizes(build_stage_config(cfg, protocol, protocol.stage(1), yard / 'run'))
+
+    cfg = config(yard, monkeypatch)
+    assert "after [{'type': 'Resize'" in note(cfg)
+    cfg.test_pipeline.insert(1, resize)
+    assert note(cfg) is None
 
 
 def test_auxiliary_heads_do_not_unlearn_what_the_method_keeps(

@@ -62,6 +62,8 @@ class FolderDataset(BaseSegDataset):
         classes = tuple(classes)
         _check_names(classes)
         self.label_ids = None
+        if not isinstance(ignore_values, list | tuple):
+            raise ValueError(f'ignore_values={ignore_values!r}: expected a list of numbers')
         if mask_values or ignore_values:
             own = {name: i for i, name in enumerate(classes) if i not in ignore_values}
             values = mask_values or own

@@ -86,7 +86,7 @@ def check_decodes(path: str) -> None:
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f'{path} is cut off or damaged: {error}') from error
 
 

@@ -120,7 +120,7 @@ class IncrementalRunner:
             check_unused(self.work_dir)
         # An undefined word shows before the first stage, not at the last.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
-        if note := note_on_sizes(self.cfg):
+        if note := note_on_sizes(stages[-1]):
             self.logger.warning(note)
         check_outside_folder(stages[-1])
         check_training(stages[-1], check_model(stages[-1]))

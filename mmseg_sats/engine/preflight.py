@@ -18,7 +18,7 @@ from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.snapshot import adopt_base, head_names
 from mmseg_sats.engine.stage_config import STAGE_PARTS
 from mmseg_sats.engine.trial_build import build_model, trains_on_one_image
-from mmseg_sats.suggest import check_choice, near_match
+from mmseg_sats.suggest import check_choice, near_match, one_slip
 
 # Top-level keys that are read by name, by mmengine's Runner or by ours.
 KEYS = (
@@ -117,43 +117,29 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     known = {*KEYS, *WORDS, *_words(content)}
     for key in content:
         # Other unread keys may be values that a config file uses for itself.
-        if key not in known and _close(key, known):
+        if key not in known and _close(key, {*KEYS, *WORDS}):
             raise KeyError(
                 f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
             )
 
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Of some stages' own values nothing is left unread, and what belongs to the run is not among them."""
+    """Of some stages' own values no slip is left unread, and what belongs to the run is not among them."""
     read = {*KEYS, *content, *_words(content)}
-    for key in inner:
+    for option in inner:
+        key = option.split('.')[0]
         if key in RUN_WIDE:
             raise ValueError(
                 f'{part}.{key}: all stages of a run have the same {key}, expected it at the top level'
             )
-        if key not in read:
+        # As at the top level: others may be values that a hook of the user's reads.
+        if key not in read and _close(key, read):
             raise KeyError(f'{part}.{key} is read by nothing{near_match(key, read)}: correct it or take it out')
 
 
 def _close(key: str, read: Collection[str]) -> bool:
     """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` is none."""
-    return key.rstrip('0123456789_') not in read and any(_one_slip(key, other) for other in read)
-
-
-def _one_slip(one: str, other: str) -> bool:
-    """One letter more, less or another, or two neighbours exchanged."""
-    if abs(len(one) - len(other)) > 1:
-        return False
-    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    if start is None:
-        return len(one) != len(other)
-    rest = one[start:], other[start:]
-    return (
-        rest[0][1:] == rest[1][1:]
-        or rest[0][1:] == rest[1]
-        or rest[0] == rest[1][1:]
-        or (rest[0][:2] == rest[1][:2][::-1] and rest[0][2:] == rest[1][2:])
-    )
+    return key.rstrip('0123456789_') not in read and any(one_slip(key, other) for other in read)
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -175,10 +161,12 @@ def _check_numbers(content: Mapping[str, Any], path: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f'{path}{name}={value!r}: expected a whole number from {least}')
-    for name in ('lr', 'head_lr_mult'):
-        rate = content.get(name)
-        if not (rate is None or _is_word(rate)) and not _positive(rate):
-            raise ValueError(f'{path}{name}={rate!r}: expected a number above 0')
+    rate = content.get('lr')
+    if not (rate is None or _is_word(rate)) and not _positive(rate):
+        raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
+    factor = content.get('head_lr_mult', 1)
+    if not _is_word(factor) and not _positive(factor) and factor != 0:
+        raise ValueError(f'{path}head_lr_mult={factor!r}: expected a number from 0')
     size = content.get('crop_size', 1)
     sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
     if not _is_word(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
@@ -267,12 +255,12 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         size, limit = loader.batch_size, loader.get('num_batch_per_epoch')
         plain = stage_dataset_cfg(loader.dataset) is loader.dataset and not loader.get('batch_sampler')
         plain &= (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and get_world_size() == 1
-        reached = not loader.get('drop_last') and (not limit or images < limit * size)
+        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
         if plain and reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
             raise ValueError(
                 f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
-                f'this model cannot be trained (a norm in it would see one value a channel): expected another '
-                'batch_size, or train_dataloader.drop_last=True'
+                'this model cannot be trained (a norm in it would see one value a channel): expected another '
+                'batch_size' + ('' if size == 1 else ', or train_dataloader.drop_last=True')
             )
 
 

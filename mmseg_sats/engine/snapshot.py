@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.models.classifier import add_background, shape_mismatches
 
+# Tensors that versions of torch and mmseg keep or leave out, and that no model needs.
+_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a DDP wrapper, or the model itself."""
@@ -100,7 +103,7 @@ def adopt_base(
     own = model.state_dict()
     state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
     # mmseg before version 1 called them CLASSES.
-    names = loaded['meta'].get('dataset_meta', {}).get('classes') or loaded['meta'].get('CLASSES')
+    names = (loaded['meta'].get('dataset_meta') or {}).get('classes') or loaded['meta'].get('CLASSES')
     rows = state_dict.get('decode_head.conv_seg.weight', torch.empty(0)).shape[0]
     without_background = rows == len(classes) - 1
     expected = list(classes[1:] if without_background else classes)
@@ -119,12 +122,12 @@ def adopt_base(
             level=logging.WARNING,
         )
     problems = [f'{key}: missing' for key in own if key not in state_dict]
-    # An auxiliary head may be left out; anything else would make another model of it.
-    left_out = () if 'auxiliary_head' in head_names else ('auxiliary_head.',)
+    # A whole part, e.g. an auxiliary head, may be left out; less of one would make another model of it.
+    parts = {key.split('.')[0] for key in own}
     problems += [
         f'{key}: not in the model'
         for key in state_dict
-        if key not in own and not key.startswith((*left_out, 'data_preprocessor.'))
+        if key not in own and key.split('.')[0] in parts and not key.endswith(_BUFFERS) and '.loss_decode.' not in key
     ]
     problems += shape_mismatches(state_dict, model)
     if problems:

@@ -160,7 +160,7 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
         own = head.get('loss_decode')
         # Plain cross-entropy beside a loss made for old classes in the background would teach the backbone
         # that they are background.
-        if _is_plain(own) and isinstance(loss, dict) and not _is_plain(loss):
+        if _is_plain(own) and _is_ours(loss):
             head.loss_decode = dict(copy.deepcopy(loss), loss_weight=own.get('loss_weight', 1.0))
     pretrained = model.backbone.get('init_cfg') or {}
     # Later stages take all weights from the snapshot; a null checkpoint asks for a random start.
@@ -171,6 +171,12 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
             part.pop('pretrained', None)
         snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
         model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
+
+
+def _is_ours(loss: Any) -> bool:
+    """Whether it is a method's loss of this package; whoever brings a loss says where it acts."""
+    kind = MODELS.get(loss['type']) if isinstance(loss, dict) else None
+    return kind is not None and kind.__module__.startswith('mmseg_sats.')
 
 
 def _is_plain(loss: Any) -> bool:

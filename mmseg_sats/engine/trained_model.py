@@ -48,7 +48,7 @@ def _check_heads(model: Mapping[str, Any], path: Path) -> None:
     """An auxiliary head for something else than the classes cannot grow with them."""
     heads, channels = model.get('auxiliary_head') or [], model['decode_head'].get('num_classes')
     for head in heads if isinstance(heads, list) else [heads]:
-        if head.get('num_classes') != channels:
+        if head.get('num_classes', channels) != channels:
             raise ValueError(
                 f'model_config {path}: an auxiliary {head.get("type")} has {head.get("num_classes")} channels, '
                 f'the decode head {channels}: expected one for each class. Leave such heads out by '
@@ -60,22 +60,28 @@ def note_on_sizes(cfg: Config) -> str | None:
     """What to tell somebody whose model was tested on images of another size than the run's, or None.
 
     Args:
-        cfg: a run's config.
+        cfg: a stage's config, its words resolved.
     """
     path = cfg.get('model_config')
     if path is None:
         return None
-    theirs, own = _resizing(Config.fromfile(path).get('test_pipeline')), _resizing(cfg.get('test_pipeline'))
+    trained = Config.fromfile(path)
+    theirs, own = _resizing(trained.get('test_pipeline')), _resizing(cfg.get('eval_pipeline'))
     if theirs == own:
         return None
     return (
         f'{path} tests on images after {theirs or "no resizing"}, this run after {own or "no resizing"}: its figures '
-        'and pseudo-labels are not those of that size. For the same, give test_pipeline the same steps'
+        'are not those of that size. For the same, put the same steps before LoadAnnotations in test_pipeline'
     )
 
 
 def _resizing(pipeline: Any) -> list[dict[str, Any]]:
-    return [dict(step) for step in pipeline or () if 'Resize' in str(step.get('type'))]
+    steps = [dict(step) for step in pipeline or () if isinstance(step, dict)]
+    return [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in step.items()}
+        for step in steps
+        if 'Resize' in str(step.get('type'))
+    ]
 
 
 def _model_of(trained: Config, path: Path) -> dict[str, Any]:

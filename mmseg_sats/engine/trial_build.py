@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from mmseg.evaluation import IoUMetric
@@ -47,7 +49,7 @@ def check_model(cfg: Config) -> nn.Module:
 
 
 def check_training(cfg: Config, model: nn.Module) -> None:
-    """Builds optimizer, schedulers and hooks of a stage, as mmengine's ``Runner`` will.
+    """Builds optimizer and schedulers of a stage as mmengine's ``Runner`` will, and looks at its hooks' arguments.
 
     Args:
         cfg: the stage's config.
@@ -66,7 +68,11 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         schedulers = cfg.get('param_scheduler') or []
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             with _named('param_scheduler'):
-                options = dict(end=1) | copy.deepcopy(dict(scheduler))
+                options = copy.deepcopy(dict(scheduler))
+                # mmengine's default is the end of training.
+                limits = cfg.get('train_cfg') or {}
+                last = limits.get('max_epochs') or limits.get('max_iters') or 1
+                options.setdefault('end', max(options.get('begin', 0) + 1, last))
                 PARAM_SCHEDULERS.build(options, default_args=dict(optimizer=optimizer, epoch_length=1))
     for limit in ('max_epochs', 'max_iters'):
         if (value := (cfg.get('train_cfg') or {}).get(limit, 1)) < 1:
@@ -77,24 +83,38 @@ def check_training(cfg: Config, model: nn.Module) -> None:
 def _check_hooks(cfg: Config, model: nn.Module) -> None:
     hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
     hooks += [('custom_hooks', hook) for hook in cfg.get('custom_hooks') or []]
-    built = []
-    for key, hook in hooks:
-        if isinstance(hook, dict):
-            with _named(key):
-                options = copy.deepcopy(dict(hook))
-                options.pop('priority', None)
-                hook = HOOKS.build(options)
-        built.append(hook)
+    kinds = [_kind_of_hook(key, hook) for key, hook in hooks]
+    if not cfg.model.get('old_model'):
+        return
     # A custom_hooks of the user's own takes the place of the method's.
     labeler = getattr(model, 'pseudo_labeler', None)
     for needed, kind, why in (
         (getattr(labeler, 'needs_pass', False), PseudoLabelThresholdHook, 'finds the thresholds of its pseudo_labeler'),
         (getattr(model, 'prototypes', None) is not None, PrototypeHook, 'keeps its prototypes'),
     ):
-        if needed and not any(isinstance(hook, kind) for hook in built):
+        if needed and not any(issubclass(found, kind) for found in kinds):
             raise ValueError(
                 f'custom_hooks has no {kind.__name__}, which {why}: expected dict(type={kind.__name__!r}) among them'
             )
+
+
+def _kind_of_hook(key: str, hook: Any) -> type:
+    """The class of a hook; it is not built, since it may look for what only a run has."""
+    if not isinstance(hook, dict):
+        return type(hook)
+    options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
+    kind = hook['type']
+    if isinstance(kind, str):
+        with HOOKS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(hook['type'])
+        if kind is None:
+            close = near_match(hook['type'], [*registry.module_dict, *HOOKS.module_dict])
+            raise KeyError(f'{key}: {hook["type"]} is not in the registry of hooks{close}')
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise TypeError(f'{key}: {kind.__name__} {error}') from error
+    return kind
 
 
 def check_evaluator(cfg: Config) -> None:
@@ -115,7 +135,8 @@ def check_evaluator(cfg: Config) -> None:
     except KeyError as error:
         name = str(error.args[0]).split(' ')[0]
         raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
-    if not any(isinstance(metric, IncrementalIoUMetric) for metric in metrics):
+    # A metric of the user's own may give the same keys.
+    if all(isinstance(metric, IoUMetric) for metric in metrics):
         names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
         raise ValueError(
             f'test_evaluator has {names}: expected an IncrementalIoUMetric, which the results are made of'
@@ -140,20 +161,19 @@ def _known_keys(metric: BaseMetric) -> Sequence[str]:
 
 def trains_on_one_image(cfg: Config) -> bool:
     """Whether the stage's model can be trained with a single image: norms behind a pooling to one pixel cannot."""
-    model = build_model(cfg).train()
+    model = revert_sync_batchnorm(build_model(cfg)).train()
     size = cfg.get('crop_size', 512)
     height, width = (size, size) if isinstance(size, int) else size
     heads = [head for name, head in model.named_children() if name.endswith('_head')]
     heads = [one for head in heads for one in (head if isinstance(head, nn.ModuleList) else [head])]
-    with torch.no_grad(), torch.random.fork_rng():
-        try:
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
             features = model.extract_feat(torch.zeros(1, 3, height, width))
             for head in heads:
                 head(features)
-        except ValueError as error:
-            if 'more than 1 value per channel' not in str(error):
-                raise
-            return False
+    except Exception as error:
+        # Any other error (no GPU here, images of other channels) says nothing about that.
+        return 'more than 1 value per channel' not in str(error)
     return True
 
 
@@ -182,12 +202,14 @@ def _named(key: str) -> Iterator[None]:
 @contextmanager
 def _in_silence(level: int = logging.INFO) -> Iterator[None]:
     """What mmengine logs up to ``level`` (a line for every parameter's options) it will say again."""
-    before = logging.root.manager.disable
-    logging.disable(level)
+    # Not by logging.disable: mmengine's loggers would remember its answer for good.
+    logger = MMLogger.get_current_instance()
+    before = logger.level
+    logger.setLevel(max(before, level + 1))
     try:
         yield
     finally:
-        logging.disable(before)
+        logger.setLevel(before)
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -86,6 +86,8 @@ def locked(work_dir: Path) -> Iterator[None]:
             )
         yield
     finally:
+        with suppress(OSError, AttributeError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # else workers that still live would keep it
         os.close(descriptor)
 
 
@@ -112,7 +114,7 @@ def check_own_config(work_dir: Path, filename: str | None) -> None:
     """
     kept = work_dir / 'config.py'
     used = any(work_dir.glob('stage_*'))
-    if filename and kept.exists() and kept.samefile(filename) and not used:
+    if not used and filename and kept.exists() and Path(filename).exists() and kept.samefile(filename):
         raise ValueError(
             f'{filename} would be overwritten by the config that a run keeps in its work dir {work_dir}: '
             'expected another --work-dir'

@@ -29,7 +29,7 @@ from mmseg_sats.models.shared_losses import check_targets, shared_losses
 from mmseg_sats.models.unknown import fold_unknown, split_classifier
 from mmseg_sats.models.whole_batch import losses_over_ranks
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.suggest import check_choice, near_match
+from mmseg_sats.suggest import check_choice, near_match, one_slip
 
 
 @MODELS.register_module()
@@ -297,8 +297,10 @@ def _check_left_out(distillation: Mapping[str, Any]) -> None:
     """A part is left out by None; one that there is not, with another of nearly its name, is a slip."""
     present = [name for name, cfg in distillation.items() if cfg is not None]
     for name, cfg in distillation.items():
-        if cfg is None and (close := near_match(name, present)):
-            raise ValueError(f'distillation.{name}=None leaves nothing out{close}; expected one of {present}')
+        if cfg is None and any(one_slip(name, other) for other in present):
+            raise ValueError(
+                f'distillation.{name}=None leaves nothing out{near_match(name, present)}; expected one of {present}'
+            )
 
 
 def _prefix(name: str) -> str:
