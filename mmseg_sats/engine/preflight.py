@@ -252,11 +252,13 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
     """A batch of one image ends a training whose model has norms behind a pooling to one pixel."""
     for cfg, stage in zip(stages, dataset.protocol.stages[-len(stages) :], strict=True):
         loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
-        size, limit = loader.batch_size, loader.get('num_batch_per_epoch')
-        plain = stage_dataset_cfg(loader.dataset) is loader.dataset and not loader.get('batch_sampler')
-        plain &= (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and get_world_size() == 1
+        size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
+        replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
+        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
+        if replayed or not sampled or not size or get_world_size() > 1:
+            continue  # batches of another make
         reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
-        if plain and reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
+        if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
             raise ValueError(
                 f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
                 'this model cannot be trained (a norm in it would see one value a channel): expected another '
