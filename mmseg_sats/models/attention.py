@@ -24,7 +24,7 @@ from mmseg_sats.models.class_regions import ClassRegions, find_regions
 
 # How many entries of the map exist at a time, by device type. A CPU wants a chunk that stays in its
 # cache; an accelerator wants few and large kernels. Backward holds three such arrays.
-CHUNK_ELEMENTS = {'cpu': 2**18}
+CHUNK_ELEMENTS = {'cpu': 2**17}
 DEFAULT_CHUNK_ELEMENTS = 2**25
 
 
