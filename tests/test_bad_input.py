@@ -485,6 +485,11 @@ CASES = [
         ('later_stages.default_hooks.logger.every=3',),
     ),
     Case(
+        'name of a hook misspelt',
+        r"default_hooks: \{'interval': 3\} has no type",
+        ('default_hooks.chekpoint.interval=3',),
+    ),
+    Case(
         'transform misspelt',
         r'NoTransform is not in the',
         spoil=lambda p: p.add("later_stages = dict(eval_pipeline=[dict(type='NoTransform')])\n"),

@@ -72,11 +72,6 @@ def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
     cfg.work_dir = str(out / folder.name)
     # Nothing is trained: the old model and the snapshot it starts from may be gone.
     cfg.load_from, cfg.model.old_model = None, None
-    runner = StageRunner.from_cfg(cfg)
-    load_snapshot(runner.model, folder / 'snapshot.pth')
-    runner.call_hook('before_run')
-    # A stage 0 that came from a checkpoint may have no images.
-    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
     dataset = evaluation_set(cfg)
     classes = dataset.metainfo['classes']
     trained = load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes']
@@ -85,6 +80,11 @@ def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
             f'{folder}/snapshot.pth was trained on classes {list(trained)}, the data have {list(classes)}: '
             'expected the same in this order'
         )
+    runner = StageRunner.from_cfg(cfg)
+    load_snapshot(runner.model, folder / 'snapshot.pth')
+    runner.call_hook('before_run')
+    # A stage 0 that came from a checkpoint may have no images.
+    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
     new = classes[len(classes) - len(dataset.stage.new) :]
     return stage_results(dataset.stage.index, new, None, metrics, classes)
 

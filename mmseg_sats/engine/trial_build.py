@@ -103,7 +103,9 @@ def _kind_of_hook(key: str, hook: Any) -> type:
     if not isinstance(hook, dict):
         return type(hook)
     options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
-    kind = hook['type']
+    kind = hook.get('type')
+    if kind is None:
+        raise KeyError(f'{key}: {dict(hook)} has no type: expected the name of a hook that the config has, or a type')
     if isinstance(kind, str):
         with HOOKS.switch_scope_and_registry(None) as registry:
             kind = registry.get(hook['type'])
