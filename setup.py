@@ -28,8 +28,8 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmseg_sats', 'mmseg_sats.*']),
     package_data={
-        'mmseg_sats': ['datasets/*.csv'],
-        'mmseg_sats.visualization': ['templates/*.j2'],
+        'mmseg_sats.datasets.checks': ['*.csv'],
+        'mmseg_sats.visualization.report': ['templates/*.j2'],
     },
     python_requires='>=3.10',
     install_requires=requirements('runtime'),

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
 from benchmarks.models import label_maps, samples_of, stage
-from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.losses import UnbiasedDistillationLoss
-from mmseg_sats.models.output import SegmentorOutput
-from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.pixel_losses.shared import shared_losses
+from mmseg_sats.models.pseudo_labels.completion import complete_labels
+from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 SIZE, BATCH = 512, 2
 NEW = 5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mmseg_sats  # noqa: F401  registers the parts
 from benchmarks.measure import device
-from mmseg_sats.models.old_model import OldModel
+from mmseg_sats.models.segmentors.old_model import OldModel
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 SIZES = {

@@ -28,9 +28,9 @@ from mmseg_sats.engine import (
     PseudoLabelThresholdHook,
     StageRunner,
 )
-from mmseg_sats.engine.config_text import StageConfig
+from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.models import IncrementalEncoderDecoder
-from mmseg_sats.models.old_model import OldModel
+from mmseg_sats.models.segmentors.old_model import OldModel
 
 STAGES = 50
 SETTINGS = dict(

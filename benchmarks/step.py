@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.measure import PRECISIONS, Ratio, Work, device, median_seconds, peak_bytes
 from benchmarks.models import Stage, stage
-from mmseg_sats.models.label_completion import complete_labels
-from mmseg_sats.models.old_model import run_segmentor
-from mmseg_sats.models.output import SegmentorOutput
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.pixel_losses.shared import shared_losses
+from mmseg_sats.models.pseudo_labels.completion import complete_labels
+from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.old_model import run_segmentor
 
 NUM_OLD, NUM_NEW = 20, 1
 """Channels of the last stage of 15-1 on VOC."""

@@ -93,7 +93,7 @@ def _hours(finetune_step: float, sats_step: float) -> float:
 
 def _voc_15_1() -> list[int]:
     """The training images of each stage, as published."""
-    path = Path(mmseg_sats.__file__).parent / 'datasets/published_counts.csv'
+    path = Path(mmseg_sats.__file__).parent / 'datasets/checks/published_counts.csv'
     with path.open(newline='') as file:
         rows = list(csv.DictReader(file))
     wanted = dict(protocol='15-1', setting='overlapped', split='train')

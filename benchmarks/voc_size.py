@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg_sats.datasets.shapes_drawing import draw_scene
-from mmseg_sats.datasets.voc_preparation import palette
+from mmseg_sats.datasets.preparation.voc import palette
+from mmseg_sats.datasets.shapes.drawing import draw_scene
 
 LONG_SIDE, SHORT_SIDE = 500, 375
 SHARED = Path(os.environ.get('MMSEG_SATS_SHARED', Path(__file__).resolve().parents[2] / 'shared'))

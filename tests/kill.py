@@ -40,10 +40,10 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 import mmseg_sats
-import mmseg_sats.visualization.report  # noqa: F401  with matplotlib, which takes seconds too
+import mmseg_sats.visualization.report.page  # noqa: F401  with matplotlib, which takes seconds too
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.engine.config_text import config_text
-from mmseg_sats.engine.stage_runner import collect_environment
+from mmseg_sats.engine.config.config_text import config_text
+from mmseg_sats.engine.training.stage_runner import collect_environment
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SMALL = dict(

@@ -6,8 +6,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.engine.snapshot import write_weights
-from mmseg_sats.engine.stage_config import build_stage_config
+from mmseg_sats.engine.config.stage_config import build_stage_config
+from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.protocol import Protocol
 from tests.small_models import build
 

@@ -13,8 +13,8 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
-from mmseg_sats.engine.stage_config import build_stage_config
 from tests.conftest import CONFIGS
 
 HEIGHT, WIDTH = 12, 20

@@ -20,7 +20,7 @@ from mmseg_sats.models.backbones import (
 )
 from mmseg_sats.models.backbones.self_attention import self_attention
 from mmseg_sats.models.losses import crp_loss
-from mmseg_sats.models.old_model import run_segmentor
+from mmseg_sats.models.segmentors.old_model import run_segmentor
 from tests.small_models import CROSS_ENTROPY
 from tests.test_attention_mit import images, parameter_gradients, stock_attention
 

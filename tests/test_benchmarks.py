@@ -11,7 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import crp, many_classes, throughput
 from benchmarks.measure import Ratio, median_seconds, peak_bytes
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.pixel_losses.shared import shared_losses
 
 
 def test_functions_are_called_in_turns_and_the_first_calls_do_not_count() -> None:

@@ -20,13 +20,13 @@ from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 from mmseg.visualization import SegLocalVisualizer
 
-from mmseg_sats.datasets.class_index import ClassIndex
-from mmseg_sats.datasets.shapes import ShapesDataset
+from mmseg_sats.datasets.class_index.index import ClassIndex
+from mmseg_sats.datasets.shapes.dataset import ShapesDataset
 from mmseg_sats.engine import StageRunner, config_text
-from mmseg_sats.engine.config_text import StageConfig
+from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.run_plan import find_incremental_dataset
-from mmseg_sats.models.old_model import OldModel
-from mmseg_sats.once import Sharing, once
+from mmseg_sats.models.segmentors.old_model import OldModel
+from mmseg_sats.shared_values import Sharing, once
 
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]

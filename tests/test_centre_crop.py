@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 
 from mmseg_sats.datasets import EvaluateAsIs
-from mmseg_sats.engine.stage_config import config_words, resolve_words
+from mmseg_sats.engine.config.stage_config import config_words, resolve_words
 
 ROOT = Path(__file__).parents[1]
 

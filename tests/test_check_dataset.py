@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmseg_sats.datasets.examination import examine, examine_pair, published_counts
+from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 from tests.test_tools import run
@@ -134,7 +134,7 @@ def test_a_list_that_is_not_there_and_shared_images(config: Path, tmp_path: Path
 
 
 def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmseg_sats.datasets import examination
+    from mmseg_sats.datasets.checks import whole_dataset
 
     pairs = [
         (str(path), str(tmp_path / 'labels/train' / f'{path.stem}.png'))
@@ -142,7 +142,7 @@ def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest
     ]
     pairs.append((pairs[0][0], 'nowhere.png'))
     one = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
-    monkeypatch.setattr(examination, '_IN_PROCESS', 0)
+    monkeypatch.setattr(whole_dataset, '_IN_PROCESS', 0)
     two = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
     assert (one.images, one.faults) == (two.images, two.faults)
     assert one.faults == ['mask nowhere.png does not exist']

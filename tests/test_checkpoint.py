@@ -23,7 +23,7 @@ from mmseg_sats.checkpoint import (
     write_json,
     write_text,
 )
-from mmseg_sats.engine.snapshot import adopt_base, load_snapshot, save_snapshot, write_weights
+from mmseg_sats.engine.files.snapshot import adopt_base, load_snapshot, save_snapshot, write_weights
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg
 
 CLASSES = ['background', 'circle', 'square', 'star']

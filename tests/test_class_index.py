@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmseg_sats.datasets import class_index as module
 from mmseg_sats.datasets import mask_scan
-from mmseg_sats.datasets.class_index import ClassIndex, select_eval, select_train
+from mmseg_sats.datasets.class_index.index import ClassIndex, select_eval, select_train
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 

@@ -13,7 +13,7 @@ from mmseg.models.decode_heads import FCNHead, SegmenterMaskTransformerHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.models.classifier import (
+from mmseg_sats.models.heads.classifier import (
     add_background,
     check_head_can_grow,
     grow_classifier,

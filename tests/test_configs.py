@@ -23,7 +23,7 @@ from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.engine.stage_config import build_stage_config
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.protocol import Protocol, Stage
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models import attention as attention_module
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention import attention_map as attention_module
+from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
-from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 crp_module = sys.modules[CRPDistillationLoss.__module__]
 

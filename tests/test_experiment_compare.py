@@ -20,7 +20,7 @@ from mmseg_sats.engine.experiments.compare import (
     flatten,
     same_start,
 )
-from mmseg_sats.engine.experiments.plain_loss import as_plain
+from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FREEZING = dict(custom_hooks=[dict(type='FreezingHookOfATest')])

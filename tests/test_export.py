@@ -17,7 +17,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_sats.engine import onnx_export
-from mmseg_sats.engine.export import check_same_logits, export_stage, load_stage, stock_config
+from mmseg_sats.engine.export.stock import check_same_logits, export_stage, load_stage, stock_config
 from tests.foreign import code_blocks
 from tests.stage_folder import CLASSES, PALETTE, make_stage
 from tests.test_tools import run

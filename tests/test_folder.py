@@ -10,7 +10,7 @@ import pytest
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import FolderDataset, IncrementalDataset
-from mmseg_sats.datasets.class_index import ClassIndex, index_by_class
+from mmseg_sats.datasets.class_index.index import ClassIndex, index_by_class
 from mmseg_sats.datasets.folder import label_ids
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.transforms import relabel_table, through_label_ids

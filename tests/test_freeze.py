@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.models.freeze import freeze, hold_in_eval, is_frozen
+from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval, is_frozen
 from tests.small_models import build, images, model_cfg, samples
 
 CLASSIFIER = 'decode_head.conv_seg'

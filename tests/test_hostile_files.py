@@ -14,9 +14,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.datasets.image_sizes import check_inside
+from mmseg_sats.datasets.checks.image_sizes import check_inside
 from mmseg_sats.engine import StageRunner
-from mmseg_sats.engine.snapshot import latest_checkpoint
+from mmseg_sats.engine.files.snapshot import latest_checkpoint
 
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]

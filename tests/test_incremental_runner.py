@@ -22,7 +22,7 @@ from mmseg.registry import MODELS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine import work_dir
-from mmseg_sats.engine.snapshot import latest_checkpoint
+from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from mmseg_sats.models import AttentionMixVisionTransformer
 
 MakeConfig = Callable[..., Config]

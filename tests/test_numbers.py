@@ -17,7 +17,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.engine.snapshot import latest_checkpoint
+from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from tests.small_models import build, images, model_cfg, samples, save_weights
 
 MakeConfig = Callable[..., Config]

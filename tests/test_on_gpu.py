@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mmseg_sats.models import attention, resizing
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
-from mmseg_sats.models.output import SegmentorOutput, labelling_pieces
-from mmseg_sats.models.shared_losses import shared_losses
+from mmseg_sats.models.pixel_losses.shared import shared_losses
+from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_pieces
 from tests.tensors import random_labels, random_tensor
 from tests.test_shared_losses import head
 

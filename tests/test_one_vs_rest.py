@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmseg_sats.models.losses.one_vs_rest import OneVsRestLoss, one_vs_rest
-from mmseg_sats.models.sigmoid_pseudo_labeler import SigmoidPseudoLabeler
+from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 
 
 def example(classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import mmseg_sats.engine  # noqa: F401  registers the constructor
-from mmseg_sats.engine.optim_groups import merged
+from mmseg_sats.engine.training.optim_groups import merged
 
 CFG = dict(
     type='OptimWrapper',

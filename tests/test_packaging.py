@@ -84,7 +84,7 @@ def test_files_that_are_no_modules_are_installed_too(setup_arguments: dict[str, 
     }
     files = [path for path in (ROOT / 'mmseg_sats').rglob('*')
              if path.is_file() and path.suffix not in ('.py', '.pyc')]
-    assert ROOT / 'mmseg_sats/visualization/templates/report.html.j2' in files
+    assert ROOT / 'mmseg_sats/visualization/report/templates/report.html.j2' in files
     manifest = (ROOT / 'MANIFEST.in').read_text()
     for path in files:
         assert any(path.match(str(pattern)) for pattern in patterns), path

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from mmseg_sats.datasets import voc_preparation
-from mmseg_sats.datasets.ade20k_preparation import ADE20K, prepare_ade20k
-from mmseg_sats.datasets.archives import Source, md5_of, safe_path, unpack
-from mmseg_sats.datasets.class_index import read_labels
-from mmseg_sats.datasets.voc_preparation import (
+from mmseg_sats.datasets.class_index.index import read_labels
+from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
+from mmseg_sats.datasets.preparation.archives import Source, md5_of, safe_path, unpack
+from mmseg_sats.datasets.preparation.voc import (
     VOC,
     labels_of_colours,
     palette,

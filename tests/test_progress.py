@@ -21,6 +21,7 @@ from mmseg.registry import DATASETS, VISBACKENDS
 from rich.console import Console
 
 from mmseg_sats.engine import ProgressHook
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.run_plan import (
     StagePlan,
     build_protocol,
@@ -28,7 +29,6 @@ from mmseg_sats.engine.run_plan import (
     plan_run,
     time_left,
 )
-from mmseg_sats.engine.stage_config import build_stage_config
 from mmseg_sats.visualization import OneAxisVisBackend
 
 

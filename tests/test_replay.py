@@ -21,8 +21,13 @@ from mmseg_sats.datasets import (
     ReplayDataset,
     shared_batches,
 )
-from mmseg_sats.datasets.exemplars import Exemplar, Exemplars, read_exemplars, write_exemplars
-from mmseg_sats.datasets.replay_sampler import batch_split, endless_draw
+from mmseg_sats.datasets.memory.exemplars import (
+    Exemplar,
+    Exemplars,
+    read_exemplars,
+    write_exemplars,
+)
+from mmseg_sats.datasets.memory.replay_sampler import batch_split, endless_draw
 
 MAPS = {
     'a': ([0, 1], [1, 1]),

@@ -16,9 +16,10 @@ import pytest
 from mmengine.config import Config
 
 from mmseg_sats.engine.run_report import report_at_end
-from mmseg_sats.visualization import curves, heatmap, losses, panel, theme
-from mmseg_sats.visualization.report import check_options, main, write_report, write_run_report
-from mmseg_sats.visualization.run_record import (
+from mmseg_sats.visualization import panel, theme
+from mmseg_sats.visualization.report import curves, heatmap, losses
+from mmseg_sats.visualization.report.page import check_options, main, write_report, write_run_report
+from mmseg_sats.visualization.report.run_record import (
     config_differences,
     find_sweeps,
     flatten,
@@ -148,7 +149,7 @@ def test_a_report_that_fails_is_a_warning(
 ) -> None:
     told = []
     monkeypatch.setattr(
-        'mmseg_sats.visualization.report.print_log', lambda text, level, **_: told.append((text, level))
+        'mmseg_sats.visualization.report.page.print_log', lambda text, level, **_: told.append((text, level))
     )
     assert write_run_report(tmp_path, {}) is None
     ((text, level),) = told

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmseg_sats.engine.evaluation import own_metrics
-from mmseg_sats.engine.results import (
+from mmseg_sats.engine.files.results import (
     comparison_table,
     forgetting_table,
     run_results,

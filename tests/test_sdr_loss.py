@@ -18,8 +18,8 @@ from mmseg_sats.models.losses.sdr_loss import (
     repulsion,
     sparsity,
 )
-from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 from tests.small_models import build, images, model_cfg, samples
 
 BATCH, CHANNELS, CLASSES = 2, 3, 5

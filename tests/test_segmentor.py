@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
 from mmseg_sats.models import old_model
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
-from mmseg_sats.models.old_model import OldModel, run_segmentor
-from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
+from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from tests.small_models import (
     CROSS_ENTROPY,
     MIT,

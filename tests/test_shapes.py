@@ -15,8 +15,8 @@ import pytest
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import shapes, shapes_drawing
-from mmseg_sats.datasets.shapes import ShapesDataset, check_split, draw_split
-from mmseg_sats.datasets.shapes_drawing import (
+from mmseg_sats.datasets.shapes.dataset import ShapesDataset, check_split, draw_split
+from mmseg_sats.datasets.shapes.drawing import (
     MAX_CLASSES,
     class_names,
     class_palette,

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.models import resizing
-from mmseg_sats.models.label_completion import complete_labels
 from mmseg_sats.models.losses import (
     KnowledgeDistillationLoss,
     SelfEntropyLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation
-from mmseg_sats.models.output import SegmentorOutput
-from mmseg_sats.models.pixels import Pixels, pixel_maps
-from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
+from mmseg_sats.models.pixel_losses.base import LogitsDistillation
+from mmseg_sats.models.pixel_losses.pixels import Pixels, pixel_maps
+from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
+from mmseg_sats.models.pseudo_labels.completion import complete_labels
+from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.resizing import ResizedLogits
-from mmseg_sats.models.shared_losses import check_targets, shared_losses
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 from tests.small_models import CROSS_ENTROPY, samples
 from tests.tensors import random_labels, random_tensor
 

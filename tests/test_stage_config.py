@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.engine.stage_config import (
+from mmseg_sats.engine.config.stage_config import (
     STAGE_WORDS,
     build_stage_config,
     check_pretrained,

@@ -5,7 +5,7 @@ import pytest
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
-from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.training.stage_runner import StageRunner
 
 
 @DATASETS.register_module()

@@ -14,7 +14,7 @@ from mmengine.runner import load_checkpoint
 from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 
-from mmseg_sats.models.unknown import SplitClassifier, fold_unknown
+from mmseg_sats.models.heads.unknown import SplitClassifier, fold_unknown
 from mmseg_sats.protocol import UNKNOWN_LABEL
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
 

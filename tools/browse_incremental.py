@@ -17,8 +17,8 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
+from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
-from mmseg_sats.engine.stage_config import build_stage_config, stage_dir
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.visualization import contact_sheet, theme
 

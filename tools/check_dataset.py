@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 from mmseg_sats.datasets import IncrementalDataset
-from mmseg_sats.datasets.examination import Examination, examine, published_counts
+from mmseg_sats.datasets.checks.whole_dataset import Examination, examine, published_counts
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
-from mmseg_sats.engine.stage_config import config_words, resolve_words
+from mmseg_sats.engine.config.stage_config import config_words, resolve_words
 
 MODES = {'train': 'train_dataloader', 'val': 'test_dataloader'}
 

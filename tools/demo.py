@@ -16,8 +16,8 @@ import rich
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-from mmseg_sats.engine.results import comparison_table, forgetting_table, stage_table
-from mmseg_sats.visualization.report import write_report
+from mmseg_sats.engine.files.results import comparison_table, forgetting_table, stage_table
+from mmseg_sats.visualization.report.page import write_report
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 CONFIG = 'segformer_tiny_shapes_3-1.py'

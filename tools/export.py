@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmseg_sats.engine.export import export_stage, load_stage
-from mmseg_sats.engine.onnx_export import check_onnx_installed, export_onnx
+from mmseg_sats.engine.export.onnx import check_onnx_installed, export_onnx
+from mmseg_sats.engine.export.stock import export_stage, load_stage
 
 
 def parse_args() -> argparse.Namespace:

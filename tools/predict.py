@@ -24,7 +24,7 @@ from mmseg.apis import inference_model
 
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
-from mmseg_sats.engine.export import load_stage
+from mmseg_sats.engine.export.stock import load_stage
 from mmseg_sats.visualization.overlay import draw_overlay
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_sats.datasets.ade20k_preparation import ADE20K, prepare_ade20k
+from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
 
 
 def parse_args() -> argparse.Namespace:

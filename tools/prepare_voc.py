@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from mmseg_sats.datasets.voc_preparation import VOC, prepare_voc
+from mmseg_sats.datasets.preparation.voc import VOC, prepare_voc
 
 
 def parse_args() -> argparse.Namespace:

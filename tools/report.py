@@ -4,7 +4,7 @@
 python tools/report.py WORK_DIR [WORK_DIR ...] [--out DIR]
 """
 
-from mmseg_sats.visualization.report import main
+from mmseg_sats.visualization.report.page import main
 
 if __name__ == '__main__':
     main()

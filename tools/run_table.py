@@ -18,7 +18,7 @@ from mmseg_sats.engine.experiments.report import make_lines, markdown, read_publ
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.split import write_split
 from mmseg_sats.engine.experiments.tables import DATASETS, TABLES
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.spelling import check_choice
 
 ROOT = Path(__file__).parents[1]
 OWN_WORDS = dict(protocol='--protocols', seed='--seeds', memory='--memory')

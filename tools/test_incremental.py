@@ -14,12 +14,12 @@ from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import load_checkpoint_safely, write_json
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
-from mmseg_sats.engine.results import stage_results
+from mmseg_sats.engine.files.results import stage_results
+from mmseg_sats.engine.files.snapshot import load_snapshot
 from mmseg_sats.engine.run_plan import build_protocol
-from mmseg_sats.engine.snapshot import load_snapshot
-from mmseg_sats.engine.stage_config import build_stage_config
-from mmseg_sats.engine.stage_runner import StageRunner
+from mmseg_sats.engine.training.stage_runner import StageRunner
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,8 @@ from mmengine.registry import RUNNERS
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
-from mmseg_sats.engine.distributed import own_error_on_top
-from mmseg_sats.engine.work_dir import WorkDirBusyError
+from mmseg_sats.engine.files.work_dir import WorkDirBusyError
+from mmseg_sats.engine.training.distributed import own_error_on_top
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmseg_sats.checkpoint import write_atomically
-from mmseg_sats.suggest import near_match
+from mmseg_sats.spelling import near_match
 from mmseg_sats.visualization import attention_view, theme
 from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.stage_model import (

@@ -3,18 +3,18 @@
 
 from mmseg_sats.datasets.folder import FolderDataset
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
-from mmseg_sats.datasets.memory import (
+from mmseg_sats.datasets.memory.outside import ImageFolder, OutsideDataset, Unlabelled
+from mmseg_sats.datasets.memory.replay import ReplayDataset
+from mmseg_sats.datasets.memory.replay_sampler import ReplayBatchSampler
+from mmseg_sats.datasets.memory.selection import (
     ClassBalancedMemory,
     MostLabelledMemory,
     RandomMemory,
     ReservoirMemory,
 )
-from mmseg_sats.datasets.outside import ImageFolder, OutsideDataset, Unlabelled
-from mmseg_sats.datasets.replay import ReplayDataset
-from mmseg_sats.datasets.replay_sampler import ReplayBatchSampler
+from mmseg_sats.datasets.memory.shared_batches import SharedBatchSampler
 from mmseg_sats.datasets.saliency import MarkUnknown
-from mmseg_sats.datasets.shapes import ShapesDataset
-from mmseg_sats.datasets.shared_batches import SharedBatchSampler
+from mmseg_sats.datasets.shapes.dataset import ShapesDataset
 from mmseg_sats.datasets.transforms import EvaluateAsIs, RelabelSegMap
 
 __all__ = [

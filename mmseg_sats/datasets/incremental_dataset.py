@@ -13,7 +13,8 @@ from mmengine.dataset import BaseDataset, Compose, force_full_init
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
-from mmseg_sats.datasets.class_index import (
+from mmseg_sats.datasets.checks.image_sizes import check_sizes
+from mmseg_sats.datasets.class_index.index import (
     EVAL_IMAGES,
     SETTINGS,
     ClassIndex,
@@ -21,9 +22,8 @@ from mmseg_sats.datasets.class_index import (
     select_eval,
     select_train,
 )
-from mmseg_sats.datasets.exemplars import exemplar_rows, image_file
 from mmseg_sats.datasets.held_out import check_share, held_out
-from mmseg_sats.datasets.image_sizes import check_sizes
+from mmseg_sats.datasets.memory.exemplars import exemplar_rows, image_file
 from mmseg_sats.datasets.transforms import (
     MODES,
     RelabelSegMap,
@@ -38,10 +38,10 @@ from mmseg_sats.datasets.wrapped_dataset import (
     mask_of,
     with_relabelling,
 )
-from mmseg_sats.once import once
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.randomness import seeded
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.shared_values import once
+from mmseg_sats.spelling import check_choice
 
 
 class NoImagesError(ValueError):

@@ -10,8 +10,8 @@ from mmcv.transforms import LoadAnnotations
 from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
-from mmseg_sats.datasets.image_sizes import check_inside
-from mmseg_sats.once import once
+from mmseg_sats.datasets.checks.image_sizes import check_inside
+from mmseg_sats.shared_values import once
 
 
 def build_wrapped(

@@ -9,9 +9,9 @@ from mmseg_sats.engine.hooks import (
     PseudoLabelThresholdHook,
 )
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
-from mmseg_sats.engine.optim_groups import GroupedOptimWrapperConstructor
-from mmseg_sats.engine.stage_runner import StageRunner
-from mmseg_sats.engine.train_loop import ResumableTrainLoop
+from mmseg_sats.engine.training.optim_groups import GroupedOptimWrapperConstructor
+from mmseg_sats.engine.training.stage_runner import StageRunner
+from mmseg_sats.engine.training.train_loop import ResumableTrainLoop
 
 __all__ = [
     'AtomicCheckpointHook',

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mmseg_sats.engine.preflight import check_options
+from mmseg_sats.engine.checks.preflight import check_options
 
 _SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 _EXAMPLE = 'configs/sats/segformer_tiny_shapes_3-1.py'

@@ -25,14 +25,19 @@ from mmseg_sats.checkpoint import (
     write_json,
     write_text,
 )
-from mmseg_sats.datasets.replay import stage_dataset_cfg
-from mmseg_sats.engine.config_text import config_text
-from mmseg_sats.engine.distributed import check_shared, join_process_group, share_work
+from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
+from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
+from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
+from mmseg_sats.engine.config.config_text import config_text
+from mmseg_sats.engine.config.replay import check_outside_folder, check_replay, keep_exemplars
+from mmseg_sats.engine.config.stage_config import (
+    build_stage_config,
+    check_pretrained,
+    stage_dir,
+)
+from mmseg_sats.engine.config.trained_model import note_on_sizes
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
-from mmseg_sats.engine.hooks.best_epoch_hook import BEST
-from mmseg_sats.engine.preflight import check_base, check_config, check_data
-from mmseg_sats.engine.replay import check_outside_folder, check_replay, keep_exemplars
-from mmseg_sats.engine.results import (
+from mmseg_sats.engine.files.results import (
     comparison_table,
     forgetting_table,
     run_results,
@@ -40,9 +45,7 @@ from mmseg_sats.engine.results import (
     stage_table,
     write_results,
 )
-from mmseg_sats.engine.run_plan import build_protocol
-from mmseg_sats.engine.run_report import check_report, report_at_end
-from mmseg_sats.engine.snapshot import (
+from mmseg_sats.engine.files.snapshot import (
     adopt_base,
     head_names,
     is_whole,
@@ -52,23 +55,20 @@ from mmseg_sats.engine.snapshot import (
     save_snapshot,
     write_weights,
 )
-from mmseg_sats.engine.stage_config import (
-    build_stage_config,
-    check_pretrained,
-    stage_dir,
-)
-from mmseg_sats.engine.stage_runner import StageRunner
-from mmseg_sats.engine.trained_model import note_on_sizes
-from mmseg_sats.engine.trial_build import check_evaluator, check_model, check_training
-from mmseg_sats.engine.work_dir import (
+from mmseg_sats.engine.files.work_dir import (
     check_own_config,
     check_same_run,
     check_unused,
     check_writable,
     locked,
 )
-from mmseg_sats.once import Sharing
+from mmseg_sats.engine.hooks.best_epoch_hook import BEST
+from mmseg_sats.engine.run_plan import build_protocol
+from mmseg_sats.engine.run_report import check_report, report_at_end
+from mmseg_sats.engine.training.distributed import check_shared, join_process_group, share_work
+from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.protocol import Stage
+from mmseg_sats.shared_values import Sharing
 
 IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
 

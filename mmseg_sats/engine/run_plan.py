@@ -12,7 +12,7 @@ from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
-from mmseg_sats.engine.stage_config import (
+from mmseg_sats.engine.config.stage_config import (
     build_stage_config,
     config_words,
     resolve_words,

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
 
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones import (
     AttentionMixVisionTransformer,
     AttentionPCPVT,
@@ -24,12 +24,12 @@ from mmseg_sats.models.losses import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
-from mmseg_sats.models.old_model_labeler import FusedPseudoLabeler, OldModelPseudoLabeler
-from mmseg_sats.models.output import SegmentorOutput
 from mmseg_sats.models.prototypes import ClassPrototypes
-from mmseg_sats.models.pseudo_labeler import EntropyPseudoLabeler
+from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
+from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
+from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
-from mmseg_sats.models.sigmoid_pseudo_labeler import SigmoidPseudoLabeler
 
 __all__ = [
     'AttentionMap',

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.attention import working_dtype
+from mmseg_sats.models.precision import working_dtype
 
 # How many entries of resized logits exist at a time, by device type: on a CPU what stays in its cache,
 # on an accelerator few and large kernels. A block of rows shares what was done to its source rows.

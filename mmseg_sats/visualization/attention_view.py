@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmseg_sats.models.attention import AttentionMap
-from mmseg_sats.models.old_model import run_segmentor
+from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.segmentors.old_model import run_segmentor
 from mmseg_sats.visualization.stage_model import StageModel
 from mmseg_sats.visualization.theme import new_figure
 

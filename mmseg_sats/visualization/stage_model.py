@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.datasets.class_index import labels_of
+from mmseg_sats.datasets.class_index.index import labels_of
 
 
 @dataclass(eq=False)

@@ -15,14 +15,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.engine.experiments.plain_loss import as_plain
-from mmseg_sats.engine.incremental_runner import IDENTITY
-from mmseg_sats.engine.stage_config import (
+from mmseg_sats.engine.config.stage_config import (
     STAGE_PARTS,
     build_stage_config,
     config_words,
     resolve_words,
 )
+from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
+from mmseg_sats.engine.incremental_runner import IDENTITY
 from mmseg_sats.protocol import Protocol, Stage
 
 Flat = dict[str, Any]

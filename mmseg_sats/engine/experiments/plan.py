@@ -10,10 +10,10 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from mmseg_sats.engine.checks.preflight import check_options, known_keys
 from mmseg_sats.engine.experiments.tables import DATASETS, SYSTEMS, Part, Row, Table
-from mmseg_sats.engine.preflight import check_options, known_keys
 from mmseg_sats.protocol import JOINT
-from mmseg_sats.suggest import check_choice, near_match
+from mmseg_sats.spelling import check_choice, near_match
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.engine.config.stage_config import stage_dir
 from mmseg_sats.engine.experiments.compare import Fingerprint, explain, fingerprint, same_start
 from mmseg_sats.engine.experiments.plan import Run
-from mmseg_sats.engine.stage_config import stage_dir
 
 
 class Record:

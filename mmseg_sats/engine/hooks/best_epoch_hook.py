@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.engine.evaluation import own_metrics
-from mmseg_sats.engine.snapshot import save_snapshot
+from mmseg_sats.engine.files.snapshot import save_snapshot
 
 BEST = 'best.pth'
 

@@ -12,8 +12,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
-from mmseg_sats.engine.snapshot import unwrap
 from mmseg_sats.models.prototypes import ClassPrototypes
 
 KEY = 'prototypes'

@@ -13,8 +13,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import read_json, write_json
-from mmseg_sats.datasets.replay import stage_dataset_cfg
-from mmseg_sats.models.output import labelling_pieces
+from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
+from mmseg_sats.models.segmentor_output import labelling_pieces
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 
 

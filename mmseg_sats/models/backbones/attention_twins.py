@@ -8,14 +8,14 @@ from mmseg.models.backbones.twins import GSAEncoderLayer
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones.self_attention import (
     ATTENTION_LAYERS,
     GridSize,
     run_layer,
     self_attention,
 )
-from mmseg_sats.suggest import check_choice
+from mmseg_sats.spelling import check_choice
 
 
 class _TwinsWithAttention:

@@ -14,7 +14,7 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention import AttentionMap
+from mmseg_sats.models.attention.attention_map import AttentionMap
 
 GridSize = tuple[int, int]
 

@@ -23,12 +23,12 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models import attention as maps
-from mmseg_sats.models.attention import AttentionMap
-from mmseg_sats.models.class_regions import ClassRegions, Grid, find_regions_on_grids
+from mmseg_sats.models.attention.attention_map import AttentionMap, attend, chunk_elements
+from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
-from mmseg_sats.models.output import SegmentorOutput
-from mmseg_sats.suggest import choose
+from mmseg_sats.models.precision import full_precision, working_dtype
+from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.spelling import choose
 
 Block = AttentionMap | Tensor
 Distance = Callable[[Tensor], Tensor]
@@ -105,7 +105,7 @@ def _crp_loss(
     measure = choose('distance', distance, DISTANCES)
     normalise = choose('normalisation', normalisation, NORMALISATIONS)
     _check_blocks(student, teacher, grids.labels)
-    with maps.full_precision(grids.labels):
+    with full_precision(grids.labels):
         return normalise(
             [pool(new, old, grids, measure) for new, old in zip(student, teacher, strict=True)]
         )
@@ -168,7 +168,7 @@ def _region_means(block: Block, regions: ClassRegions) -> Tensor:
     """Eq. (1): (B, heads, width, S) of an attention map, (B, 1, width, C) of features (B, C, h, w)."""
     if isinstance(block, AttentionMap):
         return block.pool_regions(regions)
-    features = block.flatten(2).to(maps.working_dtype(block)).mT
+    features = block.flatten(2).to(working_dtype(block)).mT
     # A row that pads counts nothing, and what background holds must not come in, be it times 0.
     rows = features.flatten(0, 1)[regions.positions].masked_fill(regions.pads.unsqueeze(2), 0)
     return (regions.weights(rows.dtype) @ rows).unsqueeze(1)
@@ -181,7 +181,7 @@ def _position_distances(
     if isinstance(student, AttentionMap):
         values = _mean_row_distance(student, teacher.detach(), distance)
     else:
-        dtype = maps.working_dtype(student, teacher)
+        dtype = working_dtype(student, teacher)
         difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
         values = distance(difference).mean(1, keepdim=True)
     return _Distances(values.unsqueeze(2), torch.ones(len(values), 1, dtype=torch.bool))
@@ -191,11 +191,11 @@ def _mean_row_distance(student: AttentionMap, teacher: AttentionMap, distance: D
     """(B, heads): the mean over all positions of the distance of the two maps' rows."""
 
     def row_distance(new: Tensor, old: Tensor) -> Tensor:
-        rows = maps.attend(new, student.key, student.scale)
-        return distance(rows - maps.attend(old, teacher.key, teacher.scale)).sum(2)
+        rows = attend(new, student.key, student.scale)
+        return distance(rows - attend(old, teacher.key, teacher.scale)).sum(2)
 
     batch, heads, length, keys = student.shape
-    size = max(1, maps.chunk_elements(student.query) // max(1, batch * heads * keys))
+    size = max(1, chunk_elements(student.query) // max(1, batch * heads * keys))
     chunks = zip(student.query.split(size, 2), teacher.query.split(size, 2), strict=True)
     # split, not slices: the gradients of all the pieces are joined once.
     sums = [

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.models.attention import working_dtype
 from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
+from mmseg_sats.models.precision import working_dtype
 
 
 class HasFeatures(Protocol):

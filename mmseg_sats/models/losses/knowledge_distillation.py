@@ -8,8 +8,8 @@ divisor of the released code of MiB and PLOP, which compare with it: the mean ov
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation, mean_over_pixels
-from mmseg_sats.models.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import LogitsDistillation, mean_over_pixels
+from mmseg_sats.models.pixel_losses.pixels import Pixels
 
 
 def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

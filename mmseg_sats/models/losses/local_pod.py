@@ -14,9 +14,9 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.models.attention import full_precision, working_dtype
 from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
-from mmseg_sats.models.losses.pixelwise import check_distillation
+from mmseg_sats.models.pixel_losses.base import check_distillation
+from mmseg_sats.models.precision import full_precision, working_dtype
 
 
 class HasFeaturesAndLogits(Protocol):

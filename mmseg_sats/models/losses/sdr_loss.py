@@ -7,7 +7,7 @@ nearest neighbour. In all of them a class counts as much as another, however man
 sparsity a pixel counts as much as another.
 
 None is a mean over images: in a distributed run they are computed from the classes' sums, numbers and
-maxima over all processes, by ``mmseg_sats.models.whole_batch``.
+maxima over all processes, by ``mmseg_sats.models.losses_over_ranks``.
 """
 
 from typing import ClassVar, Protocol
@@ -16,8 +16,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_sats.models.losses_over_ranks import labels_over_ranks, max_over_ranks, sum_over_ranks
 from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels_of
-from mmseg_sats.models.whole_batch import labels_over_ranks, max_over_ranks, sum_over_ranks
 
 
 class HasFeatures(Protocol):

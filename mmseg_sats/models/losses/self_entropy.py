@@ -7,8 +7,8 @@ Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 20
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation, mean_over_pixels
-from mmseg_sats.models.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import LogitsDistillation, mean_over_pixels
+from mmseg_sats.models.pixel_losses.pixels import Pixels
 
 
 def self_entropy(logits: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation, PixelLoss, mean_over_pixels
-from mmseg_sats.models.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import LogitsDistillation, PixelLoss, mean_over_pixels
+from mmseg_sats.models.pixel_losses.pixels import Pixels
 
 
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:

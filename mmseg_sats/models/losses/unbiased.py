@@ -9,8 +9,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.pixelwise import LogitsDistillation, PixelLoss, mean_over_pixels
-from mmseg_sats.models.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import LogitsDistillation, PixelLoss, mean_over_pixels
+from mmseg_sats.models.pixel_losses.pixels import Pixels
 
 
 def _cross_entropy_of_pixels(pixels: Pixels, num_old: int) -> Tensor:

@@ -13,23 +13,23 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from mmseg_sats.models.classifier import (
+from mmseg_sats.models.heads.classifier import (
     CLASSIFIER_INITS,
     check_head_can_grow,
     grow_classifier,
     shape_mismatches,
 )
-from mmseg_sats.models.freeze import freeze, hold_in_eval
-from mmseg_sats.models.image_weights import weighted_images
-from mmseg_sats.models.label_completion import complete_labels
-from mmseg_sats.models.old_model import OldModel, run_segmentor
-from mmseg_sats.models.output import SegmentorOutput
+from mmseg_sats.models.heads.unknown import fold_unknown, split_classifier
+from mmseg_sats.models.losses_over_ranks import losses_over_ranks
+from mmseg_sats.models.pixel_losses.image_weights import weighted_images
+from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.prototypes import ClassPrototypes
-from mmseg_sats.models.shared_losses import check_targets, shared_losses
-from mmseg_sats.models.unknown import fold_unknown, split_classifier
-from mmseg_sats.models.whole_batch import losses_over_ranks
+from mmseg_sats.models.pseudo_labels.completion import complete_labels
+from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
+from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.suggest import check_choice, near_match, one_slip
+from mmseg_sats.spelling import check_choice, near_match, one_slip
 
 
 @MODELS.register_module()
@@ -68,7 +68,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         prototypes: config of the :class:`ClassPrototypes` that are gathered in training for losses
             that ask for them; or None.
         frozen: patterns of the parts that are not trained and whose running statistics stay, e.g.
-            ``('backbone',)``; see ``mmseg_sats.models.freeze``.
+            ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
             ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``, which refuses others.
 
@@ -189,7 +189,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
         Returns:
             Name to scalar; names that hold ``loss`` are summed by mmengine. In a distributed run
-            they are those of the whole batch, see ``mmseg_sats.models.whole_batch``.
+            they are those of the whole batch, see ``mmseg_sats.models.losses_over_ranks``.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # To all parts but the heads' own losses, unknown pixels are background.

@@ -1,0 +1,152 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Everything that is wrong with a data set, and how many images and pixels each class has in each stage."""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mmseg_sats.datasets.checks.image_sizes import check_decodes, size_of
+from mmseg_sats.datasets.class_index.index import (
+    available_cores,
+    may_fork,
+    read_labels,
+    select_eval,
+    select_train,
+)
+from mmseg_sats.protocol import Protocol, Stage
+
+_COUNTS = Path(__file__).with_name('published_counts.csv')
+_IN_PROCESS = 200  # so few pairs are read faster than processes start
+
+
+class Pair(NamedTuple):
+    """What one image and its mask hold."""
+
+    counts: np.ndarray  # (256,) int64, pixels per number in the mask
+    fault: str | None
+
+
+@dataclass
+class Examination:
+    """What was found in one list of images.
+
+    Attributes:
+        images: (N,) paths of the images whose masks can be used.
+        counts: (N, 256) int64: pixels per class id.
+        faults: What is wrong, a line each, naming the file.
+    """
+
+    images: list[str]
+    counts: np.ndarray
+    faults: list[str]
+
+    def rows(self, stage: Stage, mode: str, setting: str = 'overlapped') -> np.ndarray:
+        """The rows of the images that a stage trains with or is evaluated on.
+
+        Args:
+            stage: the stage.
+            mode: ``'train'``, or anything else for the images with a seen class.
+            setting: as in ``IncrementalDataset``.
+        """
+        presence = self.counts > 0
+        return select_train(presence, stage, setting) if mode == 'train' else select_eval(presence, stage)
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        """(256,) int64: pixels per class id over some rows."""
+        return self.counts[rows].sum(axis=0)
+
+
+def examine(
+    pairs: Sequence[tuple[str, str]],
+    num_classes: int,
+    label_ids: Mapping[int, int] | None = None,
+    ignore_index: int = 255,
+    progress: Callable[[Iterable], Iterable] = iter,
+    workers: int | None = None,
+) -> Examination:
+    """Reads all images' headers and all masks, and goes on over whatever is wrong.
+
+    Args:
+        pairs: paths of image and mask.
+        num_classes: foreground classes.
+        label_ids: number in the masks to class id; None: every number is its class.
+        ignore_index: the ignored number.
+        progress: wraps the iteration over the pairs, to show how far it is.
+        workers: processes; the available cores by default.
+    """
+    found = list(progress(_examine_all(pairs, workers)))
+    ids = {number: number for number in range(num_classes + 1)} if label_ids is None else label_ids
+    ids = {ignore_index: ignore_index, **ids}
+    known = np.zeros(256, bool)
+    known[list(ids)] = True
+    images, counts, faults = [], [], []
+    for (image, mask), (numbers, fault) in zip(pairs, found, strict=True):
+        unknown = np.flatnonzero((numbers > 0) & ~known).tolist()
+        if fault is None and unknown:
+            fault = f'mask {mask} holds the numbers {unknown}, which stand for no class'
+        if fault is not None:
+            faults.append(fault)
+            continue
+        by_class = np.zeros(256, np.int64)
+        for number, class_id in ids.items():
+            by_class[class_id] += numbers[number]
+        images.append(image)
+        counts.append(by_class)
+    stacked = np.stack(counts) if counts else np.zeros((0, 256), np.int64)
+    return Examination(images, stacked, faults)
+
+
+def _examine_all(pairs: Sequence[tuple[str, str]], workers: int | None) -> Iterable[Pair]:
+    workers = min(available_cores(), 16) if workers is None else workers
+    if len(pairs) < _IN_PROCESS or workers < 2 or not may_fork():
+        yield from map(examine_pair, pairs)
+        return
+    # Forked children decode and count, and touch neither torch nor OpenMP; see class_index.
+    with ProcessPoolExecutor(workers, mp_context=get_context('fork')) as pool:
+        yield from pool.map(examine_pair, pairs, chunksize=32)
+
+
+def examine_pair(pair: tuple[str, str]) -> Pair:
+    """Reads one mask, and decodes its image."""
+    image, mask = pair
+    nothing = np.zeros(256, np.int64)
+    try:
+        width, height = size_of(image)
+        check_decodes(image)
+        labels = read_labels(mask)
+    except (FileNotFoundError, ValueError) as error:
+        return Pair(nothing, str(error))
+    if labels.shape != (height, width):
+        return Pair(
+            nothing,
+            f'mask {mask} is {labels.shape[1]} x {labels.shape[0]} pixels, '
+            f'its image {image} {width} x {height}',
+        )
+    return Pair(np.bincount(labels.ravel(), minlength=256), None)
+
+
+def published_counts(
+    dataset: str, protocol: Protocol, split: str, setting: str = ''
+) -> tuple[list[int], str] | None:
+    """How many images each stage must have, and where that comes from; None where nobody says.
+
+    Args:
+        dataset: the config's word, ``'voc'`` or ``'ade20k'``.
+        protocol: with the default class order; others have other counts.
+        split: ``'train'``, or ``'val'`` for the images with a seen class.
+        setting: of the training images.
+    """
+    if protocol.class_order != tuple(range(1, protocol.num_classes + 1)):
+        return None
+    key = (dataset, protocol.name, setting if split == 'train' else '', split)
+    with _COUNTS.open(encoding='utf-8', newline='') as file:
+        for row in csv.DictReader(file):
+            if key == tuple(row[name] for name in ('dataset', 'protocol', 'setting', 'split')):
+                return [int(word) for word in row['images per stage'].split()], row['source']
+    return None

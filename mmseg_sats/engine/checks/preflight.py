@@ -1,0 +1,296 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What can be known to be wrong before the first iteration: options, numbers, device, data, base."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_world_size
+from mmseg.registry import DATASETS
+
+from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.datasets.incremental_dataset import NoImagesError
+from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
+from mmseg_sats.engine.checks.trial_build import build_model, trains_on_one_image
+from mmseg_sats.engine.config.stage_config import STAGE_PARTS
+from mmseg_sats.engine.evaluation import evaluation_set
+from mmseg_sats.engine.files.snapshot import adopt_base, head_names
+from mmseg_sats.spelling import check_choice, near_match, one_slip
+
+# Top-level keys that are read by name, by mmengine's Runner or by ours.
+KEYS = (
+    'activation_checkpointing', 'auto_scale_lr', 'base', 'batch_size', 'checkpoint_iters', 'class_order', 'compile',
+    'crop_size', 'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
+    'default_scope', 'device', 'efficient_conv_bn_eval', 'env_cfg', 'epochs', 'experiment_name',
+    'find_unused_parameters', 'held_out', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
+    'log_processor', 'lr', 'memory', 'memory_selection', 'method', 'method_initial_stage', 'method_later_stages',
+    'model', 'model_config', 'model_wrapper_cfg', 'num_workers', 'optim_wrapper', 'outside_dataset',
+    'outside_labeler',
+    'param_scheduler', 'protocol', 'randomness', 'replay_share', 'report', 'resume', 'runner_type', 'seed',
+    'setting', 'split',
+    'sync_bn', 'test_cfg', 'test_dataloader', 'test_evaluator', 'test_pipeline', 'train_cfg',
+    'train_dataloader', 'train_pipeline', 'tta_model', 'tta_pipeline', 'val_cfg', 'val_dataloader',
+    'val_evaluator', 'vis_backends', 'visualizer', 'work_dir',
+)  # fmt: skip
+DEVICES = (None, 'cuda', 'cpu')
+# Words of the project's own configs, which the rest of a config reads as $name.
+WORDS = (
+    'auxiliary_loss', 'centre_crop_pipeline', 'class_names', 'classifier_init', 'distillation', 'eval_dataset',
+    'eval_future', 'eval_images', 'eval_pipeline', 'head_lr_mult', 'ignore_values', 'image_size', 'label_transforms',
+    'mask_values', 'norm_cfg', 'num_shapes', 'outside_root', 'persistent_workers', 'pretrained', 'pseudo_labeler',
+    'saliency', 'saliency_folder', 'segmentation_loss', 'tensorboard', 'train_dataset', 'train_images', 'train_list',
+    'train_masks', 'val_images', 'val_list', 'val_masks', 'wandb',
+)  # fmt: skip
+# What no stage can have of its own.
+RUN_WIDE = (
+    *STAGE_PARTS, 'base', 'class_order', 'dataset', 'launcher', 'memory', 'memory_selection', 'method', 'protocol',
+    'report', 'resume', 'runner_type', 'split', 'work_dir',
+)  # fmt: skip
+# Whole numbers and the least that each may be.
+_WHOLE = dict(epochs=1, batch_size=1, num_workers=0, seed=0, checkpoint_iters=1)
+_MAY_BE_NONE = ('seed', 'checkpoint_iters', 'lr')
+
+
+def known_keys(cfg: Config) -> set[str]:
+    """Top-level keys that an option may override: the config's own, and those that a run reads."""
+    return {*cfg.keys(), *KEYS}
+
+
+def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Refuses a ``--cfg-options`` word that the config does not have and nothing reads.
+
+    Args:
+        cfg: the config before the options are merged in.
+        options: dotted key to value.
+
+    Raises:
+        KeyError: with a near match.
+        ValueError: an option without a value.
+    """
+    known = known_keys(cfg)
+    for option in options:
+        key = option.split('.')[0]
+        if key not in known:
+            raise KeyError(
+                f'--cfg-options {option}: the config has no {key!r}{near_match(key, known)}'
+            )
+        if options[option] == '':
+            raise ValueError(
+                f"--cfg-options {option}= has no value. Where it was a $name, the shell took it for its "
+                f"own: expected quotes around it, '{option}=$name'"
+            )
+
+
+def check_config(cfg: Config) -> None:
+    """Checks what the run's config says at its top level and for the later stages.
+
+    Raises:
+        KeyError: a key that nothing reads and that is nearly one that is read.
+        ValueError: an impossible number or device.
+        TypeError: a part of the config is of the wrong kind.
+    """
+    content = cfg._cfg_dict.to_dict()
+    _check_keys(content)
+    resume = content.get('resume')
+    if not isinstance(resume, bool | None):
+        raise TypeError(f'resume={resume!r}: expected True or False')
+    for part in STAGE_PARTS:
+        inner = content.get(part) or {}
+        if not isinstance(inner, dict):
+            raise TypeError(f'{part} must be a dict of config values, got {inner!r}')
+        _check_part(part, inner, content)
+        _check_numbers(inner, f'{part}.')
+    _check_numbers(content, '')
+    _check_device(cfg.get('device'))
+    wrapper = (content.get('optim_wrapper') or {}).get('type')
+    if wrapper == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        raise ValueError(
+            'mixed precision (--amp, AmpOptimWrapper) needs a GPU, which torch does not find: leave '
+            'it out, or expected a CUDA build of torch and a driver'
+        )
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    known = {*KEYS, *WORDS, *_words(content)}
+    for key in content:
+        # Other unread keys may be values that a config file uses for itself.
+        if key not in known and _close(key, {*KEYS, *WORDS}):
+            raise KeyError(
+                f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
+            )
+
+
+def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Of some stages' own values no slip is left unread, and what belongs to the run is not among them."""
+    read = {*KEYS, *content, *_words(content)}
+    for option in inner:
+        key = option.split('.')[0]
+        if key in RUN_WIDE:
+            raise ValueError(
+                f'{part}.{key}: all stages of a run have the same {key}, expected it at the top level'
+            )
+        # As at the top level: others may be values that a hook of the user's reads.
+        if key not in read and _close(key, read):
+            raise KeyError(f'{part}.{key} is read by nothing{near_match(key, read)}: correct it or take it out')
+
+
+def _close(key: str, read: Collection[str]) -> bool:
+    """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` is none."""
+    return key.rstrip('0123456789_') not in read and any(one_slip(key, other) for other in read)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The names behind every ``'$name'`` in a config."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _words(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _words(item)
+    elif isinstance(value, str) and (match := re.fullmatch(r'\$(\w+)', value)):
+        yield match[1]
+
+
+def _check_numbers(content: Mapping[str, Any], path: str) -> None:
+    for name, least in _WHOLE.items():
+        value = content.get(name, least)
+        if (value is None and name in _MAY_BE_NONE) or _is_word(value):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f'{path}{name}={value!r}: expected a whole number from {least}')
+    rate = content.get('lr')
+    if not (rate is None or _is_word(rate)) and not _positive(rate):
+        raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
+    factor = content.get('head_lr_mult', 1)
+    if not _is_word(factor) and not _positive(factor) and factor != 0:
+        raise ValueError(f'{path}head_lr_mult={factor!r}: expected a number from 0')
+    size = content.get('crop_size', 1)
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    if not _is_word(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
+        raise ValueError(
+            f'{path}crop_size={size!r}: expected a number of pixels from 1, or two, (h, w)'
+        )
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith('$')
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _check_device(device: Any) -> None:
+    check_choice('device', device, DEVICES)
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda', but torch finds no GPU (torch.cuda.is_available() is False): expected a "
+            'CUDA build of torch and a driver, or device=None, which takes what there is'
+        )
+    if device == 'cpu' and torch.cuda.is_available():
+        raise ValueError(
+            "device='cpu', but there is a GPU, which mmengine would take: hide it by setting "
+            'CUDA_VISIBLE_DEVICES to nothing before the command'
+        )
+
+
+def check_data(stages: Sequence[Config], first: int = 0) -> None:
+    """Reads the lists and masks of a run, and sees that the stages of its protocol have images.
+
+    Args:
+        stages: the stages' configs.
+        first: the first stage that needs images.
+
+    Raises:
+        FileNotFoundError: a list, image or mask does not exist.
+        ValueError: a mask with impossible labels, an image and a mask of different size, a path
+            that leaves the data root, a stage without images, a file that is no image, or a class
+            that no held-out image shows; a last batch of one image that the model cannot be trained
+            with; loaders or stages that do not name the same classes.
+    """
+    # The last stage's transforms may be others; lists and masks are read once.
+    cfgs = [stages[first], *stages[first + 1 :][-1:]]
+    parts = ('train_dataloader', 'test_dataloader', 'val_dataloader')
+    known: IncrementalDataset | None = None
+    for cfg, part in [(cfg, part) for cfg in cfgs for part in parts if cfg.get(part)]:
+        try:
+            dataset = DATASETS.build(stage_dataset_cfg(cfg[part].dataset))
+            if hasattr(dataset, 'check_stages'):
+                dataset.check_stages(first)
+        except NoImagesError as error:
+            if first or not cfg.get('model_config'):
+                raise
+            raise NoImagesError(
+                f'{error}. model_config names a trained model: expected its checkpoint by --base'
+            ) from error
+        if isinstance(dataset, IncrementalDataset):
+            known = known or dataset
+            _check_classes(part, dataset, known)
+        if cfg is cfgs[0] and part == 'train_dataloader' and isinstance(dataset, IncrementalDataset):
+            _check_last_batches(stages[first:], dataset)
+        if part == 'val_dataloader' and cfg.get('held_out'):
+            _check_held_out(dataset)
+
+
+def _check_classes(part: str, dataset: IncrementalDataset, known: IncrementalDataset) -> None:
+    """A channel has one name: data in another order would be measured under each other's names."""
+    for what, found, expected in (
+        ('classes', dataset.class_names, known.class_names),
+        ('stages', *([list(stage.new) for stage in one.protocol.stages] for one in (dataset, known))),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{part} of stage {dataset.stage.index} has the {what} {found}: expected those of the "
+                f"run's other data, {expected}"
+            )
+
+
+def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -> None:
+    """A batch of one image ends a training whose model has norms behind a pooling to one pixel."""
+    for cfg, stage in zip(stages, dataset.protocol.stages[-len(stages) :], strict=True):
+        loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
+        size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
+        replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
+        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
+        if replayed or not sampled or not size or get_world_size() > 1:
+            continue  # batches of another make
+        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
+        if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
+            raise ValueError(
+                f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
+                'this model cannot be trained (a norm in it would see one value a channel): expected another '
+                'batch_size' + ('' if size == 1 else ', or train_dataloader.drop_last=True')
+            )
+
+
+def _check_held_out(dataset: IncrementalDataset) -> None:
+    """An epoch must not be chosen as if a class were not there: the best would be one that forgets it."""
+    stages = dataset.protocol.stages
+    shown = dataset.class_index.presence[dataset.rows_of(stages[-1])].any(axis=0)
+    absent = [dataset.class_names[c] for c in stages[-1].seen if not shown[c]]
+    if absent:
+        raise ValueError(
+            f'held_out={dataset.held_out}: no held-out image shows {", ".join(absent)}: expected every '
+            'class, old ones too, in the masks of the training images, and a share that is large enough'
+        )
+
+
+def check_base(cfg: Config, base: Path) -> None:
+    """Sees that stage 0 can be taken from a checkpoint.
+
+    Args:
+        cfg: the config of stage 0.
+        base: the checkpoint.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it cannot be read safely, or has other classes or another model.
+    """
+    if not base.is_file():
+        raise FileNotFoundError(f'--base {base}: no such checkpoint')
+    classes = evaluation_set(cfg).metainfo['classes']
+    model = build_model(cfg)
+    adopt_base(model, head_names(model), base, classes)

@@ -1,0 +1,246 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Building what a stage is trained and measured with, and throwing it away: errors come before any training."""
+
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS, MODELS
+from torch import nn
+
+from mmseg_sats.engine.hooks import PrototypeHook, PseudoLabelThresholdHook
+from mmseg_sats.evaluation import IncrementalIoUMetric
+from mmseg_sats.spelling import near_match
+
+
+def check_model(cfg: Config) -> nn.Module:
+    """Builds the model of a stage, its weights at random.
+
+    Returns:
+        The model, without an old model.
+
+    Raises:
+        KeyError: a type that is not registered, with a near match.
+        TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
+        ValueError: whatever else the model's parts refuse, or activation checkpointing that would do
+            nothing.
+    """
+    model = build_model(cfg)
+    names = [name for name in cfg.get('activation_checkpointing') or () if 'backbone' in name]
+    # mmengine wraps the layers' forward, and layers that give their attention are not called by it.
+    if names and hasattr(model.backbone, 'forward_with_attention'):
+        raise ValueError(
+            f'activation_checkpointing={names} does not reach the layers of '
+            f'{type(model.backbone).__name__}: expected model.backbone.with_cp=True in its place'
+        )
+    return model
+
+
+def check_training(cfg: Config, model: nn.Module) -> None:
+    """Builds optimizer and schedulers of a stage as mmengine's ``Runner`` will, and looks at its hooks' arguments.
+
+    Args:
+        cfg: the stage's config.
+        model: the stage's, from :func:`check_model`.
+
+    Raises:
+        KeyError: a type that is not registered, with a near match where it is an optimizer's.
+        TypeError: an argument that a part does not have.
+        ValueError: whatever else the parts refuse. Every message names the config's key.
+    """
+    wrapper = cfg.get('optim_wrapper')
+    if isinstance(wrapper, dict) and isinstance(wrapper.get('optimizer'), dict):
+        _check_registered('optim_wrapper.optimizer', wrapper.optimizer.get('type'), OPTIMIZERS)
+        with _named('optim_wrapper'), _in_silence():
+            optimizer = build_optim_wrapper(model, wrapper)
+        schedulers = cfg.get('param_scheduler') or []
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            with _named('param_scheduler'):
+                options = copy.deepcopy(dict(scheduler))
+                # mmengine's default is the end of training.
+                limits = cfg.get('train_cfg') or {}
+                last = limits.get('max_epochs') or limits.get('max_iters') or 1
+                options.setdefault('end', max(options.get('begin', 0) + 1, last))
+                PARAM_SCHEDULERS.build(options, default_args=dict(optimizer=optimizer, epoch_length=1))
+    for limit in ('max_epochs', 'max_iters'):
+        if (value := (cfg.get('train_cfg') or {}).get(limit, 1)) < 1:
+            raise ValueError(f'train_cfg.{limit}={value!r}: expected a whole number from 1')
+    _check_hooks(cfg, model)
+
+
+def _check_hooks(cfg: Config, model: nn.Module) -> None:
+    hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
+    hooks += [('custom_hooks', hook) for hook in cfg.get('custom_hooks') or []]
+    kinds = [_kind_of_hook(key, hook) for key, hook in hooks]
+    if not cfg.model.get('old_model'):
+        return
+    # A custom_hooks of the user's own takes the place of the method's.
+    labeler = getattr(model, 'pseudo_labeler', None)
+    for needed, kind, why in (
+        (getattr(labeler, 'needs_pass', False), PseudoLabelThresholdHook, 'finds the thresholds of its pseudo_labeler'),
+        (getattr(model, 'prototypes', None) is not None, PrototypeHook, 'keeps its prototypes'),
+    ):
+        if needed and not any(issubclass(found, kind) for found in kinds):
+            raise ValueError(
+                f'custom_hooks has no {kind.__name__}, which {why}: expected dict(type={kind.__name__!r}) among them'
+            )
+
+
+def _kind_of_hook(key: str, hook: Any) -> type:
+    """The class of a hook; it is not built, since it may look for what only a run has."""
+    if not isinstance(hook, dict):
+        return type(hook)
+    options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
+    kind = hook.get('type')
+    if kind is None:
+        raise KeyError(f'{key}: {dict(hook)} has no type: expected the name of a hook that the config has, or a type')
+    if isinstance(kind, str):
+        with HOOKS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(hook['type'])
+        if kind is None:
+            close = near_match(hook['type'], [*registry.module_dict, *HOOKS.module_dict])
+            raise KeyError(f'{key}: {hook["type"]} is not in the registry of hooks{close}')
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise TypeError(f'{key}: {kind.__name__} {error}') from error
+    return kind
+
+
+def check_evaluator(cfg: Config) -> None:
+    """Sees that the evaluation of a stage gives the figures that results are made of, and no two of one name.
+
+    Args:
+        cfg: a stage's config.
+
+    Raises:
+        KeyError: a metric that is not registered, with a near match.
+        TypeError: an argument that a metric does not have.
+        ValueError: no ``IncrementalIoUMetric``, or two metrics that give the same key.
+    """
+    given = cfg.test_evaluator
+    try:
+        with _in_silence(logging.WARNING):
+            metrics = Evaluator(given.get('metrics', given) if isinstance(given, dict) else given).metrics
+    except KeyError as error:
+        name = str(error.args[0]).split(' ')[0]
+        raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
+    # A metric of the user's own may give the same keys.
+    if all(isinstance(metric, IoUMetric) for metric in metrics):
+        names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
+        raise ValueError(
+            f'test_evaluator has {names}: expected an IncrementalIoUMetric, which the results are made of'
+        )
+    owners: dict[tuple[str | None, str], BaseMetric] = {}
+    for metric in metrics:
+        for key in _known_keys(metric):
+            other = owners.setdefault((metric.prefix, key), metric)
+            if other is not metric:
+                raise ValueError(
+                    f'test_evaluator: {type(other).__name__} and {type(metric).__name__} both give {key}: '
+                    "expected another prefix for one of them, e.g. prefix='stock'"
+                )
+
+
+def _known_keys(metric: BaseMetric) -> Sequence[str]:
+    """Of what a metric returns, the keys by which metrics of this package and mmseg may collide."""
+    if isinstance(metric, IncrementalIoUMetric):
+        return ['mIoU']
+    return ['aAcc', *metric.metrics] if isinstance(metric, IoUMetric) else []
+
+
+def trains_on_one_image(cfg: Config) -> bool:
+    """Whether the stage's model can be trained with a single image: norms behind a pooling to one pixel cannot."""
+    model = revert_sync_batchnorm(build_model(cfg)).train()
+    size = cfg.get('crop_size', 512)
+    height, width = (size, size) if isinstance(size, int) else size
+    heads = [head for name, head in model.named_children() if name.endswith('_head')]
+    heads = [one for head in heads for one in (head if isinstance(head, nn.ModuleList) else [head])]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            features = model.extract_feat(torch.zeros(1, 3, height, width))
+            for head in heads:
+                head(features)
+    except Exception as error:
+        # Any other error (no GPU here, images of other channels) says nothing about that.
+        return 'more than 1 value per channel' not in str(error)
+    return True
+
+
+def _check_registered(key: str, name: Any, registry: Registry) -> None:
+    """mmengine's constructor of optimizers says only that None is no callable."""
+    with registry.switch_scope_and_registry(None) as found:
+        if isinstance(name, str) and found.get(name) is None:
+            close = near_match(name, [*registry.module_dict])
+            raise KeyError(f'{key}.type={name!r} is not registered{close}: expected an optimizer of torch')
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts ``key`` before the message of an error."""
+    try:
+        yield
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        kind = type(error) if isinstance(error, KeyError | TypeError) else ValueError
+        message = str(error.args[0]) if error.args else repr(error)
+        if isinstance(error, KeyError):
+            # mmengine's registries raise it again with its text in quotes.
+            message = message.strip('"\'')
+        raise kind(f'{key}: {message}') from error
+
+
+@contextmanager
+def _in_silence(level: int = logging.INFO) -> Iterator[None]:
+    """What mmengine logs up to ``level`` (a line for every parameter's options) it will say again."""
+    # Not by logging.disable: mmengine's loggers would remember its answer for good.
+    logger = MMLogger.get_current_instance()
+    before = logger.level
+    logger.setLevel(max(before, level + 1))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """A stage's model without pretrained weights and without an old model.
+
+    Raises:
+        KeyError: a type that is not registered, with a near match.
+        TypeError: an argument that a part does not have, with a near match.
+    """
+    model = cfg.model.to_dict() | dict(old_model=None)
+    model['backbone'] = model['backbone'] | dict(init_cfg=None)
+    try:
+        return MODELS.build(model)
+    except KeyError as error:
+        raise KeyError(f'{error.args[0]}{_near_type(str(error.args[0]))}') from error
+    except TypeError as error:
+        raise TypeError(f'{error}{_near_argument(str(error))}') from error
+
+
+def _near_type(message: str) -> str:
+    """The registered name that is nearest to the one in mmengine's message."""
+    match = re.match(r'(\w+) is not in the', message)
+    registries = (MODELS, MODELS.parent)
+    names = [name for registry in registries if registry for name in registry.module_dict]
+    return near_match(match[1], names) if match else ''
+
+
+def _near_argument(message: str) -> str:
+    """The argument that is nearest to the one in Python's message."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    part = MODELS.get(match[1]) if match else None
+    return near_match(match[2], inspect.signature(part).parameters) if part else ''

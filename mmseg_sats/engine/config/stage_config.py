@@ -1,0 +1,259 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""From one config to a config per stage: an ordinary mmseg config that any mmseg tool can run.
+
+**Words.** A string ``'$name'`` anywhere in the config stands for a value: one of the config's own
+top-level values (``data_root``, ``epochs``, ``crop_size``, ``batch_size``, ``seed``, ``protocol`` and any
+other that a config defines), or one that only the stage knows (``STAGE_WORDS``). So one
+``--cfg-options epochs=3`` reaches schedule, data and model of every stage.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmseg.models.backbones import MixVisionTransformer
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine.config.config_text import StageConfig
+from mmseg_sats.engine.config.held_out import add_held_out
+from mmseg_sats.engine.config.replay import add_replay
+from mmseg_sats.engine.config.trained_model import take_trained_model
+from mmseg_sats.models.heads.classifier import shape_mismatches
+from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.spelling import near_match
+
+STAGE_WORDS = {
+    'stage': 'index of the stage',
+    'num_classes': "channels of the stage's model, background included",
+    'num_old_classes': 'channels of the old model, background included (1 in stage 0)',
+    'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
+    'crop_wh': 'the crop as (w, h), which CenterCrop wants',
+}
+STAGE_PARTS = (
+    'method_initial_stage', 'method_later_stages', 'initial_stage', 'later_stages',
+)  # fmt: skip
+# Position tables, which ViT and Swin interpolate to the model's image and window while they load.
+RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
+_WORD = re.compile(r'^\$(\w+)$')
+
+
+def stage_dir(work_dir: str | Path, index: int) -> Path:
+    """The folder of stage ``index`` in a run's work dir."""
+    return Path(work_dir) / f'stage_{index}'
+
+
+def config_words(cfg: Config) -> dict[str, Any]:
+    """The top-level values of ``cfg``, all of which may be used as words, ``crop_size`` as (h, w)."""
+    words = dict(cfg._cfg_dict.to_dict())
+    size = words.get('crop_size')
+    if isinstance(size, int):
+        words['crop_size'] = (size, size)
+    elif size is not None:
+        words['crop_size'] = tuple(size)
+    if size is not None:
+        height, width = words['crop_size']
+        words.update(crop_scale=(4 * width, height), crop_wh=(width, height))
+    return words
+
+
+def resolve_words(
+    value: Any, words: dict[str, Any], path: str = '', seen: tuple[str, ...] = ()
+) -> Any:
+    """A copy of ``value`` in which every ``'$word'`` is replaced.
+
+    Args:
+        value: any nesting of dicts, lists, tuples and plain values.
+        words: what the words stand for.
+        path: where ``value`` stands in the config, for messages.
+        seen: the words that led here, so that a circle is found.
+
+    Raises:
+        KeyError: a word that is not defined, with the key it stands at.
+    """
+    if isinstance(value, dict):
+        return {
+            key: resolve_words(item, words, f'{path}.{key}'.lstrip('.'), seen)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(
+            resolve_words(item, words, f'{path}[{i}]', seen) for i, item in enumerate(value)
+        )
+    match = _WORD.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if match[1] not in words:
+        raise KeyError(
+            f'{path}={value!r}: the config defines no {match[1]!r}{near_match(match[1], words)}; '
+            f'expected one of {sorted(words)}'
+        )
+    if match[1] in seen:
+        raise KeyError(f'{path}={value!r} stands for itself: {" -> ".join((*seen, match[1]))}')
+    return resolve_words(words[match[1]], words, path, (*seen, match[1]))
+
+
+def build_stage_config(
+    cfg: Config, protocol: Protocol, stage: Stage, work_dir: str | Path
+) -> Config:
+    """The config of one stage.
+
+    Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
+    method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
+    allows no key in two of a config's bases). Then words are resolved, then come the things that only
+    the stage knows: the heads' sizes, the method's loss for auxiliary heads with plain cross-entropy, the
+    old model, where weights start, what is held out and what replayed, names and folders. An optimizer
+    without a constructor gets ``GroupedOptimWrapperConstructor``.
+
+    Args:
+        cfg: the run's config.
+        protocol: its protocol.
+        stage: which stage.
+        work_dir: the run's work dir; the stage's is ``stage_k`` in it.
+
+    Returns:
+        A config for ``mmengine.Runner`` and every mmseg tool.
+
+    Raises:
+        KeyError: an undefined word.
+        ValueError: a batch has no room for what is replayed, or ``held_out`` is impossible.
+    """
+    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    take_trained_model(merged)
+    parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
+    for owner in ('method_', ''):
+        part = 'initial_stage' if stage.index == 0 else 'later_stages'
+        merged.merge_from_dict(parts[owner + part])
+    words = config_words(merged) | dict(
+        stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
+    )
+    result = StageConfig(resolve_words(merged._cfg_dict.to_dict(), words))
+    for key in ('runner_type', 'base', 'launcher'):
+        result.pop(key, None)
+    for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
+        if loader and loader.get('num_workers') == 0:
+            loader.persistent_workers = False  # torch refuses to keep workers that there are not
+    # mmengine's own makes every parameter a group with paramwise_cfg: a GPU then updates them one by one.
+    if isinstance((result.get('optim_wrapper') or {}).get('optimizer'), dict):
+        result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
+    # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.
+    result.resume = False
+    _set_model(result.model, stage, work_dir)
+    _set_names(result, stage, work_dir)
+    add_held_out(result)
+    if stage.index > 0:
+        result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
+        add_replay(result, stage_dir(work_dir, stage.index - 1))
+    return result
+
+
+def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
+    heads = model.get('auxiliary_head') or []
+    heads = heads if isinstance(heads, list) else [heads]
+    for head in [model.decode_head, *heads]:
+        head.num_classes = stage.num_seen_labels
+    loss = model.decode_head.get('loss_decode')
+    for head in heads:
+        own = head.get('loss_decode')
+        # Plain cross-entropy beside a loss made for old classes in the background would teach the backbone
+        # that they are background.
+        if _is_plain(own) and _is_ours(loss):
+            head.loss_decode = dict(copy.deepcopy(loss), loss_weight=own.get('loss_weight', 1.0))
+    pretrained = model.backbone.get('init_cfg') or {}
+    # Later stages take all weights from the snapshot; a null checkpoint asks for a random start.
+    if stage.index > 0 or ('checkpoint' in pretrained and pretrained['checkpoint'] is None):
+        model.backbone.init_cfg = None
+    if stage.index > 0:
+        for part in (model, model.backbone):
+            part.pop('pretrained', None)
+        snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
+        model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
+
+
+def _is_ours(loss: Any) -> bool:
+    """Whether it is a method's loss of this package; whoever brings a loss says where it acts."""
+    kind = MODELS.get(loss['type']) if isinstance(loss, dict) else None
+    return kind is not None and kind.__module__.startswith('mmseg_sats.')
+
+
+def _is_plain(loss: Any) -> bool:
+    return isinstance(loss, dict) and loss.get('type') == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
+
+
+def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
+    """A name of its own for every stage, or a later stage logs into the folder of an earlier one."""
+    cfg.work_dir = str(stage_dir(work_dir, stage.index))
+    cfg.experiment_name = f'{Path(work_dir).name}_stage_{stage.index}'
+    if cfg.get('visualizer'):
+        cfg.visualizer.name = f'{Path(work_dir).resolve()}_stage_{stage.index}'
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Finds out before training whether the encoder's weights are there and fit.
+
+    mmengine would read whatever the file holds and go on with random weights where names differ.
+
+    Args:
+        cfg: the config of stage 0. Weights from a URL or a model zoo (``open-mmlab://resnet101_v1c``)
+            are left to mmengine.
+
+    Raises:
+        FileNotFoundError: no such file; the message names the command that makes it.
+        ValueError: the file cannot be read safely, has another model's names or shapes, or is an
+            original SegFormer checkpoint that was not converted.
+    """
+    backbone_cfg = cfg.model.backbone
+    init_cfg = backbone_cfg.get('init_cfg') or {}
+    checkpoint = (
+        init_cfg.get('checkpoint') or backbone_cfg.get('pretrained') or cfg.model.get('pretrained')
+    )
+    if not checkpoint or '://' in checkpoint:
+        return
+    unloaded = {key: value for key, value in backbone_cfg.items() if key != 'pretrained'}
+    backbone = MODELS.build(dict(unloaded, init_cfg=None))
+    command = f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`'
+    how_to_make = (
+        f'From the original SegFormer checkpoint make them by {command}'
+        if isinstance(backbone, MixVisionTransformer)
+        else "Convert weights with other names by mmsegmentation's tools/model_converters"
+    )
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(
+            f"the encoder's weights {checkpoint} do not exist. {how_to_make}, name others by "
+            '`--cfg-options pretrained=FILE`, or start from random weights by '
+            '`--cfg-options pretrained=None`'
+        )
+    prefix = (init_cfg.get('prefix') or '').rstrip('.')
+    state_dict = {
+        key.removeprefix(f'{prefix}.'): value
+        for key, value in load_checkpoint_safely(checkpoint)['state_dict'].items()
+    }
+    if any(key.startswith('patch_embed1.') for key in state_dict):
+        raise ValueError(
+            f'{checkpoint} has the original SegFormer names: convert it by {command}, '
+            'with the original as ORIGINAL.pth'
+        )
+    problems = _misfits(state_dict, backbone)
+    if problems:
+        raise ValueError(
+            f'{checkpoint} does not fit {type(backbone).__name__}: {"; ".join(problems[:5])}. '
+            f'{how_to_make}'
+        )
+
+
+def _misfits(state_dict: dict[str, Tensor], backbone: nn.Module) -> list[str]:
+    """Tensors of other shapes, and where most are missing, the missing ones."""
+    wrong = [
+        line
+        for line in shape_mismatches(state_dict, backbone)
+        if not line.split(':')[0].endswith(RESIZED_BY_BACKBONE)
+    ]
+    own = backbone.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    # Some backbones add tensors of their own to published weights; most must be there.
+    if wrong or 2 * len(missing) > len(own):
+        return [*wrong, *(f'{key}: missing' for key in missing)]
+    return []

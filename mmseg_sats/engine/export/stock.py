@@ -1,0 +1,143 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""A stage's model for an mmseg without this package: config, checkpoint, and the proof that it fits."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
+from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.visualization import stage_model
+
+_PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
+
+
+def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
+    """Writes ``config.py`` and ``model.pth`` that stock mmseg runs.
+
+    Args:
+        stage_dir: a finished stage, with ``config.py`` and ``snapshot.pth``.
+        out: the folder to write to, made if needed.
+
+    Returns:
+        The paths of config and checkpoint.
+
+    Raises:
+        FileNotFoundError: the stage lacks a file.
+        ValueError: the model cannot do without this package, or does not compute the same without.
+    """
+    cfg, model = load_stage(stage_dir)
+    stock = stock_config(cfg, model.dataset_meta)
+    check_same_logits(model, stock.model, model.state_dict())
+    out.mkdir(parents=True, exist_ok=True)
+    write_weights(out / 'model.pth', model.state_dict(), dict(dataset_meta=model.dataset_meta))
+    write_text(out / 'config.py', stock.pretty_text)
+    return out / 'config.py', out / 'model.pth'
+
+
+def load_stage(stage_dir: Path) -> tuple[Config, nn.Module]:
+    """A stage's config and its model with the snapshot's weights, in eval mode on the CPU.
+
+    As from ``mmseg.apis.init_model``, but the file is read without running code out of it.
+
+    Raises:
+        FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
+        ValueError: the snapshot is no checkpoint, or lacks tensors of the model.
+    """
+    stage = stage_model.load_stage(stage_dir)
+    model = stage.model.cpu()
+    # Where mmseg.apis look for them.
+    model.cfg, model.dataset_meta = stage.cfg, dict(classes=stage.classes, palette=stage.palette)
+    # Where its weights came from is over.
+    for part in ('backbone', 'decode_head'):
+        stage.cfg.model[part].pop('init_cfg', None)
+    return stage.cfg, model
+
+
+def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
+    """The config of the same model in mmseg's own words, enough for ``mmseg.apis`` and mmseg's tools.
+
+    Args:
+        cfg: a stage's config.
+        dataset_meta: ``classes`` and ``palette``.
+
+    Raises:
+        ValueError: a part of the model exists in this package alone.
+    """
+    model = _in_stock_words(cfg.model.to_dict())
+    return Config(
+        dict(
+            default_scope='mmseg',
+            model=model,
+            test_pipeline=cfg.test_pipeline,
+            test_dataloader=dict(
+                batch_size=1,
+                num_workers=0,
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                dataset=dict(
+                    type='BaseSegDataset', metainfo=dataset_meta, pipeline=cfg.test_pipeline
+                ),
+            ),
+            visualizer=dict(
+                type='SegLocalVisualizer',
+                vis_backends=[dict(type='LocalVisBackend')],
+                name='visualizer',
+            ),
+        )
+    )
+
+
+def _in_stock_words(value: Any) -> Any:
+    """A copy in which each of our types is the type of mmseg's that it extends."""
+    if isinstance(value, list | tuple):
+        return type(value)(_in_stock_words(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    cfg = {
+        key: _PLAIN_LOSS if key == 'loss_decode' else _in_stock_words(item)
+        for key, item in value.items()
+        if key not in own_options(value.get('type'))
+    }
+    own = own_class(value.get('type'))
+    if own is not None:
+        cfg['type'] = stock_parent(own).__name__
+    return cfg
+
+
+@torch.no_grad()
+def check_same_logits(
+    model: nn.Module, stock_cfg: dict[str, Any], state_dict: dict[str, Tensor]
+) -> None:
+    """Raises ValueError unless stock mmseg computes the same from the same weights.
+
+    Args:
+        model: the stage's model, in eval mode.
+        stock_cfg: config of the same model in mmseg's words.
+        state_dict: the stage's weights.
+    """
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        stock = MODELS.build(stock_cfg)
+    unknown = set(state_dict) ^ set(stock.state_dict())
+    if unknown:
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported: its weights and those of the stock '
+            f'{type(stock).__name__} differ by {sorted(unknown)[:5]}'
+        )
+    stock.load_state_dict(state_dict)
+    # In double precision: what is left of a difference is then none of rounding.
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).double()
+    ours, theirs = (
+        copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
+    )
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported: stock {type(stock).__name__} gives other '
+            f'logits from the same weights ({tuple(ours.shape)} and {tuple(theirs.shape)})'
+        )

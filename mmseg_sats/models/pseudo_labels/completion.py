@@ -1,0 +1,60 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Which part labels which image of a batch: by where the image comes from."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_pieces
+
+
+def complete_labels(
+    labels: Tensor,
+    data_samples: Sequence[SegDataSample],
+    labelers: Mapping[str, Callable[..., Tensor]],
+    student: SegmentorOutput | None,
+    teacher: SegmentorOutput,
+) -> tuple[Tensor, Tensor | None]:
+    """The labels after each labeler has seen the images of its source, and no others.
+
+    Args:
+        labels: (B, H, W) long; left as they are.
+        data_samples: the B samples; ``source`` in their metainfo says where they come from, the
+            stage's own images (``'stage'``) where it does not.
+        labelers: source to an object called as ``labeler(labels, teacher_logits)`` with (b, H, W)
+            and (b, K_old, H, W), or, where it has a true ``needs_student``, as ``labeler(labels,
+            teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
+            ``pixelwise`` is called for a piece of the pixels at a time, rows or whole images. Its
+            ``image_weights(labels, completed)``, if any, gives (b,) or None.
+        student: the student's output for the batch; None will do where no labeler needs it.
+        teacher: the old model's.
+
+    Returns:
+        ``labels`` themselves where no labeler has an image, else a new tensor like them; and the
+        images' weights in the segmentation loss, (B,), 1 where a labeler has no say, or None where
+        none of them has.
+    """
+    sources = [sample.metainfo.get('source', 'stage') for sample in data_samples]
+    size = labels.shape[-2:]
+    completed, weights = labels, None
+    for source, labeler in labelers.items():
+        rows = [row for row, name in enumerate(sources) if name == source]
+        if not rows:
+            continue
+        # The usual batch is of one source: no copies.
+        at = slice(None) if len(rows) == len(sources) else rows
+        models = [teacher, student] if getattr(labeler, 'needs_student', False) else [teacher]
+        completed = completed.clone()
+        if getattr(labeler, 'pixelwise', False):
+            for piece, logits in labelling_pieces(completed, models, rows):
+                piece.copy_(labeler(piece, *logits))
+        else:
+            logits = [model.labelling_logits(size).detach()[at] for model in models]
+            completed[at] = labeler(labels[at], *logits)
+        weigh = getattr(labeler, 'image_weights', None)
+        own_weights = weigh(labels[at], completed[at]) if weigh else None
+        if own_weights is not None:
+            weights = own_weights.new_ones(len(labels)) if weights is None else weights
+            weights[at] = own_weights
+    return completed, weights

@@ -1,0 +1,338 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""PLOP's pseudo-labels: the old model speaks where it is sure, and is ignored where it is not.
+
+Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
+2021, section 3.3: the entropy of the old model's prediction against a threshold for each class.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_sats.spelling import check_choice
+
+
+def _normalised_entropy(q: Tensor) -> Tensor:
+    """-sum_c q_c log q_c / log K over the K channels of (B, K, H, W), in [0, 1]."""
+    if q.shape[1] == 1:
+        return torch.zeros_like(q[:, 0])
+    return (torch.special.entr(q).sum(1) / math.log(q.shape[1])).clamp_(0, 1)
+
+
+def _released_entropy(q: Tensor) -> Tensor:
+    """PLOP's released code: a mean over the K channels, divided by log K twice; under 1/K/log K."""
+    channels = q.shape[1]
+    if channels == 1:
+        return torch.zeros_like(q[:, 0])
+    mean = -(q * (q + 1e-8).log()).mean(1)
+    return (mean / math.log(channels + 1e-8) / math.log(channels)).clamp_(0, 1)
+
+
+def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
+    """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
+
+    It is the lower end of that value's bin, so the error is below one bin's width, and no value that
+    equals a median is under it.
+    """
+    cumulative = counts.cumsum(1)
+    index = torch.searchsorted(cumulative, rank[:, None], right=True)
+    return (index.clamp_(max=counts.shape[1] - 1) / counts.shape[1])[:, 0]
+
+
+def _median(counts: Tensor) -> Tensor:
+    """The median of each row of (K, bins) counts over [0, 1]: (K,), 0 for an empty row."""
+    total = counts.sum(1)
+    lower, upper = ((total - 1).clamp(min=0) // 2, total // 2)
+    median = (_order_statistic(counts, lower) + _order_statistic(counts, upper)) / 2
+    return torch.where(total > 0, median, 0)
+
+
+def _released_median(counts: Tensor) -> Tensor:
+    """PLOP's released code: a running sum of bin numbers where a median has one of counts, (K,).
+
+    A class stops at the first bin whose count reaches from the running sum to half of its pixels.
+    One that never stops divides by its last bin's count, 0, and lets every pixel pass or none.
+    """
+    bins = counts.shape[1]
+    running = torch.arange(bins, dtype=torch.float64, device=counts.device).cumsum(0)
+    before = torch.cat([running.new_zeros(1), running[:-1]])
+    total = counts.sum(1, keepdim=True)
+    missing = total / 2 - before
+    stops = (missing >= 0) & (missing <= counts)
+    stopped = stops.any(1, keepdim=True)
+    index = torch.where(stopped, stops.int().argmax(1, keepdim=True), bins - 1)
+    missing = torch.where(stopped, missing.gather(1, index), total / 2 - running[-1])
+    threshold = (index + missing / counts.gather(1, index)) / bins
+    threshold = torch.where(total > 0, threshold, 0).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
+    return threshold[:, 0]
+
+
+def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Logits (B, K, h, w) at the size of labels (B, H, W), bilinearly, corners not aligned.
+
+    Raises:
+        ValueError: if they are not of these shapes.
+    """
+    if logits.dim() != 4 or labels.dim() != 3 or len(labels) != len(logits):
+        raise ValueError(f'teacher_logits must be (B, K_o, h, w) and labels (B, H, W), '
+                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
+    if logits.shape[2:] == labels.shape[1:]:
+        return logits
+    return F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=False)
+
+
+def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
+    """PLOP's factor of an image: the share of its background that has got a pseudo-label.
+
+    Few confident pixels beside the new class's would give the new class too much weight. PLOP's
+    released code divides by zero where an image has no background; such an image keeps its weight.
+
+    Args:
+        labels: (B, H, W) integers, 0 for background.
+        completed: (B, H, W), the same with the background's pixels pseudo-labelled or ignored.
+        ignore_index: label of the pixels without a pseudo-label.
+
+    Returns:
+        (B,) float32 in [0, 1], 1 for an image without background.
+    """
+    background = (labels == 0).flatten(1)
+    sure = background & (completed != ignore_index).flatten(1)
+    total = background.sum(1)
+    return torch.where(total > 0, sure.sum(1) / total.clamp(min=1), 1.0)
+
+
+@dataclass(frozen=True)
+class _ThresholdRule:
+    """How entropy is measured, and how a class's threshold follows from its histogram."""
+
+    bins: int
+    entropy: Callable[[Tensor], Tensor]
+    threshold: Callable[[Tensor], Tensor]
+
+
+_RULES: dict[str, _ThresholdRule] = {
+    'median': _ThresholdRule(65536, _normalised_entropy, _median),
+    'released': _ThresholdRule(100, _released_entropy, _released_median),
+}
+
+
+def _fixed_rule(value: float) -> _ThresholdRule:
+    """The same threshold for every class, whatever its pixels."""
+    return _ThresholdRule(1, _normalised_entropy, partial(_same_for_all, value))
+
+
+def _same_for_all(value: float, counts: Tensor) -> Tensor:
+    return torch.full((len(counts),), value)
+
+
+@MODELS.register_module()
+class EntropyPseudoLabeler:
+    """Labels background pixels with the old model's class where its entropy is under a threshold.
+
+    A pixel of label 0, with q the old model's softmax and c its argmax (background too), becomes c
+    where u < threshold[c], and ``ignore_index`` elsewhere; u = -sum q log q / log K_o. Other labels
+    stay. The thresholds are each class's median of u over a stage's background pixels, found in one
+    pass before training: :meth:`reset`, :meth:`update` for every batch, :meth:`compute`.
+
+    A plain object, so nothing of it enters a model's ``state_dict``. The softmax is as large as the
+    logits: what calls it with those of a whole batch does better to hand them over in pieces.
+
+    Args:
+        floor: least threshold of a class, also of one without pixels.
+        threshold: ``'median'``; ``'released'`` for the arithmetic of PLOP's released code, in which
+            entropy is averaged over classes rather than summed, divided by log K_o twice, and the
+            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes;
+            it divides the second time by the log of old and new channels together, here those of the
+            old model, so that some pixels in a thousand are labelled otherwise);
+            or a number in (0, 1], the same threshold for all classes, which needs no pass.
+        ignore_index: label of the pixels that the old model is not sure about.
+        scale_images: whether an image's cross-entropy is scaled by the share of its background that
+            the old model is sure about, as PLOP does; SATS does not.
+
+    Raises:
+        ValueError: for an unknown ``threshold``, or numbers out of range.
+    """
+
+    pixelwise = True
+    """Each pixel is labelled by itself, so that it may be called with any part of them."""
+
+    def __init__(
+        self,
+        floor: float = 0.001,
+        threshold: str | float = 'median',
+        ignore_index: int = 255,
+        scale_images: bool = False,
+    ) -> None:
+        if not 0 <= floor <= 1:
+            raise ValueError(f'floor must be in [0, 1], got {floor}')
+        self.floor = floor
+        self.threshold = threshold
+        self.ignore_index = ignore_index
+        self.scale_images = scale_images
+        self.needs_pass = isinstance(threshold, str)
+        """Whether thresholds must be found (or loaded) before the first call."""
+        self._rule = self._find_rule(threshold)
+        self._histograms: Tensor | None = None
+        self._thresholds: Tensor | None = None
+
+    @staticmethod
+    def _find_rule(threshold: str | float) -> _ThresholdRule:
+        if isinstance(threshold, str):
+            check_choice('threshold', threshold, _RULES)
+            return _RULES[threshold]
+        if not 0 < threshold <= 1:
+            raise ValueError(
+                f'threshold must be in (0, 1] or one of {sorted(_RULES)}, got {threshold}')
+        return _fixed_rule(threshold)
+
+    def reset(self, num_old: int) -> None:
+        """Forgets the last stage, for an old model of ``num_old`` channels, background included."""
+        if num_old < 1:
+            raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
+        self._histograms = torch.zeros(num_old, self._rule.bins, dtype=torch.int64)
+        self._thresholds = None
+
+    @property
+    def histograms(self) -> Tensor:
+        """(K_o, bins) int64 counts of background pixels by predicted class and entropy in [0, 1].
+
+        Ranks add theirs up before :meth:`compute`, in place or by setting the sum.
+        """
+        if self._histograms is None:
+            raise RuntimeError('EntropyPseudoLabeler has no histograms: call reset(num_old) first')
+        return self._histograms
+
+    @histograms.setter
+    def histograms(self, value: Tensor) -> None:
+        if value.shape != self.histograms.shape or value.dtype != torch.int64:
+            raise ValueError(f'histograms must be int64 of shape {tuple(self.histograms.shape)}, '
+                             f'got {value.dtype} of {tuple(value.shape)}')
+        self._histograms = value
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """(K_o,) float32, or None until computed, set or loaded."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: Tensor) -> None:
+        if value.dim() != 1 or not value.is_floating_point() or bool(value.isnan().any()):
+            raise ValueError(f'thresholds must be numbers of shape (K_o,), got {value.dtype} of '
+                             f'{tuple(value.shape)}: {value.tolist()}')
+        self._thresholds = value.detach().float()
+
+    @torch.no_grad()
+    def update(self, labels: Tensor, teacher_logits: Tensor) -> None:
+        """Counts the background pixels of a batch.
+
+        Args:
+            labels: (B, H, W) integers.
+            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
+
+        Raises:
+            ValueError: if the shapes disagree with each other or with ``num_old``.
+            RuntimeError: before :meth:`reset`.
+        """
+        teacher_logits = self._for_labels(labels, teacher_logits, len(self.histograms))
+        self._histograms = self.histograms.to(teacher_logits.device)
+        counts = self._histograms.view(-1)
+        entropy, pseudo = self._predict(teacher_logits)
+        # No boolean indexing: on a GPU it would wait for the device.
+        bins = (entropy * self._rule.bins).long().clamp_(max=self._rule.bins - 1)
+        index = pseudo * self._rule.bins + bins
+        counts.scatter_add_(0, index.flatten(), (labels == 0).flatten().long())
+
+    @torch.no_grad()
+    def compute(self) -> Tensor:
+        """The thresholds (K_o,) of all pixels counted since :meth:`reset`, set and returned."""
+        # The pass is over: on the CPU the counts cost the training no GPU memory.
+        self._histograms = self.histograms.cpu()
+        thresholds = self._rule.threshold(self._histograms)
+        self.thresholds = thresholds.clamp(min=self.floor) if self.needs_pass else thresholds
+        return self._thresholds
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The completed labels.
+
+        Args:
+            labels: (B, H, W) integers; left as they are.
+            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
+
+        Returns:
+            A new tensor like ``labels``.
+
+        Raises:
+            RuntimeError: if the thresholds have not been found.
+            ValueError: if the shapes disagree with each other or with the thresholds.
+        """
+        if self._thresholds is None:
+            self._start_without_pass(teacher_logits.shape[1])
+        teacher_logits = self._for_labels(labels, teacher_logits, len(self._thresholds))
+        self._thresholds = self._thresholds.to(teacher_logits.device)
+        entropy, pseudo = self._predict(teacher_logits)
+        sure = entropy < self._thresholds[pseudo]
+        taught = torch.where(sure, pseudo, self.ignore_index).to(labels.dtype)
+        return torch.where(labels == 0, taught, labels)
+
+    def image_weights(self, labels: Tensor, completed: Tensor) -> Tensor | None:
+        """The factor of each image's cross-entropy, (B,), or None where images are not scaled.
+
+        Args:
+            labels: (B, H, W), as :meth:`__call__` got them.
+            completed: what it returned.
+        """
+        if not self.scale_images:
+            return None
+        return confident_share(labels, completed, self.ignore_index)
+
+    def _start_without_pass(self, num_old: int) -> None:
+        if self.needs_pass:
+            raise RuntimeError(
+                f'EntropyPseudoLabeler(threshold={self.threshold!r}) has no thresholds yet: '
+                'PseudoLabelThresholdHook finds them before a stage is trained; add it to '
+                'custom_hooks, or give a number as threshold')
+        self.reset(num_old)
+        self.compute()
+
+    def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy and predicted class, both (B, H, W), of logits (B, K_o, H, W)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # On a CPU max is several times as fast as argmax.
+        return self._rule.entropy(logits.softmax(1)), logits.max(1).indices
+
+    @staticmethod
+    def _for_labels(labels: Tensor, logits: Tensor, num_old: int) -> Tensor:
+        resized = logits_for_labels(labels, logits)
+        if logits.shape[1] != num_old:
+            raise ValueError(f'teacher_logits have {logits.shape[1]} channels, expected the '
+                             f'{num_old} that the thresholds are for')
+        return resized
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule and its thresholds as plain values, for a JSON file."""
+        thresholds = None if self._thresholds is None else self._thresholds.tolist()
+        return {'threshold': self.threshold, 'floor': self.floor, 'thresholds': thresholds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the thresholds of :meth:`state_dict`.
+
+        Raises:
+            KeyError: if a key is missing.
+            ValueError: if they were found by another rule or floor than this object's.
+        """
+        for name in ('threshold', 'floor'):
+            if state[name] != getattr(self, name):
+                raise ValueError(f'the stored thresholds were found with {name}={state[name]!r}, '
+                                 f'expected {name}={getattr(self, name)!r}')
+        if state['thresholds'] is None:
+            self._thresholds = None
+        else:
+            self.thresholds = torch.tensor(state['thresholds'], dtype=torch.float32)

@@ -1,0 +1,114 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What a segmentor computed for a batch, as the losses and pseudo-labellers see it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.precision import full_precision
+from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.resizing import ResizedLogits
+
+
+@dataclass(eq=False)
+class SegmentorOutput:
+    """Outputs of one model, student or old, for a batch of B images.
+
+    Args:
+        logits: (B, K, h, w) at the head's resolution, K the model's channels, background included.
+        features: one (B, C_j, h_j, w_j) per block of the backbone.
+        attentions: one map per block, empty where the backbone has none.
+        align_corners: how the head's logits are resized.
+        unknown: (B, 1, h, w), logits of the unknown class, where the model has one.
+        prototypes: the classes' mean features, where the model gathers them.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...]
+    attentions: tuple[AttentionMap, ...] = ()
+    align_corners: bool = False
+    unknown: Tensor | None = None
+    prototypes: ClassPrototypes | None = None
+    _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def trained_logits(self) -> Tensor:
+        """All that the segmentation loss trains: (B, K, h, w), or K + 1 with the unknown class last."""
+        return self.logits if self.unknown is None else torch.cat([self.logits, self.unknown], 1)
+
+    def labelling_logits(self, size: tuple[int, int]) -> Tensor:
+        """Logits (B, K, H, W) at ``size`` for pseudo-labels.
+
+        A pixel that is unknown is none of the classes: background's channel holds the larger of
+        background's and the unknown class's logit.
+        """
+        logits = self.resized(size)
+        if self.unknown is None:
+            return logits
+        unknown = F.interpolate(
+            self.unknown, logits.shape[2:], mode='bilinear', align_corners=self.align_corners
+        )
+        return _with_unknown(torch.cat([logits, unknown], 1))
+
+    def resized(self, size: tuple[int, int]) -> Tensor:
+        """Logits resized bilinearly to ``size`` (H, W): (B, K, H, W), computed once per size.
+
+        Logits that already have the size are returned themselves.
+        """
+        size = (int(size[0]), int(size[1]))
+        if tuple(self.logits.shape[2:]) == size:
+            return self.logits
+        # A tensor made without a graph must not be served to a loss that wants the gradient.
+        key = (size, torch.is_grad_enabled())
+        if key not in self._resized:
+            self._resized[key] = F.interpolate(
+                self.logits, size, mode='bilinear', align_corners=self.align_corners
+            )
+        return self._resized[key]
+
+
+def labelling_pieces(
+    labels: Tensor, outputs: Sequence[SegmentorOutput], images: Iterable[int]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The labels and the models' ``labelling_logits`` a piece at a time, without gradients.
+
+    Args:
+        labels: (B, H, W).
+        outputs: of the models, for the same B images.
+        images: which of them, in ascending order.
+
+    Yields:
+        Views of the labels and each model's logits: (n, H, W) and (n, K, H, W) of whole images, or
+        (n, 1, W) and (n, K, 1, W), n pictures of one row.
+    """
+    size = labels.shape[1:]
+    logits = [
+        ResizedLogits(output.trained_logits.detach(), size, output.align_corners)
+        for output in outputs
+    ]
+    largest = max(logits, key=lambda own: own.channels)
+    for place in largest.blocks(images):
+        with full_precision(labels):
+            blocks = [own.block(place) for own in logits]
+        for rows in largest.pieces(place):
+            piece = labels[place[0], rows]
+            if piece.dim() == 2:
+                piece = piece.unsqueeze(1)
+            with full_precision(labels):
+                values = [block.rows(rows).unflatten(2, piece.shape[1:]) for block in blocks]
+            yield (
+                piece,
+                [
+                    value if output.unknown is None else _with_unknown(value)
+                    for value, output in zip(values, outputs, strict=True)
+                ],
+            )
+
+
+def _with_unknown(logits: Tensor) -> Tensor:
+    """Logits (B, K, ...) of (B, K + 1, ...), the unknown class last."""
+    return torch.cat([torch.maximum(logits[:, :1], logits[:, -1:]), logits[:, 1:-1]], dim=1)

@@ -1,0 +1,161 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The old model: the frozen teacher of a stage, and the one way to run a segmentor for its parts."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
+from mmseg.models import EncoderDecoder
+from torch import Tensor
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.models.heads.classifier import shape_mismatches
+from mmseg_sats.models.heads.unknown import split_classifier
+from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
+
+
+def run_segmentor(
+    model: EncoderDecoder, inputs: Tensor, with_attention: bool
+) -> tuple[SegmentorOutput, tuple[Tensor, ...]]:
+    """Runs a segmentor once and keeps what losses may ask for.
+
+    Args:
+        model: any mmseg ``EncoderDecoder``.
+        inputs: preprocessed images (B, 3, H, W).
+        with_attention: whether the backbone's self-attention is asked for; the backbone then needs
+            ``forward_with_attention``.
+
+    Returns:
+        The output (logits (B, K, h, w) at the head's resolution, the encoder's feature maps, the
+        attention maps) and the head's inputs (after the neck, if there is one), for auxiliary heads.
+    """
+    attentions: tuple = ()
+    if with_attention:
+        features, attentions = model.backbone.forward_with_attention(inputs)
+    else:
+        features = model.backbone(inputs)
+    head_inputs = model.neck(features) if model.with_neck else features
+    logits = model.decode_head(head_inputs)
+    unknown = None
+    if logits.shape[1] > model.out_channels:  # see split_classifier
+        logits, unknown = logits[:, : model.out_channels], logits[:, model.out_channels :]
+    return SegmentorOutput(
+        logits, tuple(features), tuple(attentions), model.align_corners, unknown
+    ), head_inputs
+
+
+class OldModel:
+    """The frozen model as it stood after the previous stage.
+
+    Under autocast a copy runs whose weights are cast once and for all, so what is done to ``model``
+    after its first use there has no effect.
+
+    Not an ``nn.Module``, on purpose: as an attribute of the student it stays out of its
+    ``state_dict``, optimizer, EMA and DDP wrapper, and ``train()`` does not reach it. Copies share it.
+
+    Args:
+        model: the old segmentor; put in eval mode and frozen for good.
+    """
+
+    def __init__(self, model: EncoderDecoder) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._cast: dict[tuple[torch.device, torch.dtype], EncoderDecoder] = {}
+
+    @classmethod
+    def from_checkpoint(
+        cls, model_cfg: dict[str, Any], num_classes: int, checkpoint: str, unknown: bool = False
+    ) -> 'OldModel':
+        """Builds the old model from the student's own config and the previous stage's snapshot.
+
+        Args:
+            model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
+            num_classes: channels of the old model, background included.
+            checkpoint: path of the snapshot.
+            unknown: whether it has an unknown class.
+
+        Raises:
+            ValueError: the snapshot lacks tensors or holds them in another shape.
+        """
+        model_cfg = copy.deepcopy(model_cfg)
+        head = model_cfg['decode_head']
+        # By item: mmengine's ConfigDict.update would mix the two losses' arguments.
+        head['num_classes'], head['loss_decode'] = num_classes, dict(type='CrossEntropyLoss')
+        head.pop('out_channels', None)
+        for key in ('init_cfg', 'pretrained'):
+            model_cfg['backbone'].pop(key, None)
+        model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
+        if unknown:
+            split_classifier(model.decode_head, num_classes)
+        state_dict = load_checkpoint_safely(checkpoint)['state_dict']
+        missing = [key for key in model.state_dict() if key not in state_dict]
+        wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
+        if wrong:
+            raise ValueError(
+                f'{checkpoint} does not hold the old model of this stage '
+                f'({num_classes} classes): ' + '; '.join(wrong[:5])
+            )
+        # The student's auxiliary heads are in the snapshot too; the old model needs none.
+        model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
+        return cls(model)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
+        """The old model's output for images (B, 3, H, W), without gradients."""
+        # The student's .to() and .double() do not reach it. Asked first: Module.to goes through every tensor.
+        own = next(self.model.parameters())
+        # Of lower precisions autocast takes care, whatever the images have become.
+        dtype = inputs.dtype if torch.float64 in (own.dtype, inputs.dtype) else own.dtype
+        if (own.device, own.dtype) != (inputs.device, dtype):
+            self.model.to(inputs.device, dtype)
+            self._cast.clear()
+        lower = autocast_dtype(inputs.device)
+        if lower is None or dtype != torch.float32:
+            return run_segmentor(self.model, inputs, with_attention)[0]
+        if (inputs.device, lower) not in self._cast:
+            return self._run_and_cast(inputs, with_attention, lower)
+        return run_segmentor(self._cast[inputs.device, lower], inputs, with_attention)[0]
+
+    def _run_and_cast(
+        self, inputs: Tensor, with_attention: bool, dtype: torch.dtype
+    ) -> SegmentorOutput:
+        """Makes the copy for autocast; where it does not give the very same, the model itself is kept.
+
+        It would not in a model that does more with a weight than to multiply by it.
+        """
+        expected = run_segmentor(self.model, inputs, with_attention)[0]
+        try:
+            faster = with_cast_weights(self.model, dtype)
+            same = _equal(expected, run_segmentor(faster, inputs, with_attention)[0])
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # dtypes that do not go together
+            same = False
+        if not same:
+            print_log(
+                'The old model gives other numbers with its weights cast once for autocast, so they '
+                'are cast in every step, which takes longer.',
+                logger='current',
+            )
+        self._cast[inputs.device, dtype] = faster if same else self.model
+        return expected
+
+    def __deepcopy__(self, memo: dict) -> 'OldModel':
+        # EMA copies the student; a frozen model needs no second copy.
+        return self
+
+
+def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
+    """Whether two outputs are the same numbers."""
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
+    yield output.trained_logits
+    yield from output.features
+    for attention in output.attentions:
+        yield from (attention.query, attention.key)

@@ -1,0 +1,82 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What each part of the loss contributed, over all stages on one axis."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mmseg_sats.visualization.report.run_record import RunRecord, StageRecord, loss_parts
+from mmseg_sats.visualization.theme import MUTED, SERIES, new_figure
+
+
+def loss_names(run: RunRecord) -> list[str]:
+    """The parts that any stage of the run logged, those of the first stages first."""
+    return list(dict.fromkeys(name for stage in run.stages for name in stage.loss_means))
+
+
+def short_name(name: str) -> str:
+    """``'decode.loss_ce'`` as ``'ce'``: what people call the part."""
+    return name.removeprefix('decode.').replace('loss_', '')
+
+
+def loss_series(
+    stages: Sequence[StageRecord], names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """All stages' losses one after the other.
+
+    Args:
+        stages: the stages in order.
+        names: the parts, L of them.
+
+    Returns:
+        Iterations (T,) counted over the whole run, weighted values (L, T), and the iteration at which
+        each stage ends.
+    """
+    iterations: list[int] = []
+    values: list[list[float]] = []
+    ends: list[int] = []
+    offset = 0
+    for stage in stages:
+        for line in stage.scalars:
+            iterations.append(offset + line['iter'])
+            parts = loss_parts(line)
+            values.append([parts.get(name, 0.0) for name in names])
+        offset = iterations[-1] if iterations else 0
+        ends.append(offset)
+    return np.array(iterations), np.array(values).reshape(-1, len(names)).T, ends
+
+
+def draw_losses(run: RunRecord) -> Figure | None:
+    """The parts of the loss, stacked, with the stages' borders; None where nothing was logged."""
+    names = loss_names(run)
+    iterations, values, ends = loss_series(run.stages, names)
+    if not len(iterations):
+        return None
+    figure, axes = new_figure(2.7)
+    ax = axes[0]
+    starts = [0, *ends[:-1]]
+    for start, end, stage in zip(starts, ends, run.stages, strict=True):
+        here = (iterations > start) & (iterations <= end)
+        if not here.any():
+            continue
+        colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
+        # Step by step: a log line is a mean over the iterations before it.
+        edges = np.concatenate([[start], iterations[here]])
+        heights = np.concatenate([values[:, here][:, :1], values[:, here]], axis=1)
+        labels = [short_name(name) for name in names] if start == 0 else ()
+        ax.stackplot(edges, heights, colors=colours, step='pre', labels=labels)
+        ax.text((start + end) / 2, 1.01, str(stage.index), ha='center', va='bottom',
+                color=MUTED, transform=ax.get_xaxis_transform())
+    for end in ends[:-1]:
+        ax.axvline(end, color=MUTED, linewidth=0.8, linestyle=':')
+    ax.text(0, 1.01, 'stage ', ha='right', va='bottom', color=MUTED,
+            transform=ax.get_xaxis_transform())
+    ax.set_xlabel('iteration')
+    ax.set_ylabel('loss, weighted')
+    ax.set_xlim(0, ends[-1])
+    ax.set_ylim(bottom=min(0.0, float(values.min())))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.legend(loc='outside upper left', ncols=3)
+    return figure

@@ -1,0 +1,217 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The report: one page that opens from disk, with its pictures inside, and as files for a paper.
+
+    python -m mmseg_sats.visualization.report.page WORK_DIR [WORK_DIR ...] [--out DIR]
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from mmengine.logging import print_log
+
+from mmseg_sats.checkpoint import write_text
+from mmseg_sats.spelling import check_choice
+from mmseg_sats.visualization import theme
+from mmseg_sats.visualization.report import curves, heatmap, losses
+from mmseg_sats.visualization.report.pictures import Album, photographs
+from mmseg_sats.visualization.report.run_record import (
+    RunRecord,
+    config_differences,
+    find_sweeps,
+    load_runs,
+)
+from mmseg_sats.visualization.stage_model import stage_palette
+
+OPTIONS = {'images': 4, 'attention': 2}
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, int]:
+    """The report's options with their defaults.
+
+    Args:
+        options: ``images``, how many photographs the panel has, and ``attention``, how many
+            pictures of attention there are; 0 leaves a part out.
+
+    Raises:
+        ValueError: an unknown option, or not a number from 0 on.
+    """
+    for name, value in options.items():
+        check_choice('report', name, OPTIONS)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f'report.{name}={value!r}: expected a number of pictures, 0 or more')
+    return OPTIONS | dict(options)
+
+
+def write_report(
+    work_dirs: Sequence[str | Path], out: str | Path, images: int = 4, attention: int = 2
+) -> Path:
+    """Writes ``index.html`` and every picture as PNG and PDF.
+
+    Args:
+        work_dirs: one run or several. Photographs are those of the first run's evaluation data.
+        out: folder to write into, made where it is missing.
+        images: photographs in the panel; 0 leaves it out.
+        attention: pictures of attention; 0 leaves them out.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: a work dir holds no finished stage.
+        ValueError: a file is not what a run writes, or an option is out of range.
+    """
+    check_options(dict(images=images, attention=attention))
+    runs = load_runs(work_dirs)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    album = Album(out, [])
+    page = dict(
+        runs=runs,
+        curves=album.draw(
+            'miou_by_stage', 'mIoU after each stage, one line per run', partial(curves.draw_curves, runs)
+        ),
+        old_new=album.draw(
+            'old_and_new', 'Base and later classes after the last stage, bars per run',
+            partial(curves.draw_old_new, runs),
+        ),
+        sweeps=_sweeps(album, runs),
+        losses=_losses(album, runs),
+        costs=_costs(album, runs),
+        differences=config_differences(runs),
+    )
+    page |= photographs(album, runs, images, attention)
+    page['heatmaps'] = _heatmaps(album, runs)
+    page['notes'] = album.notes
+    write_text(out / 'index.html', _render(page))
+    return out / 'index.html'
+
+
+def _heatmaps(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
+    top = heatmap.common_top(runs)
+    return [
+        album.draw(
+            f'iou_by_class_{i}',
+            f'IoU of every class after every stage of {run.label}',
+            partial(heatmap.draw_heatmap, run, stage_palette(run.stages[-1].folder), top),
+        )
+        for i, run in enumerate(runs)
+    ]
+
+
+def _losses(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture | None]:
+    return [
+        album.draw(
+            f'losses_{i}',
+            f'The parts of the loss of {run.label}, stacked, over all stages',
+            partial(losses.draw_losses, run),
+        )
+        for i, run in enumerate(runs)
+    ]
+
+
+def _sweeps(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
+    return [
+        album.draw(
+            f'sweep_{i}', f'mIoU against {sweep.key}', partial(curves.draw_sweep, sweep)
+        )
+        for i, sweep in enumerate(find_sweeps(runs))
+    ]
+
+
+def _costs(album: Album, runs: Sequence[RunRecord]) -> theme.Picture | None:
+    if all(stage.seconds is None for run in runs for stage in run.stages):
+        return None
+    return album.draw(
+        'costs', 'Minutes of training and memory, per stage and run', partial(curves.draw_costs, runs)
+    )
+
+
+def _number(value: float | None, run: int, key: str, form: str = '{:.2f}') -> Markup:
+    """A number of a run with the exact value and where it comes from, or a dash."""
+    if value is None:
+        return Markup('<span class="none">–</span>')
+    return Markup('<data value="{}" data-run="{}" data-key="{}">{}</data>').format(
+        repr(value), run, key, form.format(value)
+    )
+
+
+def _best(runs: Sequence[RunRecord], key: str) -> float | None:
+    """The best value of a column; the least forgetting is the best."""
+    values = [run.results['final'].get(key, run.results.get(key)) for run in runs]
+    present = [value for value in values if value is not None]
+    if len(present) < 2:
+        return None
+    return min(present) if key == 'forgetting' else max(present)
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader('mmseg_sats.visualization'),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        number=_number,
+        best=_best,
+        loss_names=losses.loss_names,
+        short_name=losses.short_name,
+        repr=repr,
+    )
+    return environment.get_template('report.html.j2').render(page)
+
+
+def write_run_report(work_dir: str | Path, options: Mapping[str, Any]) -> Path | None:
+    """The report of one run at its end; a failure is a warning, for the run itself is done.
+
+    Args:
+        work_dir: the run's.
+        options: as for :func:`check_options`.
+
+    Returns:
+        The page, or None where it failed.
+    """
+    try:
+        return write_report([work_dir], Path(work_dir) / 'report', **check_options(options))
+    except Exception as error:
+        print_log(
+            f'the report of {work_dir} could not be written ({type(error).__name__}: {error}); '
+            f'the run is complete. `python tools/report.py {work_dir}` tries again',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='One page with the curves and pictures of runs')
+    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help="a run's work dir")
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='folder to write into (default: WORK_DIR/report; of several runs, report beside the first)',
+    )
+    parser.add_argument('--images', type=int, default=OPTIONS['images'], help='photographs (default: %(default)s)')
+    parser.add_argument(
+        '--attention', type=int, default=OPTIONS['attention'], help='pictures of attention (default: %(default)s)'
+    )
+    args = parser.parse_args(arguments)
+    first = Path(args.work_dirs[0])
+    out = args.out or (first if len(args.work_dirs) == 1 else first.parent) / 'report'
+    try:
+        page = write_report(args.work_dirs, out, args.images, args.attention)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(f'wrote {page}, and its pictures as PNG and PDF beside it')
+
+
+if __name__ == '__main__':
+    main()
