@@ -101,15 +101,15 @@ def stage(
         crop_size: of the images.
         batch_size: how many images.
         size: of the encoder, a name of ``SIZES``.
-        **changes: words of the method's file, changed.
+        **changes: values of the method's file, changed.
     """
     init_default_scope('mmseg')
     torch.manual_seed(0)
-    words = _words(method) | changes
+    values = _method_values(method) | changes
     with device():
-        model = MODELS.build(_model(size, num_old + num_new, words)).train()
-        model._old_model = OldModel(MODELS.build(_model(size, num_old, _words('finetune'))))
-    model._old_model_cfg = dict(num_classes=num_old)
+        model = MODELS.build(_model(size, num_old + num_new, values)).train()
+        model._old_model = OldModel(MODELS.build(_model(size, num_old, _method_values('finetune'))))
+    model._old_model_cfg = dict(num_old=num_old)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     inputs = torch.randn(batch_size, 3, crop_size, crop_size, device=device())
     labels = label_maps(batch_size, crop_size, range(num_old, num_old + num_new))
@@ -152,13 +152,13 @@ def label_maps(batch_size: int, size: int, classes: range) -> Tensor:
     return labels
 
 
-def _words(method: str) -> dict[str, Any]:
-    """The words of a method's own file that the model asks for."""
+def _method_values(method: str) -> dict[str, Any]:
+    """The values of a method's own file that the model asks for."""
     cfg = Config.fromfile(CONFIGS / method / f'{method}.py')
     return {name: cfg.get(name) for name in METHOD_WORDS}
 
 
-def _model(size: str, num_classes: int, words: dict[str, Any]) -> Config:
+def _model(size: str, num_classes: int, values: dict[str, Any]) -> Config:
     """The model's config without what a run puts in: pretrained weights, data, SyncBN."""
     cfg = Config.fromfile(CONFIGS / '_base_/models/segformer.py').model
     cfg.pop('data_preprocessor')
@@ -167,9 +167,9 @@ def _model(size: str, num_classes: int, words: dict[str, Any]) -> Config:
     cfg.decode_head.in_channels = [heads * SIZES[size]['embed_dims'] for heads in cfg.backbone.num_heads]
     norm_cfg = dict(type='BN', requires_grad=True)
     cfg.decode_head.update(num_classes=num_classes, norm_cfg=norm_cfg)
-    cfg.decode_head.loss_decode = words['segmentation_loss']
+    cfg.decode_head.loss_decode = values['segmentation_loss']
     for name in METHOD_WORDS[1:]:
-        cfg[name] = words[name]
+        cfg[name] = values[name]
     return cfg
 
 

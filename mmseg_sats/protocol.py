@@ -34,12 +34,12 @@ class Stage:
         return self.old + self.new
 
     @property
-    def num_seen_labels(self) -> int:
+    def num_channels(self) -> int:
         """Labels known after this stage, background included: the size of the head."""
         return 1 + len(self.seen)
 
     @property
-    def num_old_labels(self) -> int:
+    def num_old(self) -> int:
         """Labels known before this stage, background included (1 at stage 0)."""
         return 1 + len(self.old)
 
@@ -91,7 +91,7 @@ class Protocol:
         self.base: tuple[int, ...] = self.class_order[:base]
 
     @property
-    def num_base_labels(self) -> int:
+    def num_base(self) -> int:
         """Number of base classes as the tables count them, background included."""
         return 1 + len(self.base)
 

@@ -174,7 +174,7 @@ model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels
 SEGMENTER = """
 model = dict(decode_head=dict(
     _delete_=True, type='SegmenterMaskTransformerHead', in_channels=128, channels=32, in_index=3,
-    num_classes='$num_classes', num_layers=1, num_heads=2, embed_dims=32, dropout_ratio=0.0,
+    num_classes='$num_channels', num_layers=1, num_heads=2, embed_dims=32, dropout_ratio=0.0,
     loss_decode='$segmentation_loss'))
 """
 CASES = [

@@ -22,7 +22,8 @@ from mmseg.visualization import SegLocalVisualizer
 
 from mmseg_sats.datasets.class_index.index import ClassIndex
 from mmseg_sats.datasets.shapes.dataset import ShapesDataset
-from mmseg_sats.engine import StageRunner, config_text
+from mmseg_sats.engine import StageRunner
+from mmseg_sats.engine.config import config_text
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.run_plan import find_incremental_dataset
 from mmseg_sats.models.segmentors.old_model import OldModel

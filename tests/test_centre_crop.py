@@ -10,7 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 
 from mmseg_sats.datasets import EvaluateAsIs
-from mmseg_sats.engine.config.stage_config import config_words, resolve_words
+from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def test_label_and_prediction_have_the_crops_size(tmp_path: Path) -> None:
     cfg = Config.fromfile(ROOT / 'configs/sats/segformer_b2_voc_15-1.py')
     cfg.crop_size = 24
     cfg.eval_pipeline = '$centre_crop_pipeline'
-    pipeline = resolve_words(cfg.eval_dataset.pipeline, config_words(cfg))
+    pipeline = resolve_variables(cfg.eval_dataset.pipeline, config_variables(cfg))
     info = dict(
         img_path=str(tmp_path / 'image.png'),
         seg_map_path=str(tmp_path / 'mask.png'),

@@ -316,7 +316,7 @@ def test_a_snapshot_that_does_not_fit_is_refused(tmp_path: Path, how: str, messa
 def test_a_snapshot_of_the_previous_stage_does_not_grow_on_strict_loading(tmp_path: Path) -> None:
     """Evaluating a stage with another stage's snapshot must not pass silently."""
     write_weights(tmp_path / 'snapshot.pth', build(model_cfg(4)).state_dict(), {})
-    later = build(model_cfg(6, old_model=dict(checkpoint='never read', num_classes=4)))
+    later = build(model_cfg(6, old_model=dict(checkpoint='never read', num_old=4)))
     with pytest.raises(ValueError, match=r'conv_seg\.weight: \(4, 8, 1, 1\)'):
         load_snapshot(later, tmp_path / 'snapshot.pth')
 

@@ -9,8 +9,8 @@ import pytest
 import torch.multiprocessing as mp
 from PIL import Image
 
-from mmseg_sats.datasets import class_index as module
-from mmseg_sats.datasets import mask_scan
+from mmseg_sats.datasets.class_index import index as module
+from mmseg_sats.datasets.class_index import mask_scan
 from mmseg_sats.datasets.class_index.index import ClassIndex, select_eval, select_train
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path

@@ -219,7 +219,7 @@ PREFIXES = {'single': ['decode_head', 'auxiliary_head'],
 
 def build_later_stage(num_classes: int, path: str, **options: Any) -> IncrementalEncoderDecoder:
     return build(
-        model_cfg(num_classes, old_model=dict(checkpoint=path, num_classes=NUM_OLD), **options), seed=9
+        model_cfg(num_classes, old_model=dict(checkpoint=path, num_old=NUM_OLD), **options), seed=9
     )
 
 
@@ -266,7 +266,7 @@ def test_a_resumed_checkpoint_of_the_same_stage_is_loaded_bitwise(
 ) -> None:
     first = build_later_stage(6, 'never read')
     path = save_weights(first, tmp_path / 'epoch_1.pth')
-    second = build(model_cfg(6, old_model=dict(checkpoint='never read', num_classes=NUM_OLD)), seed=5)
+    second = build(model_cfg(6, old_model=dict(checkpoint='never read', num_old=NUM_OLD)), seed=5)
     load(second, path)
     own = second.state_dict()
     assert all(torch.equal(own[key], value) for key, value in first.state_dict().items())

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.engine import distributed
+from mmseg_sats.engine.training import distributed
 
 ROOT = Path(__file__).parents[1]
 MINUTE = 60

@@ -14,10 +14,10 @@ from torch import nn
 
 from mmseg_sats.engine.experiments.compare import (
     Fingerprint,
+    comparable_values,
     differences,
     explain,
     fingerprint,
-    flatten,
     same_start,
 )
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
@@ -132,7 +132,7 @@ def test_accepted_paths_do_not_count() -> None:
         {'later_stages.model.backbone.drop_path_rate': 0.5},
         # MiB's loss is cross-entropy while there are no old classes.
         dict(segmentation_loss=dict(
-            _delete_=True, type='UnbiasedCrossEntropyLoss', num_old='$num_old_classes')),
+            _delete_=True, type='UnbiasedCrossEntropyLoss', num_old='$num_old')),
         dict(eval_future='ignore'),
     ],
     ids=str,
@@ -191,7 +191,7 @@ def test_a_loss_that_is_cross_entropy() -> None:
 
 def test_flat_configs() -> None:
     value = dict(a=[dict(b=1), 2], c=dict(), d='x/y/z.txt', e=(), train_cfg=dict(type='T', by_epoch=True))
-    assert flatten(value) == {'a.0.b': 1, 'a.1': 2, 'c': {}, 'd': 'z.txt', 'e': None}
+    assert comparable_values(value) == {'a.0.b': 1, 'a.1': 2, 'c': {}, 'd': 'z.txt', 'e': None}
 
 
 def test_absent_and_empty_are_the_same_but_empty_and_full_are_not() -> None:

@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.engine.experiments.plan import make_plan, memory_sizes, parse_words
+from mmseg_sats.engine.experiments.plan import make_plan, memory_sizes, parse_options
 from mmseg_sats.engine.experiments.split import write_split
-from mmseg_sats.engine.experiments.tables import DATASETS, SYSTEMS, TABLES, Row
+from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, TABLES, Row
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 ROWS = [
@@ -60,7 +60,7 @@ def test_protocols_are_the_papers_where_the_data_set_has_them() -> None:
 def test_words_of_a_row_come_last() -> None:
     plan = make_plan(
         TABLES['figure6'], 'shapes', CONFIGS, memories=[30], seeds=[4],
-        words=['epochs=2', 'distillation.attention.loss_weight=1'],
+        options=['epochs=2', 'distillation.attention.loss_weight=1'],
     )  # fmt: skip
     cfg = plan.runs[0].load()
     assert plan.runs[0].name == 'sats_m_lambda_a_5_3-1_seed4'
@@ -72,7 +72,7 @@ def test_words_of_a_row_come_last() -> None:
 def test_every_row_builds_its_losses(row: Row) -> None:
     cfg = Config.fromfile(CONFIGS / row.method / 'segformer_tiny_shapes_3-1.py')
     before = cfg.copy()
-    cfg.merge_from_dict(parse_words(row.options))
+    cfg.merge_from_dict(parse_options(row.options))
     for loss in cfg.distillation.values():
         if loss is not None:
             MODELS.build(loss)
@@ -121,11 +121,11 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"--memory='bth' is unknown \(did you mean 'both'\?\)"):
         memory_sizes('bth', 'voc')
     with pytest.raises(ValueError, match='--cfg-options epochs: expected KEY=VALUE'):
-        parse_words(['lr=1', 'epochs'])
+        parse_options(['lr=1', 'epochs'])
 
 
 def test_words_that_do_not_fit_name_the_config() -> None:
-    plan = make_plan(TABLES['table3'], 'shapes', CONFIGS, words=['epochs.x=1'])
+    plan = make_plan(TABLES['table3'], 'shapes', CONFIGS, options=['epochs.x=1'])
     with pytest.raises(ValueError, match=r'epochs.x=1 .*does not fit .*sats/segformer_tiny'):
         plan.runs[0].load()
 
@@ -135,7 +135,7 @@ def test_memory_sizes() -> None:
     assert memory_sizes('both', 'voc_mini') == (0, 40)
     assert memory_sizes('memory', 'ade20k') == (300,)
     assert memory_sizes('12', 'voc') == (12,)
-    assert DATASETS['voc'].memory == 100
+    assert TABLE_DATASETS['voc'].memory == 100
 
 
 def test_the_split_keeps_every_name_once(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_the_split_keeps_every_name_once(tmp_path: Path) -> None:
 def test_a_word_goes_to_the_configs_that_have_it() -> None:
     plan = make_plan(
         TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], protocols=['15-1'],
-        words=['outside_root=photographs', 'epochs=2'],
+        options=['outside_root=photographs', 'epochs=2'],
     )  # fmt: skip
     sats, recall = plan.runs if plan.runs[0].config.parent.name == 'sats' else plan.runs[::-1]
     assert recall.words[:2] == ('outside_root=photographs', 'epochs=2')
@@ -163,10 +163,10 @@ def test_a_word_goes_to_the_configs_that_have_it() -> None:
 
 def test_a_word_that_no_config_has_is_refused_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"--cfg-options epoch=2: none .* 'epoch' \(did you mean 'epochs'\?\)"):
-        make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], words=['epoch=2'])
+        make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], options=['epoch=2'])
 
 
 def test_a_word_without_a_value_is_refused_by_name() -> None:
-    plan = make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats'], words=['vis_backends='])
+    plan = make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats'], options=['vis_backends='])
     with pytest.raises(ValueError, match=r"--cfg-options vis_backends= has no value"):
         plan.runs[0].load()

@@ -73,7 +73,7 @@ class Bench:
     def records(self, systems: str = 'sats,finetune', *words: str, seeds: tuple[int, ...] = (0,)) -> list[Record]:
         plan = make_plan(
             TABLES['table1'], 'shapes', ROOT / 'configs', systems=systems.split(','), seeds=seeds,
-            words=['num_shapes=4', *words],
+            options=['num_shapes=4', *words],
         )  # fmt: skip
         for run in plan.runs:
             self.script.with_name(f'{run.name}.py').write_text(run.load().pretty_text)

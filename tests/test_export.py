@@ -16,8 +16,13 @@ from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_sats.engine import onnx_export
-from mmseg_sats.engine.export.stock import check_same_logits, export_stage, load_stage, stock_config
+from mmseg_sats.engine.export import onnx as onnx_export
+from mmseg_sats.engine.export.stock import (
+    check_same_logits,
+    export_stage,
+    load_for_export,
+    stock_config,
+)
 from tests.foreign import code_blocks
 from tests.stage_folder import CLASSES, PALETTE, make_stage
 from tests.test_tools import run
@@ -65,7 +70,7 @@ def test_stock_mmseg_gives_the_same_logits_where_the_package_cannot_be_imported(
     assert elsewhere.returncode == 0, elsewhere.stderr[-3000:]
     assert elsewhere.stdout.strip().endswith('without mmseg_sats')
     with torch.no_grad():
-        expected = load_stage(stage)[1](images, mode='tensor').numpy()
+        expected = load_for_export(stage)[1](images, mode='tensor').numpy()
     found = np.load(tmp_path / 'found.npz')
     assert 0.1 < np.ptp(expected) < 20
     np.testing.assert_allclose(found['logits'], expected, rtol=0, atol=1e-5)
@@ -91,14 +96,14 @@ class HeadOfItsOwn(nn.Module):
 
 def test_a_part_that_mmseg_lacks_is_named(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeadOfItsOwn, '__module__', 'mmseg_sats.models.somewhere')
-    cfg = load_stage(stage)[0]
+    cfg = load_for_export(stage)[0]
     cfg.model.decode_head.type = 'HeadOfItsOwn'
     with pytest.raises(ValueError, match='HeadOfItsOwn extends no part of mmseg'):
         stock_config(cfg, {})
 
 
 def test_a_model_that_computes_something_else_is_refused(stage: Path) -> None:
-    cfg, model = load_stage(stage)
+    cfg, model = load_for_export(stage)
     stock = stock_config(cfg, {}).model
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     check_same_logits(model, stock, weights)
@@ -137,7 +142,7 @@ def test_onnxruntime_gives_the_same_logits_at_other_sizes(
     session = onnxruntime.InferenceSession(
         str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider']
     )
-    model = onnx_export.WholeImageLogits(load_stage(stage)[1])
+    model = onnx_export.WholeImageLogits(load_for_export(stage)[1])
     # Neither is a size that the tool itself looks at; odd ones and several images among them.
     for shape in ((1, 3, 97, 131), (3, 3, 64, 160)):
         images = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
@@ -163,7 +168,7 @@ def follow_the_page(stage: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         exec(lines, found)
-        expected = inference_model(load_stage(stage)[1], 'photo.jpg').pred_sem_seg.data[0].numpy()
+        expected = inference_model(load_for_export(stage)[1], 'photo.jpg').pred_sem_seg.data[0].numpy()
     assert (found['labels'] == expected).mean() > 0.999  # ties may fall either way
 
 
@@ -173,7 +178,7 @@ def test_onnx_that_differs_is_not_written(
     monkeypatch.setattr(onnx_export, '_serialised', lambda *_: b'')
     monkeypatch.setattr(onnx_export, '_difference', lambda *_: 2e-4)
     with pytest.raises(ValueError, match=r'differ by 0\.0002 from PyTorch'):
-        onnx_export.export_onnx(load_stage(stage)[1], tmp_path / 'model.onnx')
+        onnx_export.export_onnx(load_for_export(stage)[1], tmp_path / 'model.onnx')
     assert not list(tmp_path.iterdir())
 
 

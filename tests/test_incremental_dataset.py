@@ -13,7 +13,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
-from mmseg_sats.datasets import class_index
+from mmseg_sats.datasets.class_index import index as class_index
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImagesError
 from mmseg_sats.datasets.transforms import RelabelSegMap, relabel_table
 from mmseg_sats.protocol import Protocol
@@ -205,7 +205,7 @@ def test_metainfo_by_stage(wrapped):
         'reduce_zero_label': False,
     }
     dataset.metainfo['classes'] = ()
-    assert len(dataset.metainfo['classes']) == dataset.stage.num_seen_labels == 4
+    assert len(dataset.metainfo['classes']) == dataset.stage.num_channels == 4
     assert dataset.class_names == CLASSES
 
 

@@ -191,7 +191,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_second_tensor_of_all_pixels_and_classes_but_the_gradient(
     monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
-    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', 6 * 8 * 8)  # an image
+    monkeypatch.setitem(resizing.CHUNK_ELEMENTS, 'cpu', 6 * 8 * 8)  # an image
     student = random_tensor(4, 6, 8, 8).requires_grad_()
     teacher, labels = random_tensor(4, 4, 8, 8), random_labels(4, 8, 8, classes=6)
     losses: list[Callable[[], Tensor]] = [

@@ -14,9 +14,11 @@ from mmengine.dataset import DefaultSampler
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
-from mmseg_sats.datasets import SharedBatchSampler, shared_batches
+from mmseg_sats.datasets import SharedBatchSampler
+from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
-from mmseg_sats.models import losses_over_ranks, prototypes
+from mmseg_sats.models import losses_over_ranks as module
+from mmseg_sats.models import prototypes
 from mmseg_sats.models.losses_over_ranks import (
     labels_over_ranks,
     losses_over_ranks,
@@ -43,9 +45,9 @@ class Group:
         self._barrier = threading.Barrier(world_size, timeout=60)
         self._rank = threading.local()
         self._given: list[Tensor] = [torch.empty(0)] * world_size
-        for module in (losses_over_ranks, prototypes):
-            patch.setattr(module, 'all_reduce', self.all_reduce)
-        patch.setattr(losses_over_ranks, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
+        for one in (module, prototypes):
+            patch.setattr(one, 'all_reduce', self.all_reduce)
+        patch.setattr(module, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
 
     def all_reduce(self, tensor: Tensor, op: str = 'sum') -> None:
         if not hasattr(self._rank, 'value'):
@@ -179,7 +181,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(snapshot: str, loss: Any, **options: Any) -> nn.Module:
     auxiliary = dict(auxiliary_head_cfg(NEW), norm_cfg=NORM, loss_decode=loss)
     cfg = model_cfg(
-        NEW, old_model=dict(checkpoint=snapshot, num_classes=OLD), auxiliary_head=[auxiliary],
+        NEW, old_model=dict(checkpoint=snapshot, num_old=OLD), auxiliary_head=[auxiliary],
         prototypes=PROTOTYPES, **options,
     )  # fmt: skip
     cfg['decode_head'].update(norm_cfg=NORM, loss_decode=loss)

@@ -184,7 +184,7 @@ def test_a_whole_step_is_finite(edge: str, never: bool, method: str, tmp_path: P
     with torch.no_grad():
         if never:
             old.decode_head.conv_seg.bias[2] = -1e4
-    old_model = dict(checkpoint=save_weights(old, tmp_path / 'old.pth'), num_classes=OLD)
+    old_model = dict(checkpoint=save_weights(old, tmp_path / 'old.pth'), num_old=OLD)
     model = build(model_cfg(OLD + new, old_model=old_model, **METHODS[method]), seed=7).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs = images(len(labels), *labels.shape[1:])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmseg_sats.models import attention, resizing
+from mmseg_sats.models import resizing
+from mmseg_sats.models.attention import attention_map as attention
 from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
 from mmseg_sats.models.pixel_losses.shared import shared_losses
-from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_pieces
+from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks
 from tests.tensors import random_labels, random_tensor
 from tests.test_shared_losses import head
 
@@ -98,7 +99,7 @@ def test_logits_for_labels(monkeypatch: pytest.MonkeyPatch, elements: int) -> No
     expected = output.labelling_logits((22, 30)).argmax(1)
     labels = torch.zeros(4, 22, 30, dtype=torch.long, device='cuda')
     on_gpu = replace(output, logits=output.logits.cuda())
-    for piece, (logits,) in labelling_pieces(labels, [on_gpu], [0, 1, 3]):
+    for piece, (logits,) in labelling_chunks(labels, [on_gpu], [0, 1, 3]):
         piece.copy_(logits.argmax(1))
     chosen: Tensor = labels.cpu()
     assert torch.equal(chosen[[0, 1, 3]], expected[[0, 1, 3]])

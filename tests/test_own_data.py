@@ -283,7 +283,7 @@ def test_tests_at_another_size_are_told(
 def test_auxiliary_heads_do_not_unlearn_what_the_method_keeps(
     yard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = config(yard, monkeypatch, segmentation_loss=dict(type='UnbiasedCrossEntropyLoss', num_old='$num_old_classes'))
+    cfg = config(yard, monkeypatch, segmentation_loss=dict(type='UnbiasedCrossEntropyLoss', num_old='$num_old'))
     stage = build_stage_config(cfg, Protocol('5-3', 8), Protocol('5-3', 8).stage(1), yard / 'run')
     own = stage.model.auxiliary_head.loss_decode
     assert (own.type, own.num_old, own.loss_weight) == ('UnbiasedCrossEntropyLoss', 6, 0.4)

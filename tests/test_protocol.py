@@ -42,12 +42,12 @@ def test_stage_in_the_middle_by_hand():
     stage = Protocol('2-2', num_classes=5).stages[1]
     assert stage == Stage(index=1, new=(3, 4), old=(1, 2), future=(5,))
     assert stage.seen == (1, 2, 3, 4)
-    assert (stage.num_old_labels, stage.num_seen_labels) == (3, 5)
+    assert (stage.num_old, stage.num_channels) == (3, 5)
 
 
 def test_first_stage_knows_background_alone_before():
     stage = Protocol('2-2', num_classes=5).stages[0]
-    assert (stage.old, stage.num_old_labels, stage.num_seen_labels) == ((), 1, 3)
+    assert (stage.old, stage.num_old, stage.num_channels) == ((), 1, 3)
 
 
 def test_class_order_and_its_inverse():
@@ -67,13 +67,13 @@ def test_class_order_and_its_inverse():
 def test_joint_borrows_its_base_classes():
     joint = Protocol('joint', num_classes=20, split='15-1')
     assert joint.stages == (Stage(0, new=tuple(range(1, 21)), old=(), future=()),)
-    assert (joint.base, joint.num_base_labels) == (tuple(range(1, 16)), 16)
+    assert (joint.base, joint.num_base) == (tuple(range(1, 16)), 16)
     shuffled = Protocol('joint', num_classes=4, class_order=(3, 1, 4, 2), split='2-1')
     assert shuffled.base == (3, 1)
 
 
 def test_joint_alone_counts_all_classes_as_base():
-    assert Protocol('joint', num_classes=20).num_base_labels == 21
+    assert Protocol('joint', num_classes=20).num_base == 21
 
 
 def test_split_beside_another_name():

@@ -19,8 +19,8 @@ from mmseg_sats.datasets import (
     IncrementalDataset,
     ReplayBatchSampler,
     ReplayDataset,
-    shared_batches,
 )
+from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.exemplars import (
     Exemplar,
     Exemplars,

@@ -179,7 +179,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def later_stage(snapshot: str, **parts: Any) -> Any:
-    old_model = dict(checkpoint=snapshot, num_classes=NUM_OLD)
+    old_model = dict(checkpoint=snapshot, num_old=NUM_OLD)
     return build(model_cfg(NUM_ALL, old_model=old_model, **parts), seed=1).eval()
 
 

@@ -18,11 +18,16 @@ from mmengine.config import Config
 from mmseg_sats.engine.run_report import report_at_end
 from mmseg_sats.visualization import panel, theme
 from mmseg_sats.visualization.report import curves, heatmap, losses
-from mmseg_sats.visualization.report.page import check_options, main, write_report, write_run_report
+from mmseg_sats.visualization.report.page import (
+    check_report_options,
+    main,
+    write_report,
+    write_run_report,
+)
 from mmseg_sats.visualization.report.run_record import (
     config_differences,
+    dotted_keys,
     find_sweeps,
-    flatten,
     load_runs,
     run_labels,
 )
@@ -99,7 +104,7 @@ def test_every_number_on_the_page_is_the_runs(report: Path, tiny_runs: list[Path
     # None of the run's figures is missing.
     for i, run in enumerate(tiny_runs):
         results = json.loads((run / 'results.json').read_text())
-        for path, value in flatten({k: results[k] for k in ('final', 'average_all', 'forgetting')}).items():
+        for path, value in dotted_keys({k: results[k] for k in ('final', 'average_all', 'forgetting')}).items():
             assert value is None or (str(i), f'results/{path.replace(".", "/")}') in seen
         for k, stage in enumerate(results['stages']):
             for name, value in stage['iou'].items():
@@ -175,11 +180,11 @@ def test_data_and_weights_that_moved_are_named_on_the_page(
 
 
 def test_options_are_checked_before_training() -> None:
-    assert check_options(dict(images=1)) == dict(images=1, attention=2)
+    assert check_report_options(dict(images=1)) == dict(images=1, attention=2)
     with pytest.raises(ValueError, match=r"report='image'.*did you mean 'images'"):
-        check_options(dict(image=1))
+        check_report_options(dict(image=1))
     with pytest.raises(ValueError, match=r'report.images=-1'):
-        check_options(dict(images=-1))
+        check_report_options(dict(images=-1))
 
 
 def test_a_folder_without_a_run_names_the_runs_in_it(tiny_runs: list[Path]) -> None:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
-from mmseg_sats.models import old_model
 from mmseg_sats.models.losses import crp_loss, unbiased_distillation
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
+from mmseg_sats.models.segmentors import IncrementalEncoderDecoder, old_model
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from tests.small_models import (
     CROSS_ENTROPY,
@@ -66,7 +65,7 @@ def snapshot(tmp_path: Path) -> str:
 def later_stage(
     checkpoint: str, num_classes: int = 6, resnet: bool = False, **options: Any
 ) -> IncrementalEncoderDecoder:
-    old_model = dict(checkpoint=checkpoint, num_classes=NUM_OLD)
+    old_model = dict(checkpoint=checkpoint, num_old=NUM_OLD)
     return build(model_cfg(num_classes, resnet, old_model=old_model, **options), seed=7)
 
 
@@ -216,7 +215,7 @@ def test_the_old_model_needs_no_auxiliary_heads(tmp_path: Path) -> None:
 
 
 def test_the_old_model_needs_nothing_of_the_students_loss(snapshot: str) -> None:
-    cfg = model_cfg(6, old_model=dict(checkpoint=snapshot, num_classes=NUM_OLD), **SATS)
+    cfg = model_cfg(6, old_model=dict(checkpoint=snapshot, num_old=NUM_OLD), **SATS)
     cfg['decode_head'] = ConfigDict(cfg['decode_head'])  # as a config file gives it
     cfg['decode_head'].loss_decode = ConfigDict(type='UnbiasedCrossEntropyLoss', num_old=NUM_OLD)
     train_a_little(build(cfg).train(), steps=1)
@@ -233,7 +232,7 @@ def test_the_old_models_head_has_the_channels_of_its_own_classes(snapshot: str) 
 
 
 def test_the_old_model_of_a_sync_bn_student_runs_on_a_cpu(snapshot: str) -> None:
-    cfg = model_cfg(6, old_model=dict(checkpoint=snapshot, num_classes=NUM_OLD), **SATS)
+    cfg = model_cfg(6, old_model=dict(checkpoint=snapshot, num_old=NUM_OLD), **SATS)
     cfg['decode_head']['norm_cfg'] = dict(type='SyncBN')
     old = build(cfg).old_model
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in old.model.modules())
@@ -304,7 +303,7 @@ def test_behind_a_neck_heads_of_both_kinds_have_the_losses_of_mmseg() -> None:
 
 
 def test_a_later_stage_without_parts_has_the_losses_of_mmseg_and_reads_no_old_model() -> None:
-    cfg = model_cfg(6, old_model=dict(checkpoint='/nowhere/snapshot.pth', num_classes=NUM_OLD),
+    cfg = model_cfg(6, old_model=dict(checkpoint='/nowhere/snapshot.pth', num_old=NUM_OLD),
                     distillation=dict(), pseudo_labeler=None)
     model = build(cfg)
     batch = images(), samples(block_labels())
@@ -316,7 +315,7 @@ def test_a_later_stage_without_parts_has_the_losses_of_mmseg_and_reads_no_old_mo
 
 @pytest.mark.parametrize('resnet', [False, True])
 def test_a_snapshot_is_served_by_stock_mmseg(snapshot: str, resnet: bool) -> None:
-    cfg = model_cfg(6, resnet, old_model=dict(checkpoint=snapshot, num_classes=NUM_OLD),
+    cfg = model_cfg(6, resnet, old_model=dict(checkpoint=snapshot, num_old=NUM_OLD),
                     **(FEATURES if resnet else SATS))
     model = build(cfg).eval()
     stock = stock_model(model, cfg).eval()

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 
-from mmseg_sats.datasets import shapes, shapes_drawing
+from mmseg_sats.datasets.shapes import dataset as shapes
+from mmseg_sats.datasets.shapes import drawing as shapes_drawing
 from mmseg_sats.datasets.shapes.dataset import ShapesDataset, check_split, draw_split
 from mmseg_sats.datasets.shapes.drawing import (
     MAX_CLASSES,

@@ -18,8 +18,8 @@ from mmseg_sats.models.losses import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
-from mmseg_sats.models.pixel_losses.base import LogitsDistillation
-from mmseg_sats.models.pixel_losses.pixels import Pixels, pixel_maps
+from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
@@ -32,10 +32,10 @@ SIZE = (22, 30)
 PLAIN = [CROSS_ENTROPY, dict(type='UnbiasedCrossEntropyLoss', num_old=3, loss_weight=2.0)]
 
 
-@pytest.fixture(autouse=True, params=[1, 4000, 10**6], ids=['rows', 'pieces', 'whole'])
+@pytest.fixture(autouse=True, params=[1, 4000, 10**6], ids=['rows', 'chunks', 'whole'])
 def piece_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', request.param)
-    monkeypatch.setitem(resizing.BLOCK_ELEMENTS, 'cpu', 3 * request.param)
+    monkeypatch.setitem(resizing.CHUNK_ELEMENTS, 'cpu', request.param)
+    monkeypatch.setitem(resizing.TILE_ELEMENTS, 'cpu', 3 * request.param)
 
 
 def outputs(align_corners: bool = False) -> tuple[SegmentorOutput, SegmentorOutput, Tensor]:
@@ -66,16 +66,16 @@ def test_rows_and_their_adjoint_are_those_of_interpolate(
     grad = random_tensor(*expected.shape, seed=1)
     resized = ResizedLogits(logits.detach(), new, align_corners)
     found, total = torch.empty_like(expected), resized.zeros()
-    for place in resized.blocks():
-        block = resized.block(place)
-        for rows in resized.pieces(place):
+    for index in resized.tiles():
+        tile = resized.tile(index)
+        for rows in resized.chunks(index):
             # (n, K, h, w), whether n is of images or of one image's rows
-            at, own = (view[place[0]][..., rows, :] for view in (found, grad))
+            at, own = (view[index[0]][..., rows, :] for view in (found, grad))
             if at.dim() == 3:
                 at, own = (view.transpose(0, 1).unsqueeze(2) for view in (at, own))
-            at.copy_(block.rows(rows).view(at.shape))
-            block.add_gradient(own.flatten(2), rows)
-        block.give_gradient(total)
+            at.copy_(tile.rows(rows).view(at.shape))
+            tile.add_gradient(own.flatten(2), rows)
+        tile.give_gradient(total)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     (adjoint,) = torch.autograd.grad(expected, logits, grad)
     torch.testing.assert_close(total, adjoint, rtol=0, atol=1e-11)
@@ -86,7 +86,7 @@ def test_a_class_that_is_masked_out_of_logits_of_the_labels_size_has_no_part() -
     logits[:, 4] = -torch.inf
     logits.requires_grad_()
     labels = random_labels(2, 40, 30, classes=4).clamp(max=3)
-    (found,) = pixel_maps([lambda pixels: -pixels.log_p.gather(1, pixels.targets)[:, 0]], logits, None, labels)
+    (found,) = per_pixel_losses([lambda chunk: -chunk.log_p.gather(1, chunk.targets)[:, 0]], logits, None, labels)
     expected = F.cross_entropy(logits, labels, reduction='none')
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in (found, expected)))
@@ -172,13 +172,13 @@ def test_a_head_with_a_loss_of_its_own_and_an_unknown_class_keep_their_own_way()
     assert shared_losses(head(), {}, student, teacher, labels) == {}
 
 
-class Doubt(LogitsDistillation):
+class Doubt(PixelwiseDistillationLoss):
     """The new model's own entropy: a part that needs no old model."""
 
     needs_teacher = False
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        return -(pixels.log_p.exp() * pixels.log_p).sum(1)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        return -(chunk.log_p.exp() * chunk.log_p).sum(1)
 
 
 def test_a_part_that_needs_no_old_model_runs_without_one() -> None:
@@ -220,11 +220,11 @@ def test_what_does_not_fit_the_logits_is_named() -> None:
 def test_half_precision_is_computed_in_float32() -> None:
     student, teacher, labels = outputs()
     low = student.logits.detach().bfloat16().requires_grad_()
-    losses = [UnbiasedCrossEntropyLoss(2).pixels, UnbiasedDistillationLoss().pixels]
+    losses = [UnbiasedCrossEntropyLoss(2).per_pixel, UnbiasedDistillationLoss().per_pixel]
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        found = pixel_maps(losses, low, teacher.logits.bfloat16(), labels)
+        found = per_pixel_losses(losses, low, teacher.logits.bfloat16(), labels)
     exact = low.detach().double().requires_grad_()
-    expected = pixel_maps(losses, exact, teacher.logits.bfloat16().double(), labels)
+    expected = per_pixel_losses(losses, exact, teacher.logits.bfloat16().double(), labels)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
@@ -241,7 +241,7 @@ def test_backward_is_of_full_precision_inside_autocast_and_behind_it(inside: boo
     for dtype in (torch.float32, torch.float64):
         logits = student.logits.detach().to(dtype).requires_grad_()
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == torch.float32):
-            (values,) = pixel_maps([UnbiasedCrossEntropyLoss(2).pixels], logits, None, labels)
+            (values,) = per_pixel_losses([UnbiasedCrossEntropyLoss(2).per_pixel], logits, None, labels)
             loss = values.sum()
             if inside:
                 loss.backward()
@@ -292,8 +292,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_all_pixels_and_classes_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(resizing.PIECE_ELEMENTS, 'cpu', 1000)
-    monkeypatch.setitem(resizing.BLOCK_ELEMENTS, 'cpu', 2000)
+    monkeypatch.setitem(resizing.CHUNK_ELEMENTS, 'cpu', 1000)
+    monkeypatch.setitem(resizing.TILE_ELEMENTS, 'cpu', 2000)
     student, teacher, labels = outputs()
     labeler = EntropyPseudoLabeler(threshold=0.5)
     with LargestTensor() as largest:

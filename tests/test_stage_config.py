@@ -13,13 +13,11 @@ from mmseg.registry import MODELS
 
 import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.engine.config.stage_config import (
-    STAGE_WORDS,
     build_stage_config,
     check_pretrained,
-    config_words,
-    resolve_words,
     stage_dir,
 )
+from mmseg_sats.engine.config.variables import STAGE_VARIABLES, config_variables, resolve_variables
 from mmseg_sats.protocol import Protocol
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -43,7 +41,7 @@ def test_words_resolve_anywhere() -> None:
         plain='$size', nested=[dict(a='$name'), ('$size', ['$size'])], other='no $word', number=3, none=None,
         price='$', escaped='$size px',
     )
-    resolved = resolve_words(value, dict(size=(4, 5), name='x'))
+    resolved = resolve_variables(value, dict(size=(4, 5), name='x'))
     assert resolved == dict(
         plain=(4, 5), nested=[dict(a='x'), ((4, 5), [(4, 5)])], other='no $word', number=3, none=None,
         price='$', escaped='$size px',
@@ -57,13 +55,13 @@ def test_a_word_may_stand_for_anything_with_words_in_it() -> None:
         pipeline=[dict(type='Crop', size='$crop'), '$last'], crop='$size', size=7, last=dict(type='$name'),
         name='Pack', nothing=None,
     )
-    assert resolve_words(dict(a='$pipeline', b='$nothing'), words) == dict(
+    assert resolve_variables(dict(a='$pipeline', b='$nothing'), words) == dict(
         a=[dict(type='Crop', size=7), dict(type='Pack')], b=None
     )
 
 
 def test_places_that_name_the_same_word_do_not_share_it() -> None:
-    resolved = resolve_words(dict(a='$norm', b='$norm'), dict(norm=dict(type='BN')))
+    resolved = resolve_variables(dict(a='$norm', b='$norm'), dict(norm=dict(type='BN')))
     resolved['a']['type'] = 'SyncBN'
     assert resolved['b'] == dict(type='BN')
 
@@ -71,7 +69,7 @@ def test_places_that_name_the_same_word_do_not_share_it() -> None:
 def test_an_undefined_word_names_its_place_and_a_near_match() -> None:
     config = dict(model=dict(heads=[dict(size=1), dict(size='$crop_sise')]))
     with pytest.raises(KeyError) as error:
-        resolve_words(config, dict(crop_size=3, epochs=2))
+        resolve_variables(config, dict(crop_size=3, epochs=2))
     message = str(error.value)
     assert "model.heads[1].size='$crop_sise'" in message
     assert "did you mean 'crop_size'?" in message
@@ -80,22 +78,22 @@ def test_an_undefined_word_names_its_place_and_a_near_match() -> None:
 
 def test_an_undefined_word_behind_another_names_the_place_where_it_is_wanted() -> None:
     with pytest.raises(KeyError, match=r"a\.b='\$missing'"):
-        resolve_words(dict(a=dict(b='$outer')), dict(outer='$missing'))
+        resolve_variables(dict(a=dict(b='$outer')), dict(outer='$missing'))
 
 
 def test_a_word_that_stands_for_itself_is_refused() -> None:
     with pytest.raises(KeyError, match=r"x='\$epochs' stands for itself"):
-        resolve_words(dict(x='$epochs'), dict(epochs='$epochs'))
+        resolve_variables(dict(x='$epochs'), dict(epochs='$epochs'))
 
 
 @pytest.mark.parametrize(('size', 'crop', 'scale'), [(64, (64, 64), (256, 64)), ([48, 96], (48, 96), (384, 48))])
 def test_the_crop_size_is_height_and_width(size: Any, crop: tuple, scale: tuple) -> None:
-    words = config_words(Config(dict(crop_size=size, other=1)))
+    words = config_variables(Config(dict(crop_size=size, other=1)))
     assert words['crop_size'] == crop
     assert words['crop_scale'] == scale
     assert words['crop_wh'] == crop[::-1]
     assert words['other'] == 1
-    assert 'crop_scale' not in config_words(Config(dict(other=1)))
+    assert 'crop_scale' not in config_variables(Config(dict(other=1)))
 
 
 # Stages
@@ -115,7 +113,7 @@ def test_the_stage_knows_sizes_and_predecessors(shapes_cfg: Callable[..., Config
             assert 'old_model' not in stage_cfg.model
         else:
             assert stage_cfg.load_from == before
-            assert stage_cfg.model.old_model == dict(checkpoint=before, num_classes=3 + index)
+            assert stage_cfg.model.old_model == dict(checkpoint=before, num_old=3 + index)
     assert stage_dir('/w/run', 2) == Path('/w/run/stage_2')
 
 
@@ -138,7 +136,7 @@ def test_a_stage_config_leaves_the_runs_config_alone(shapes_cfg: Callable[..., C
 
 def test_stage_words_reach_any_place(shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg('sats', crop_size=32)
-    cfg.note = dict(words=[f'${name}' for name in STAGE_WORDS])
+    cfg.note = dict(words=[f'${name}' for name in STAGE_VARIABLES])
     notes = [c.note['words'] for c in stage_configs(cfg)]
     assert notes[0] == [0, 4, 1, (128, 32), (32, 32)]
     assert notes[3] == [3, 7, 6, (128, 32), (32, 32)]

@@ -38,7 +38,7 @@ def next_stage(tmp_path: Path, resnet: bool = False, **options: Any) -> tuple[nn
     later = dict(
         frozen=LATER.model.frozen,
         pseudo_labeler=dict(type='SigmoidPseudoLabeler'),
-        old_model=dict(checkpoint=path, num_classes=NUM_OLD),
+        old_model=dict(checkpoint=path, num_old=NUM_OLD),
     )
     new = build(ssul_cfg(NUM_NEW, resnet, **later | options), seed=1)
     load_checkpoint(new, path)
@@ -130,7 +130,7 @@ def test_new_rows_begin_as_unknown(tmp_path: Path) -> None:
 
 def test_a_start_without_unknown_is_named(tmp_path: Path) -> None:
     path = save_weights(build(model_cfg(NUM_OLD)), tmp_path / 'old.pth')
-    model = build(ssul_cfg(NUM_NEW, old_model=dict(checkpoint=path, num_classes=NUM_OLD)))
+    model = build(ssul_cfg(NUM_NEW, old_model=dict(checkpoint=path, num_old=NUM_OLD)))
     with pytest.raises(ValueError, match=r"classifier_init='unknown' needs .* unknown class"):
         load_checkpoint(model, path)
 

@@ -20,7 +20,7 @@ from rich.progress import track
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.checks.whole_dataset import Examination, examine, published_counts
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
-from mmseg_sats.engine.config.stage_config import config_words, resolve_words
+from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 
 MODES = {'train': 'train_dataloader', 'val': 'test_dataloader'}
 
@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
 def build_dataset(cfg: Config, loader: str) -> IncrementalDataset:
     """Stage 0 of the config's data, without reading any list or mask."""
     dataset = cfg[loader].dataset.to_dict()
-    words = config_words(cfg) | dict(stage=0)
-    return DATASETS.build(dict(resolve_words(dataset, words, f'{loader}.dataset'), lazy_init=True))
+    words = config_variables(cfg) | dict(stage=0)
+    return DATASETS.build(dict(resolve_variables(dataset, words, f'{loader}.dataset'), lazy_init=True))
 
 
 def examine_dataset(dataset: IncrementalDataset, mode: str) -> Examination:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmseg_sats.engine.export.onnx import check_onnx_installed, export_onnx
-from mmseg_sats.engine.export.stock import export_stage, load_stage
+from mmseg_sats.engine.export.stock import export_stage, load_for_export
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"stock mmseg computes the same: init_model('{config}', '{checkpoint}')")
         if args.onnx:
             with Console().status('writing ONNX and comparing it with PyTorch; this takes a minute or more'):
-                worst = export_onnx(load_stage(args.stage_dir)[1], out / 'model.onnx')
+                worst = export_onnx(load_for_export(args.stage_dir)[1], out / 'model.onnx')
             print(f'{out / "model.onnx"}: onnxruntime differs from PyTorch by {worst:.1e} at most')
     except (FileNotFoundError, ImportError, ValueError) as error:
         raise SystemExit(str(error)) from error

@@ -24,7 +24,7 @@ from mmseg.apis import inference_model
 
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
-from mmseg_sats.engine.export.stock import load_stage
+from mmseg_sats.engine.export.stock import load_for_export
 from mmseg_sats.visualization.overlay import draw_overlay
 
 
@@ -88,7 +88,7 @@ def main() -> int:
     """Writes an overlay per image; returns 1 if an image could not be read."""
     args = parse_args()
     try:
-        model = load_stage(args.stage_dir)[1]
+        model = load_for_export(args.stage_dir)[1]
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
     try:

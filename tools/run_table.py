@@ -17,21 +17,21 @@ from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.split import write_split
-from mmseg_sats.engine.experiments.tables import DATASETS, TABLES
+from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
 from mmseg_sats.spelling import check_choice
 
 ROOT = Path(__file__).parents[1]
-OWN_WORDS = dict(protocol='--protocols', seed='--seeds', memory='--memory')
+OWN_OPTIONS = dict(protocol='--protocols', seed='--seeds', memory='--memory')
 
 
-def words(text: str) -> list[str]:
+def comma_separated(text: str) -> list[str]:
     """A comma-separated list."""
     return [word.strip() for word in text.split(',') if word.strip()]
 
 
 def numbers(text: str) -> list[int]:
     """A comma-separated list of numbers."""
-    return [int(word) for word in words(text)]
+    return [int(word) for word in comma_separated(text)]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,15 +40,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description='Train what a table still lacks, and print it beside the published figures'
     )
     parser.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
-    parser.add_argument('--dataset', help=f"{', '.join(DATASETS)} (default: the paper's)")
+    parser.add_argument('--dataset', help=f"{', '.join(TABLE_DATASETS)} (default: the paper's)")
     parser.add_argument(
-        '--methods', type=words, metavar='A,B', help='rows of table1 and table2 (default: all)'
+        '--methods', type=comma_separated, metavar='A,B', help='rows of table1 and table2 (default: all)'
     )
     parser.add_argument(
-        '--variants', type=words, metavar='A,B',
+        '--variants', type=comma_separated, metavar='A,B',
         help='rows of the other tables, named as in their runs (without_attention, ...), beside the whole method',
     )  # fmt: skip
-    parser.add_argument('--protocols', type=words, metavar='15-1,...', help="default: the paper's")
+    parser.add_argument('--protocols', type=comma_separated, metavar='15-1,...', help="default: the paper's")
     parser.add_argument(
         '--memory', metavar='N|none|both', help="exemplars (default: as in the paper's table)"
     )
@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--stage-0-per-seed', action='store_true', help='runs of different seeds share no stage 0'
     )
     parser.add_argument(
-        '--accept', type=words, default=[], metavar='PATH,PATH',
+        '--accept', type=comma_separated, default=[], metavar='PATH,PATH',
         help='config paths in which a run that is there may differ from what is asked',
     )  # fmt: skip
     parser.add_argument(
@@ -87,7 +87,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_choice('table', args.table, TABLES)
     table = TABLES[args.table]
     args.dataset = args.dataset or table.dataset
-    check_choice('--dataset', args.dataset, DATASETS)
+    check_choice('--dataset', args.dataset, TABLE_DATASETS)
     if args.methods and table.parts:
         raise ValueError(
             f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
@@ -97,7 +97,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--variants {",".join(args.variants)}: the rows of {args.table} are systems, named by --methods'
         )
-    for word, option in OWN_WORDS.items():
+    for word, option in OWN_OPTIONS.items():
         if any(given.split('=')[0] == word for given in args.cfg_options):
             raise ValueError(f'--cfg-options {word}=...: it names the runs; give it by {option}')
     for option in ('jobs', 'threads'):
@@ -123,7 +123,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
         protocols=args.protocols,
         memories=memory_sizes(args.memory or table.memory, args.dataset),
         seeds=args.seeds,
-        words=args.cfg_options,
+        options=args.cfg_options,
     )
 
 

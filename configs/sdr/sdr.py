@@ -1,6 +1,6 @@
 """SDR: unbiased losses, and prototypes, repulsion and sparsity on the encoder's features (Michieli and Zanuttigh,
 CVPR 2021; see docs/sdr.md)."""
-segmentation_loss = dict(type='UnbiasedCrossEntropyLoss', num_old='$num_old_classes')
+segmentation_loss = dict(type='UnbiasedCrossEntropyLoss', num_old='$num_old')
 pseudo_labeler = None
 distillation = dict(
     output=dict(type='UnbiasedDistillationLoss', loss_weight=100.0),

@@ -352,7 +352,7 @@ class IncrementalDataset(Dataset):
         metainfo.update(
             classes=tuple(self.class_names[label] for label in labels),
             palette=[list(palette[label]) for label in labels],
-            num_base=self.protocol.num_base_labels,
+            num_base=self.protocol.num_base,
             stage=self.stage.index,
             label_map=None,
             reduce_zero_label=False,

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mmseg_sats.engine.checks.preflight import check_options
+from mmseg_sats.engine.checks.preflight import check_cfg_options
 
 _SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 _EXAMPLE = 'configs/sats/segformer_tiny_shapes_3-1.py'
@@ -69,6 +69,6 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
             f'{path} says nothing of a model: it is a part that configs inherit from, expected one '
             f'of a run, such as {_EXAMPLE}'
         )
-    check_options(cfg, options or {})
+    check_cfg_options(cfg, options or {})
     cfg.merge_from_dict(options or {})
     return cfg

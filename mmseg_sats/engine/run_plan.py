@@ -14,9 +14,8 @@ from mmseg.registry import DATASETS
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.engine.config.stage_config import (
     build_stage_config,
-    config_words,
-    resolve_words,
 )
+from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.protocol import Protocol
 
 
@@ -60,8 +59,8 @@ def build_protocol(cfg: Config) -> Protocol:
         ValueError: an impossible protocol.
         KeyError: the training data's config uses a word that is not defined.
     """
-    words = config_words(cfg) | dict(stage=0)
-    dataset = resolve_words(cfg.train_dataloader.dataset.to_dict(), words)
+    words = config_variables(cfg) | dict(stage=0)
+    dataset = resolve_variables(cfg.train_dataloader.dataset.to_dict(), words)
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 

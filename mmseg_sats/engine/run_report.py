@@ -18,9 +18,9 @@ def check_report(options: Mapping[str, Any] | None) -> None:
     """Raises ValueError for options that the report does not have, before anything is trained."""
     if options is not None:
         # Here and below: matplotlib is not imported by those who want no report.
-        from mmseg_sats.visualization.report.page import check_options
+        from mmseg_sats.visualization.report.page import check_report_options
 
-        check_options(options)
+        check_report_options(options)
 
 
 def report_at_end(work_dir: Path, options: Mapping[str, Any] | None) -> None:
@@ -35,12 +35,12 @@ def report_at_end(work_dir: Path, options: Mapping[str, Any] | None) -> None:
     """
     if options is None:
         return
-    from mmseg_sats.visualization.report.page import check_options, write_run_report
+    from mmseg_sats.visualization.report.page import check_report_options, write_run_report
 
     if not is_distributed():
         write_run_report(work_dir, options)
         return
-    words = [f'--{name}={value}' for name, value in check_options(options).items()]
+    words = [f'--{name}={value}' for name, value in check_report_options(options).items()]
     environment = {key: os.environ[key] for key in os.environ if key not in _RANK_VARIABLES}
     command = [sys.executable, '-m', 'mmseg_sats.visualization.report.page', str(work_dir), *words]
     subprocess.run(command, env=environment, check=False)

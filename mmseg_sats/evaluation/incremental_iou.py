@@ -59,7 +59,7 @@ class IncrementalIoUMetric(BaseMetric):
             ValueError: If prediction and label differ in shape or hold a label that no class
                 has. The message names the image.
         """
-        num_classes = len(self._meta()['classes'])
+        num_channels = len(self._meta()['classes'])
         for sample in data_samples:
             try:
                 # One result per image, never one per batch: the gathering across ranks drops
@@ -67,7 +67,7 @@ class IncrementalIoUMetric(BaseMetric):
                 counts = self.area_counts(
                     sample['pred_sem_seg']['data'].squeeze(0),
                     sample['gt_sem_seg']['data'].squeeze(0),
-                    num_classes,
+                    num_channels,
                     self.ignore_index,
                 )
             except ValueError as error:
@@ -96,15 +96,15 @@ class IncrementalIoUMetric(BaseMetric):
 
     @staticmethod
     def area_counts(
-        pred: Tensor, label: Tensor, num_classes: int, ignore_index: int = 255
+        pred: Tensor, label: Tensor, num_channels: int, ignore_index: int = 255
     ) -> np.ndarray:
         """Count, for each class, the pixels of intersection, prediction and label.
 
         Args:
             pred: Predicted classes, integer, any shape, on any device.
             label: True classes, integer, the same shape; ``ignore_index`` where unknown.
-            num_classes: K, background included.
-            ignore_index: Pixels with this label count nowhere, not in the prediction either.
+            num_channels: K, background included.
+            ignore_index: PixelChunk with this label count nowhere, not in the prediction either.
 
         Returns:
             int64 array (3, K): rows intersection, prediction, label.
@@ -120,13 +120,13 @@ class IncrementalIoUMetric(BaseMetric):
         valid = label != ignore_index
         pred, label = pred[valid].long(), label[valid]
         for name, values in (('prediction', pred), ('label', label)):
-            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_channels:
                 raise ValueError(
                     f'{name} holds values from {int(values.min())} to {int(values.max())}, '
-                    f'expected 0..{num_classes - 1} (or {ignore_index}, ignored, in the label)'
+                    f'expected 0..{num_channels - 1} (or {ignore_index}, ignored, in the label)'
                 )
-        confusion = torch.bincount(label * num_classes + pred, minlength=num_classes**2)
-        confusion = confusion.view(num_classes, num_classes)
+        confusion = torch.bincount(label * num_channels + pred, minlength=num_channels**2)
+        confusion = confusion.view(num_channels, num_channels)
         counts = torch.stack((confusion.diagonal(), confusion.sum(0), confusion.sum(1)))
         return counts.cpu().numpy()
 
@@ -172,7 +172,7 @@ class IncrementalIoUMetric(BaseMetric):
             )
         return meta
 
-    def _resolve_num_base(self, num_classes: int) -> int:
+    def _resolve_num_base(self, num_channels: int) -> int:
         """Number of base labels: the argument, or else the data set's own."""
         num_base = self.num_base
         if num_base is None:
@@ -182,10 +182,10 @@ class IncrementalIoUMetric(BaseMetric):
                 'IncrementalIoUMetric needs the number of base labels (background included): '
                 "give num_base, or a data set whose metainfo has 'num_base'"
             )
-        if not 1 <= num_base <= num_classes:
+        if not 1 <= num_base <= num_channels:
             raise ValueError(
-                f'num_base is {num_base}, expected 1..{num_classes}: the data set has '
-                f'{num_classes} classes, background included'
+                f'num_base is {num_base}, expected 1..{num_channels}: the data set has '
+                f'{num_channels} classes, background included'
             )
         return num_base
 

@@ -36,15 +36,15 @@ class ClassPrototypes:
     the next stage and through a resumed run.
 
     Args:
-        num_classes: K, background included.
+        num_channels: K, background included.
         block: which of the encoder's feature maps; -1 is the last.
     """
 
-    def __init__(self, num_classes: int, block: int = -1) -> None:
-        self.num_classes = num_classes
+    def __init__(self, num_channels: int, block: int = -1) -> None:
+        self.num_channels = num_channels
         self.block = block
-        self._sums = torch.zeros(num_classes, 0, dtype=torch.float64)
-        self._counts = torch.zeros(num_classes, dtype=torch.float64)
+        self._sums = torch.zeros(num_channels, 0, dtype=torch.float64)
+        self._counts = torch.zeros(num_channels, dtype=torch.float64)
 
     @property
     def known(self) -> Tensor:
@@ -76,8 +76,8 @@ class ClassPrototypes:
         """
         feature = features[self.block]
         labels = labels_on_grid(labels, feature.shape[2:])
-        where = (labels > 0) & (labels < self.num_classes)
-        one_hot = F.one_hot(labels[where], self.num_classes).double()
+        where = (labels > 0) & (labels < self.num_channels)
+        one_hot = F.one_hot(labels[where], self.num_channels).double()
         # A product in float64 gives the same sums each time, on a GPU too; and AMP lets it be.
         sums = one_hot.T @ pixels_of(feature, where).double()
         return torch.cat([sums, one_hot.sum(0)[:, None]], 1)
@@ -101,11 +101,11 @@ class ClassPrototypes:
             ValueError: it knows more classes than this object.
         """
         sums, counts = state['sums'].double(), state['counts'].double()
-        missing = self.num_classes - counts.shape[0]
+        missing = self.num_channels - counts.shape[0]
         if missing < 0 or sums.shape[0] != counts.shape[0]:
             raise ValueError(
                 f'prototypes of {sums.shape[0]} classes with {counts.shape[0]} counts do not fit '
-                f'{self.num_classes} classes'
+                f'{self.num_channels} classes'
             )
         self._sums = F.pad(sums, (0, 0, 0, missing)).clone()
         self._counts = F.pad(counts, (0, missing)).clone()

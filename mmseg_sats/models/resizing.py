@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Bilinear resizing of a batch of logits a piece at a time, and its adjoint.
+"""Bilinear resizing of a batch of logits a chunk at a time, and its adjoint.
 
-A piece is some whole images, which ``F.interpolate`` resizes, or, where one image is too large for a
-piece, some of its rows. Each axis is a small matrix then, so that rows can be had from those source
+A chunk is some whole images, which ``F.interpolate`` resizes, or, where one image is too large for a
+chunk, some of its rows. Each axis is a small matrix then, so that rows can be had from those source
 rows alone that they need. The gradient goes through the transposes of these matrices in both cases:
 it comes out the same every time, where that of ``F.interpolate`` on a GPU does not.
 """
@@ -19,17 +19,17 @@ from torch import Tensor
 from mmseg_sats.models.precision import working_dtype
 
 # How many entries of resized logits exist at a time, by device type: on a CPU what stays in its cache,
-# on an accelerator few and large kernels. A block of rows shares what was done to its source rows.
-PIECE_ELEMENTS = {'cpu': 2**19}
-BLOCK_ELEMENTS = {'cpu': 2**22}
+# on an accelerator few and large kernels. A tile of rows shares what was done to its source rows.
+CHUNK_ELEMENTS = {'cpu': 2**19}
+TILE_ELEMENTS = {'cpu': 2**22}
 DEFAULT_ELEMENTS = 2**24
 
-Place = tuple[slice | int, slice]
-"""Where a block lies in labels (B, H, W): several whole images, or some rows of one."""
+TileIndex = tuple[slice | int, slice]
+"""Where a tile lies in labels (B, H, W): several whole images, or some rows of one."""
 
 
 class ResizedLogits:
-    """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by pieces.
+    """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by chunks.
 
     Where they are resized they must be finite: mask a class by a large negative number, not by -inf.
 
@@ -54,32 +54,32 @@ class ResizedLogits:
         """K."""
         return self.logits.shape[1]
 
-    def blocks(self, images: Iterable[int] | None = None) -> Iterator[Place]:
-        """Cuts the batch, or some of its images, into blocks."""
+    def tiles(self, images: Iterable[int] | None = None) -> Iterator[TileIndex]:
+        """Cuts the batch, or some of its images, into tiles."""
         numbers = list(range(len(self.logits)) if images is None else images)
-        together = self._limit(PIECE_ELEMENTS) // max(1, self.channels * self.size[0] * self.size[1])
+        together = self._limit(CHUNK_ELEMENTS) // max(1, self.channels * self.size[0] * self.size[1])
         if together:
             everything = slice(0, self.size[0])
-            yield from ((run, everything) for run in _runs(numbers, together))
+            yield from ((run, everything) for run in _consecutive(numbers, together))
         else:
             for image in numbers:
-                for rows in self._cut(slice(0, self.size[0]), BLOCK_ELEMENTS):
+                for rows in self._cut(slice(0, self.size[0]), TILE_ELEMENTS):
                     yield image, rows
 
-    def pieces(self, block: Place) -> Iterator[slice]:
-        """Cuts a block into pieces, given by their rows; whole images are a piece."""
-        images, rows = block
+    def chunks(self, tile: TileIndex) -> Iterator[slice]:
+        """Cuts a tile into chunks, given by their rows; whole images are a chunk."""
+        images, rows = tile
         if isinstance(images, slice):
             yield rows
         else:
-            yield from self._cut(rows, PIECE_ELEMENTS)
+            yield from self._cut(rows, CHUNK_ELEMENTS)
 
-    def block(self, place: Place) -> 'Block':
-        """A block of ``blocks()``, also of those of other logits for the same images."""
-        images, rows = place
+    def tile(self, index: TileIndex) -> 'Tile':
+        """A tile of ``tiles()``, also of those of other logits for the same images."""
+        images, rows = index
         if isinstance(images, slice):
-            return _Images(self, images)
-        return _Rows(self, images, rows)
+            return _ImageTile(self, images)
+        return _RowTile(self, images, rows)
 
     def zeros(self) -> Tensor:
         """(B, K, h, w), for a gradient; neighbouring rows of an image are one matrix."""
@@ -98,24 +98,24 @@ class ResizedLogits:
             yield slice(start, min(start + even, rows.stop))
 
 
-class Block(ABC):
-    """Part of the resized logits, from which pieces are made."""
+class Tile(ABC):
+    """Part of the resized logits, from which chunks are made."""
 
     @abstractmethod
     def rows(self, rows: slice) -> Tensor:
-        """A piece: (n, K, W), rows of one image, or (n, K, H * W), whole images."""
+        """A chunk: (n, K, W), rows of one image, or (n, K, H * W), whole images."""
 
     @abstractmethod
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
-        """Takes the gradient of a piece."""
+        """Takes the gradient of a chunk."""
 
     @abstractmethod
     def give_gradient(self, total: Tensor) -> None:
-        """Adds to ``total``, of ``zeros()``, what all the pieces' gradients are to the logits."""
+        """Adds to ``total``, of ``zeros()``, what all the chunks' gradients are to the logits."""
 
 
-class _Images(Block):
-    """Whole images, a single piece.
+class _ImageTile(Tile):
+    """Whole images, a single chunk.
 
     Args:
         logits: whose images these are.
@@ -137,7 +137,7 @@ class _Images(Block):
         return large.contiguous().flatten(2)
 
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
-        """Takes the gradient (n, K, H * W) of the piece."""
+        """Takes the gradient (n, K, H * W) of the chunk."""
         own = self.logits
         grad = grad.unflatten(2, own.size)
         if not own.across.same:
@@ -151,7 +151,7 @@ class _Images(Block):
         total[self.images].add_(self.grad)
 
 
-class _Rows(Block):
+class _RowTile(Tile):
     """Source rows of an image, resized along the width, from which some of its rows are made.
 
     Args:
@@ -187,13 +187,13 @@ class _Rows(Block):
             self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
 
     def _sources(self, rows: slice) -> tuple[Tensor, slice]:
-        """What these rows take (n, m) of m of the block's source rows, and which those are."""
+        """What these rows take (n, m) of m of the tile's source rows, and which those are."""
         near = self.logits.down.near(rows)
         own = slice(near.start - self.near.start, near.stop - self.near.start)
         return self.logits.down.weights[rows, near], own
 
     def give_gradient(self, total: Tensor) -> None:
-        """Adds what the block's rows are to the image's gradient."""
+        """Adds what the tile's rows are to the image's gradient."""
         across = self.logits.across
         grad = self.grad if across.same else self.grad @ across.weights
         total[self.image, :, self.near].add_(grad.transpose(0, 1))
@@ -238,7 +238,7 @@ def _axis(
         )
 
 
-def _runs(numbers: Sequence[int], longest: int) -> Iterator[slice]:
+def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[slice]:
     """Ascending numbers as slices of neighbours, none longer than ``longest``."""
     start = 0
     for stop in range(1, len(numbers) + 1):

@@ -71,10 +71,10 @@ class SegmentorOutput:
         return self._resized[key]
 
 
-def labelling_pieces(
+def labelling_chunks(
     labels: Tensor, outputs: Sequence[SegmentorOutput], images: Iterable[int]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """The labels and the models' ``labelling_logits`` a piece at a time, without gradients.
+    """The labels and the models' ``labelling_logits`` a chunk at a time, without gradients.
 
     Args:
         labels: (B, H, W).
@@ -91,17 +91,17 @@ def labelling_pieces(
         for output in outputs
     ]
     largest = max(logits, key=lambda own: own.channels)
-    for place in largest.blocks(images):
+    for index in largest.tiles(images):
         with full_precision(labels):
-            blocks = [own.block(place) for own in logits]
-        for rows in largest.pieces(place):
-            piece = labels[place[0], rows]
-            if piece.dim() == 2:
-                piece = piece.unsqueeze(1)
+            tiles = [own.tile(index) for own in logits]
+        for rows in largest.chunks(index):
+            chunk = labels[index[0], rows]
+            if chunk.dim() == 2:
+                chunk = chunk.unsqueeze(1)
             with full_precision(labels):
-                values = [block.rows(rows).unflatten(2, piece.shape[1:]) for block in blocks]
+                values = [tile.rows(rows).unflatten(2, chunk.shape[1:]) for tile in tiles]
             yield (
-                piece,
+                chunk,
                 [
                     value if output.unknown is None else _with_unknown(value)
                     for value, output in zip(values, outputs, strict=True)

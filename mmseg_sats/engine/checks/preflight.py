@@ -59,7 +59,7 @@ def known_keys(cfg: Config) -> set[str]:
     return {*cfg.keys(), *KEYS}
 
 
-def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
+def check_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Refuses a ``--cfg-options`` word that the config does not have and nothing reads.
 
     Args:

@@ -1,14 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""From one config to a config per stage: an ordinary mmseg config that any mmseg tool can run.
-
-**Words.** A string ``'$name'`` anywhere in the config stands for a value: one of the config's own
-top-level values (``data_root``, ``epochs``, ``crop_size``, ``batch_size``, ``seed``, ``protocol`` and any
-other that a config defines), or one that only the stage knows (``STAGE_WORDS``). So one
-``--cfg-options epochs=3`` reaches schedule, data and model of every stage.
-"""
+"""From one config to a config per stage: an ordinary mmseg config that any mmseg tool can run."""
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,78 +15,20 @@ from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.held_out import add_held_out
 from mmseg_sats.engine.config.replay import add_replay
 from mmseg_sats.engine.config.trained_model import take_trained_model
+from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
-from mmseg_sats.spelling import near_match
 
-STAGE_WORDS = {
-    'stage': 'index of the stage',
-    'num_classes': "channels of the stage's model, background included",
-    'num_old_classes': 'channels of the old model, background included (1 in stage 0)',
-    'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
-    'crop_wh': 'the crop as (w, h), which CenterCrop wants',
-}
 STAGE_PARTS = (
     'method_initial_stage', 'method_later_stages', 'initial_stage', 'later_stages',
 )  # fmt: skip
 # Position tables, which ViT and Swin interpolate to the model's image and window while they load.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
-_WORD = re.compile(r'^\$(\w+)$')
 
 
 def stage_dir(work_dir: str | Path, index: int) -> Path:
     """The folder of stage ``index`` in a run's work dir."""
     return Path(work_dir) / f'stage_{index}'
-
-
-def config_words(cfg: Config) -> dict[str, Any]:
-    """The top-level values of ``cfg``, all of which may be used as words, ``crop_size`` as (h, w)."""
-    words = dict(cfg._cfg_dict.to_dict())
-    size = words.get('crop_size')
-    if isinstance(size, int):
-        words['crop_size'] = (size, size)
-    elif size is not None:
-        words['crop_size'] = tuple(size)
-    if size is not None:
-        height, width = words['crop_size']
-        words.update(crop_scale=(4 * width, height), crop_wh=(width, height))
-    return words
-
-
-def resolve_words(
-    value: Any, words: dict[str, Any], path: str = '', seen: tuple[str, ...] = ()
-) -> Any:
-    """A copy of ``value`` in which every ``'$word'`` is replaced.
-
-    Args:
-        value: any nesting of dicts, lists, tuples and plain values.
-        words: what the words stand for.
-        path: where ``value`` stands in the config, for messages.
-        seen: the words that led here, so that a circle is found.
-
-    Raises:
-        KeyError: a word that is not defined, with the key it stands at.
-    """
-    if isinstance(value, dict):
-        return {
-            key: resolve_words(item, words, f'{path}.{key}'.lstrip('.'), seen)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return type(value)(
-            resolve_words(item, words, f'{path}[{i}]', seen) for i, item in enumerate(value)
-        )
-    match = _WORD.match(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    if match[1] not in words:
-        raise KeyError(
-            f'{path}={value!r}: the config defines no {match[1]!r}{near_match(match[1], words)}; '
-            f'expected one of {sorted(words)}'
-        )
-    if match[1] in seen:
-        raise KeyError(f'{path}={value!r} stands for itself: {" -> ".join((*seen, match[1]))}')
-    return resolve_words(words[match[1]], words, path, (*seen, match[1]))
 
 
 def build_stage_config(
@@ -103,7 +38,7 @@ def build_stage_config(
 
     Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
-    allows no key in two of a config's bases). Then words are resolved, then come the things that only
+    allows no key in two of a config's bases). Then variables are resolved, then come the things that only
     the stage knows: the heads' sizes, the method's loss for auxiliary heads with plain cross-entropy, the
     old model, where weights start, what is held out and what replayed, names and folders. An optimizer
     without a constructor gets ``GroupedOptimWrapperConstructor``.
@@ -118,7 +53,7 @@ def build_stage_config(
         A config for ``mmengine.Runner`` and every mmseg tool.
 
     Raises:
-        KeyError: an undefined word.
+        KeyError: an undefined variable.
         ValueError: a batch has no room for what is replayed, or ``held_out`` is impossible.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
@@ -127,10 +62,10 @@ def build_stage_config(
     for owner in ('method_', ''):
         part = 'initial_stage' if stage.index == 0 else 'later_stages'
         merged.merge_from_dict(parts[owner + part])
-    words = config_words(merged) | dict(
-        stage=stage.index, num_classes=stage.num_seen_labels, num_old_classes=stage.num_old_labels
+    variables = config_variables(merged) | dict(
+        stage=stage.index, num_channels=stage.num_channels, num_old=stage.num_old
     )
-    result = StageConfig(resolve_words(merged._cfg_dict.to_dict(), words))
+    result = StageConfig(resolve_variables(merged._cfg_dict.to_dict(), variables))
     for key in ('runner_type', 'base', 'launcher'):
         result.pop(key, None)
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
@@ -154,7 +89,7 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     heads = model.get('auxiliary_head') or []
     heads = heads if isinstance(heads, list) else [heads]
     for head in [model.decode_head, *heads]:
-        head.num_classes = stage.num_seen_labels
+        head.num_classes = stage.num_channels
     loss = model.decode_head.get('loss_decode')
     for head in heads:
         own = head.get('loss_decode')
@@ -170,7 +105,7 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
         for part in (model, model.backbone):
             part.pop('pretrained', None)
         snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
-        model.old_model = dict(checkpoint=str(snapshot), num_classes=stage.num_old_labels)
+        model.old_model = dict(checkpoint=str(snapshot), num_old=stage.num_old)
 
 
 def _is_ours(loss: Any) -> bool:

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Whether two configs make the same run, and whether two runs have the same stage 0.
 
-Configs are compared as the stages see them: words resolved, stage by stage, and without what changes no
+Configs are compared as the stages see them: variables resolved, stage by stage, and without what changes no
 weight and no figure (logs, checkpoints, workers, where data lies).
 """
 
@@ -18,9 +18,8 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.engine.config.stage_config import (
     STAGE_PARTS,
     build_stage_config,
-    config_words,
-    resolve_words,
 )
+from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
 from mmseg_sats.engine.incremental_runner import IDENTITY
 from mmseg_sats.protocol import Protocol, Stage
@@ -49,14 +48,14 @@ class Fingerprint:
     Attributes:
         run: everything that a figure depends on.
         start: what stage 0's weights depend on; runs with the same may share it.
-        words: the top-level values that these come from, for messages.
+        variables: the top-level values that these come from, for messages.
         num_classes: how many foreground classes the data set has.
         num_stages: how many stages there are.
     """
 
     run: Flat
     start: Flat
-    words: Flat
+    variables: Flat
     num_classes: int
     num_stages: int
 
@@ -74,41 +73,41 @@ def fingerprint(
             they always have: nothing else could differ.
 
     Raises:
-        KeyError: the config uses a word that it does not define.
+        KeyError: the config uses a variable that it does not define.
         ValueError: an impossible protocol, or a data set that is not there.
     """
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg = copy.deepcopy(cfg)
     num_classes = num_classes or _count_classes(cfg)
-    said = resolve_words(
-        {key: cfg.get(key) for key in ('protocol', 'class_order', 'split')}, config_words(cfg)
+    said = resolve_variables(
+        {key: cfg.get(key) for key in ('protocol', 'class_order', 'split')}, config_variables(cfg)
     )
     protocol = Protocol(said['protocol'], num_classes, said['class_order'], said['split'])
-    run = flatten({key: cfg.get(key) for key in IDENTITY})
+    run = comparable_values({key: cfg.get(key) for key in IDENTITY})
     if cfg.get('memory'):
-        run.update(flatten(cfg.get('memory_selection'), 'memory_selection'))
-    words = flatten({key: cfg.get(key) for key in _used_words(cfg) + STAGE_PARTS if cfg.get(key)})
+        run.update(comparable_values(cfg.get('memory_selection'), 'memory_selection'))
+    variables = comparable_values({key: cfg.get(key) for key in _used_variables(cfg) + STAGE_PARTS if cfg.get(key)})
     seed = cfg.get('seed')
     cfg.merge_from_dict(dict(seed=0))  # told above, and wherever else it stands
     for stage in {0: protocol.stages[0], -1: protocol.stages[-1]}.values():
         part = build_stage_config(cfg, protocol, stage, '')
         name = f'stage_{stage.index}'
-        run.update(flatten({key: part.get(key) for key in TRAINING + EVALUATION}, name))
+        run.update(comparable_values({key: part.get(key) for key in TRAINING + EVALUATION}, name))
     # The memory is empty in stage 0, however large it may become.
     cfg.merge_from_dict(dict(memory=0))
     start = _start(build_stage_config(cfg, protocol, protocol.stages[0], ''), protocol.stages[0])
     if seeded_start or len(protocol.stages) == 1:
         start['seed'] = seed
-    return Fingerprint(run, start, words, num_classes, len(protocol.stages))
+    return Fingerprint(run, start, variables, num_classes, len(protocol.stages))
 
 
-def _used_words(cfg: Config) -> tuple[str, ...]:
+def _used_variables(cfg: Config) -> tuple[str, ...]:
     """The top-level values that the stages' training and evaluation are made of."""
     raw = cfg._cfg_dict.to_dict()
     used: dict[str, None] = {}
     unread = [raw.get(key) for key in TRAINING + EVALUATION]
     while unread:
-        for value in flatten(unread.pop()).values():
+        for value in comparable_values(unread.pop()).values():
             name = value[1:] if isinstance(value, str) and value.startswith('$') else None
             if name in raw and name not in used:
                 used[name] = None
@@ -118,8 +117,8 @@ def _used_words(cfg: Config) -> tuple[str, ...]:
 
 def _count_classes(cfg: Config) -> int:
     """The number of foreground classes, which only the data set knows."""
-    dataset = resolve_words(
-        cfg.train_dataloader.dataset.to_dict(), config_words(cfg) | dict(stage=0)
+    dataset = resolve_variables(
+        cfg.train_dataloader.dataset.to_dict(), config_variables(cfg) | dict(stage=0)
     )
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol.num_classes
 
@@ -136,13 +135,13 @@ def _start(cfg: Config, stage: Stage) -> Flat:
     for head in _heads(parts['model']):
         losses = head.loss_decode
         losses = losses if isinstance(losses, list | tuple) else [losses]
-        head.loss_decode = [as_plain(loss, stage.num_seen_labels) for loss in losses]
+        head.loss_decode = [as_plain(loss, stage.num_channels) for loss in losses]
     if cfg.get('val_dataloader'):  # what is held out chooses the epoch
         parts.update({key: copy.deepcopy(cfg.get(key)) for key in VALIDATION})
     for name in parts.keys() & {'train_dataloader', 'val_dataloader'}:
         for key in STAGE_KEYS:
             parts[name].dataset.pop(key, None)
-    return flatten(parts) | dict(new=list(stage.new), future=sorted(stage.future))
+    return comparable_values(parts) | dict(new=list(stage.new), future=sorted(stage.future))
 
 
 def _heads(model: ConfigDict) -> list[ConfigDict]:
@@ -155,7 +154,7 @@ def _needs_teacher(loss: Mapping[str, Any]) -> bool:
     return getattr(MODELS.get(loss['type']), 'needs_teacher', True)
 
 
-def flatten(value: Any, path: str = '') -> Flat:
+def comparable_values(value: Any, path: str = '') -> Flat:
     """Path to plain value for every leaf of a config; a file stands for its name, wherever it lies."""
     if path.endswith('custom_hooks'):
         value = {hook['type']: dict(hook, type=True) for hook in value or ()}
@@ -164,7 +163,7 @@ def flatten(value: Any, path: str = '') -> Flat:
     if isinstance(value, Mapping) and value:
         flat: Flat = {}
         for key, item in value.items():
-            flat.update(flatten(item, f'{path}.{key}'.lstrip('.')))
+            flat.update(comparable_values(item, f'{path}.{key}'.lstrip('.')))
         return flat
     if _HOW.search(path):
         return {}
@@ -205,15 +204,15 @@ def explain(there: Fingerprint, asked: Fingerprint, accept: Sequence[str] = ()) 
     found = differences(there.run, asked.run, accept)
     if not found:
         return ''
-    both = there.words.keys() & asked.words.keys()
-    words = {
+    both = there.variables.keys() & asked.variables.keys()
+    variables = {
         path: text
-        for path, text in differences(there.words, asked.words, accept).items()
+        for path, text in differences(there.variables, asked.variables, accept).items()
         if path in both
     }
     # epochs=12 shows in the loop and in the schedules too: once is enough.
-    rest = {path: text for path, text in found.items() if text not in words.values()}
-    shown = [f'{path}: {text}' for path, text in {**words, **rest}.items()]
+    rest = {path: text for path, text in found.items() if text not in variables.values()}
+    shown = [f'{path}: {text}' for path, text in {**variables, **rest}.items()]
     return '; '.join(shown[:SHOWN]) + (f'; {len(shown) - SHOWN} more' if shown[SHOWN:] else '')
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 IGNORE = 255
 
 
-def as_plain(loss: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+def as_plain(loss: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
     """The config of a loss, or of cross-entropy where the loss trains exactly as that does.
 
     The loss is tried: in value and in every gradient it must be a multiple of the mean over all pixels,
@@ -21,11 +21,11 @@ def as_plain(loss: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
 
     Args:
         loss: the config of a head's ``loss_decode``.
-        num_classes: channels of the head.
+        num_channels: channels of the head.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, num_classes, 5, 7, generator=generator, dtype=torch.float64)
-    labels = torch.randint(num_classes, (2, 5, 7), generator=generator)
+    logits = torch.randn(2, num_channels, 5, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(num_channels, (2, 5, 7), generator=generator)
     labels[0, 0, :3] = IGNORE
     try:
         module = MODELS.build(dict(loss))

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""From a table's rows to runs: which config, words and folder each figure of the table comes from."""
+"""From a table's rows to runs: which config, options and folder each figure of the table comes from."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mmseg_sats.engine.checks.preflight import check_options, known_keys
-from mmseg_sats.engine.experiments.tables import DATASETS, SYSTEMS, Part, Row, Table
+from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
+from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.spelling import check_choice, near_match
 
@@ -23,27 +23,27 @@ class Run:
     Attributes:
         name: its folder in the tables' work dir, ``sats_m_without_attention_15-1_seed0``.
         config: its config file.
-        words: what ``--cfg-options`` overrides, seed and memory among it.
+        options: what ``--cfg-options`` overrides, seed and memory among it.
     """
 
     name: str
     config: Path
-    words: tuple[str, ...]
+    options: tuple[str, ...]
 
     def load(self) -> Config:
         """The config as the run will have it, but for its work dir.
 
         Raises:
-            KeyError: the config has no such word.
-            ValueError: a word does not fit the config, or has no value.
+            KeyError: the config has no such option.
+            ValueError: a option does not fit the config, or has no value.
         """
         cfg = Config.fromfile(self.config)
-        options = parse_words(self.words)
-        check_options(cfg, options)
+        options = parse_options(self.options)
+        check_cfg_options(cfg, options)
         try:
             cfg.merge_from_dict(options)
         except (AssertionError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f'{" ".join(self.words)} does not fit {self.config}: {error}') from error
+            raise ValueError(f'{" ".join(self.options)} does not fit {self.config}: {error}') from error
         cfg.setdefault('method', self.config.parent.name)
         cfg.setdefault('memory', 0)
         return cfg
@@ -73,18 +73,18 @@ class Plan:
         return list({run.name: run for cell in self.cells for run in cell.runs}.values())
 
 
-def parse_words(words: Sequence[str]) -> dict[str, Any]:
-    """``k=v`` words as ``--cfg-options`` reads them.
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """``k=v`` options as ``--cfg-options`` reads them.
 
     Raises:
-        ValueError: a word without ``=``.
+        ValueError: an option without ``=``.
     """
-    wrong = [word for word in words if '=' not in word]
+    wrong = [option for option in options if '=' not in option]
     if wrong:
         raise ValueError(f'--cfg-options {" ".join(wrong)}: expected KEY=VALUE')
     parser = argparse.ArgumentParser()
-    parser.add_argument('--words', nargs='*', action=DictAction, default={})
-    return parser.parse_args(['--words', *words]).words
+    parser.add_argument('--options', nargs='*', action=DictAction, default={})
+    return parser.parse_args(['--options', *options]).options
 
 
 def find_systems(configs: Path) -> list[str]:
@@ -99,11 +99,11 @@ def memory_sizes(memory: str, dataset: str) -> tuple[int, ...]:
     Raises:
         ValueError: none of these.
     """
-    own = DATASETS[dataset].memory
+    own = TABLE_DATASETS[dataset].memory
     if memory.isdecimal():
         return (int(memory),)
-    check_choice('--memory', memory, words := dict(none=(0,), memory=(own,), both=(0, own)))
-    return words[memory]
+    check_choice('--memory', memory, options := dict(none=(0,), memory=(own,), both=(0, own)))
+    return options[memory]
 
 
 def make_plan(
@@ -116,24 +116,24 @@ def make_plan(
     protocols: Sequence[str] | None = None,
     memories: Sequence[int] = (0,),
     seeds: Sequence[int] = (0,),
-    words: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> Plan:
     """The runs of a table.
 
     Args:
         table: which table.
-        dataset: a name of ``DATASETS``.
+        dataset: a name of ``TABLE_DATASETS``.
         configs: the folder of configs, one folder for each method in it.
         systems: rows of a table of systems; all by default.
         variants: rows of a table of variants beside the method as it is; all by default.
         protocols: by default those that the paper shows, or all of the data set where it shows none of them.
         memories: sizes of the memory, 0 without.
         seeds: seeds.
-        words: further words for ``--cfg-options``; each is for the configs that have it.
+        options: further options for ``--cfg-options``; each is for the configs that have it.
 
     Raises:
         ValueError: a system that neither the tables nor the folder know, a variant that the table lacks, or
-            a word that no config has.
+            a option that no config has.
     """
     known = find_systems(configs)
     for system in systems or ():
@@ -154,11 +154,11 @@ def make_plan(
                     if isinstance(config, str):
                         plan.missing.append(config)
                     runs = () if isinstance(config, str) else tuple(
-                        _run(row, config, protocol, memory, seed, words) for seed in seeds
+                        _run(row, config, protocol, memory, seed, options) for seed in seeds
                     )  # fmt: skip
                     plan.cells.append(Cell(part, row, protocol, memory, runs))
     plan.missing = list(dict.fromkeys(plan.missing))
-    _check_words(plan.runs, words)
+    _check_options(plan.runs, options)
     return plan
 
 
@@ -167,17 +167,17 @@ def _known_keys(config: Path) -> frozenset[str]:
     return frozenset(known_keys(Config.fromfile(config)))
 
 
-def _key(word: str) -> str:
-    return word.split('=')[0].split('.')[0]
+def _key(option: str) -> str:
+    return option.split('=')[0].split('.')[0]
 
 
-def _check_words(runs: Sequence[Run], words: Sequence[str]) -> None:
-    """Refuses a word that none of the configs has: it would do nothing."""
+def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
+    """Refuses a option that none of the configs has: it would do nothing."""
     known = {key for run in runs for key in _known_keys(run.config)}
-    for word in words if runs else ():
-        if _key(word) not in known:
+    for option in options if runs else ():
+        if _key(option) not in known:
             raise ValueError(
-                f'--cfg-options {word}: none of the configs has {_key(word)!r}{near_match(_key(word), known)}'
+                f'--cfg-options {option}: none of the configs has {_key(option)!r}{near_match(_key(option), known)}'
             )
 
 
@@ -186,7 +186,7 @@ def _is_joint(config: Path | str) -> bool:
 
 
 def _protocols(part: Part, dataset: str) -> tuple[str, ...]:
-    own = DATASETS[dataset].protocols
+    own = TABLE_DATASETS[dataset].protocols
     return tuple(protocol for protocol in part.protocols if protocol in own) or own
 
 
@@ -194,7 +194,7 @@ def _find_config(
     configs: Path, row: Row, dataset: str, protocol: str, memory: int
 ) -> Path | str:
     """The row's config file, one made for memory (``_m``) first, or a text that says what is missing."""
-    model = f'{row.model}*' if row.model else DATASETS[dataset].model
+    model = f'{row.model}*' if row.model else TABLE_DATASETS[dataset].model
     folder = configs / row.method
     for end in ('_m', '') if memory else ('',):
         paths = sorted(folder.glob(f'{model}_{dataset}_{protocol}{end}.py'))
@@ -206,10 +206,10 @@ def _find_config(
 
 
 def _run(
-    row: Row, config: Path, protocol: str, memory: int, seed: int, words: Sequence[str]
+    row: Row, config: Path, protocol: str, memory: int, seed: int, options: Sequence[str]
 ) -> Run:
     name = '_'.join(filter(None, (row.method, 'm' if memory else '', row.variant)))
     own = (f'seed={seed}', f'memory={memory}', *row.options)
     # Table 1 asks for a folder of outside images, which most systems do not know.
-    fitting = (word for word in words if _key(word) in _known_keys(config))
+    fitting = (option for option in options if _key(option) in _known_keys(config))
     return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting, *own))

@@ -24,8 +24,8 @@ class Record:
         accept: config paths whose difference does not count.
 
     Raises:
-        KeyError: the config uses a word that it does not define.
-        ValueError: an impossible protocol, or words that do not fit the config.
+        KeyError: the config uses a variable that it does not define.
+        ValueError: an impossible protocol, or options that do not fit the config.
     """
 
     def __init__(

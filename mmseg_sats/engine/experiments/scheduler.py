@@ -160,7 +160,7 @@ class Scheduler:
         run = record.run
         command = [sys.executable, str(self.script), str(run.config), '--work-dir', str(record.folder)]
         command += ['--resume', *(['--base', str(base)] if base else [])]
-        command += ['--cfg-options', *run.words]
+        command += ['--cfg-options', *run.options]
         with (record.folder / 'log.txt').open('ab') as log:
             start = log.tell()
             process = subprocess.Popen(
@@ -213,7 +213,7 @@ class Scheduler:
             self._say(f'    {line}', with_time=False)
 
     def _stop(self) -> None:
-        """Ends what is still running: a word first, so that it can save, then by force."""
+        """Ends what is still running: a signal first, so that it can save, then by force."""
         for job in self.running:
             job.process.send_signal(signal.SIGTERM)
         try:

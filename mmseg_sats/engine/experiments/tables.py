@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The paper's tables as rows: a row is a method's config plus the words that override it. Pure Python."""
+"""The paper's tables as rows: a row is a method's config plus the options that override it. Pure Python."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class DataSet:
     protocols: tuple[str, ...]
 
 
-DATASETS = {
+TABLE_DATASETS = {
     'voc': DataSet('segformer_b2', 100, VOC_PROTOCOLS),
     'voc_mini': DataSet('segformer_b0', 40, VOC_PROTOCOLS),
     'ade20k': DataSet('segformer_b2', 300, ADE20K_PROTOCOLS),
@@ -40,7 +40,7 @@ class Row:
     Attributes:
         title: what the table shows.
         variant: joins the row with the published figures and names its runs; empty for a method as it is.
-        options: words for ``--cfg-options``.
+        options: options for ``--cfg-options``.
         method: the folder of configs.
         model: how the config's file name begins, where it is not the data set's own model.
     """
@@ -77,7 +77,7 @@ class Table:
     def parts_for(self, systems: Sequence[str]) -> tuple[Part, ...]:
         """The parts, with a row for every one of ``systems`` where the table has none of its own."""
         rows = tuple(Row(method, method=method) for method in systems)
-        return self.parts or (Part('systems', 'systems', rows, DATASETS[self.dataset].protocols),)
+        return self.parts or (Part('systems', 'systems', rows, TABLE_DATASETS[self.dataset].protocols),)
 
 
 def _weights(part: str, title: str, name: str, values: Sequence[int]) -> tuple[Row, ...]:

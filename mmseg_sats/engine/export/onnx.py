@@ -56,7 +56,7 @@ def export_onnx(model: EncoderDecoder, path: Path) -> float:
     """Writes the model as ONNX with free batch, height and width.
 
     Args:
-        model: the stage's model as ``load_stage`` gives it. Its classes and palette, and mean and
+        model: the stage's model as ``load_for_export`` gives it. Its classes and palette, and mean and
             standard deviation of its preprocessing become metadata of the file, as JSON.
         path: the file to write.
 

@@ -33,7 +33,7 @@ def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
         FileNotFoundError: the stage lacks a file.
         ValueError: the model cannot do without this package, or does not compute the same without.
     """
-    cfg, model = load_stage(stage_dir)
+    cfg, model = load_for_export(stage_dir)
     stock = stock_config(cfg, model.dataset_meta)
     check_same_logits(model, stock.model, model.state_dict())
     out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
     return out / 'config.py', out / 'model.pth'
 
 
-def load_stage(stage_dir: Path) -> tuple[Config, nn.Module]:
+def load_for_export(stage_dir: Path) -> tuple[Config, nn.Module]:
     """A stage's config and its model with the snapshot's weights, in eval mode on the CPU.
 
     As from ``mmseg.apis.init_model``, but the file is read without running code out of it.
@@ -51,7 +51,7 @@ def load_stage(stage_dir: Path) -> tuple[Config, nn.Module]:
         FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
         ValueError: the snapshot is no checkpoint, or lacks tensors of the model.
     """
-    stage = stage_model.load_stage(stage_dir)
+    stage = stage_model.load_for_export(stage_dir)
     model = stage.model.cpu()
     # Where mmseg.apis look for them.
     model.cfg, model.dataset_meta = stage.cfg, dict(classes=stage.classes, palette=stage.palette)

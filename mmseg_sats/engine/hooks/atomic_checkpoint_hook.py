@@ -8,12 +8,11 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import nn
 
 from mmseg_sats.checkpoint import write_atomically, write_text
+from mmseg_sats.engine.files.snapshot import unwrap
 
 BACKEND = 'mmseg_sats_atomic'
 PATTERNS = ('epoch_*.pth', 'iter_*.pth')
@@ -82,14 +81,14 @@ class AtomicCheckpointHook(CheckpointHook):
         if getattr(wrapper, '_accumulative_counts', 1) > 1 and not wrapper.should_update():
             checkpoint['gradients'] = {
                 name: parameter.grad.detach().cpu()
-                for name, parameter in _unwrap(runner.model).named_parameters()
+                for name, parameter in unwrap(runner.model).named_parameters()
                 if parameter.grad is not None
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Puts those gradients back."""
         gradients = checkpoint.get('gradients', {})
-        for name, parameter in _unwrap(runner.model).named_parameters():
+        for name, parameter in unwrap(runner.model).named_parameters():
             if name in gradients and runner._resume:
                 parameter.grad = gradients[name].to(parameter)
 
@@ -124,7 +123,3 @@ class AtomicCheckpointHook(CheckpointHook):
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for path in others[self.keep - 1 :]:
             path.unlink()
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

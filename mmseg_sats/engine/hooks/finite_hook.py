@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
+
+from mmseg_sats.engine.files.snapshot import unwrap
 
 _NAMED = 5
 
@@ -40,7 +41,7 @@ class FiniteHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Watches the optimizer's steps."""
         self._scale = _scale(runner)
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         runner.optim_wrapper.optimizer.register_step_pre_hook(
             lambda optimizer, *_: self._look_at(model, optimizer)
         )
@@ -124,7 +125,3 @@ def _where(runner: Runner) -> str:
 def _scale(runner: Runner) -> float | None:
     wrapper = runner.optim_wrapper
     return wrapper.loss_scaler.get_scale() if isinstance(wrapper, AmpOptimWrapper) else None
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
-from mmseg_sats.models.segmentor_output import labelling_pieces
+from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.models.segmentor_output import labelling_chunks
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 
 
@@ -35,7 +35,7 @@ class PseudoLabelThresholdHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Sets the thresholds of the model's pseudo-labeler, if it has an old model to label with."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrap(runner.model)
         labeler = getattr(model, 'pseudo_labeler', None)
         if labeler is None or model.old_model is None or not getattr(labeler, 'needs_pass', False):
             return
@@ -65,8 +65,8 @@ class PseudoLabelThresholdHook(Hook):
             labels, _ = model.without_unknown(labels)
             output = model.old_model(data['inputs'])
             labels = labels.to(device).long()
-            for piece, logits in labelling_pieces(labels, [output], range(len(labels))):
-                labeler.update(piece, *logits)
+            for chunk, logits in labelling_chunks(labels, [output], range(len(labels))):
+                labeler.update(chunk, *logits)
         all_reduce(labeler.histograms)
         labeler.compute()
 

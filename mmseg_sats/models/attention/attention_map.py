@@ -177,7 +177,7 @@ def _chunks(rows: Sequence[int], row_elements: int, limit: int, padded: bool) ->
         start = stop
 
 
-class _Rows:
+class _ForegroundRows:
     """The foreground's rows of a batch of attention maps, chunk by chunk."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, regions: ClassRegions) -> None:
@@ -199,14 +199,14 @@ class _Rows:
         padded = self.query.device.type not in CHUNK_ELEMENTS
         return _chunks(self.rows, row_elements, chunk_elements(self.query), padded)
 
-    def places(self, chunk: _Chunk) -> Tensor:
+    def flat_positions(self, chunk: _Chunk) -> Tensor:
         """Flat positions (n * P,) of the chunk's rows in the batch."""
         return self.positions[chunk.images, chunk.rows].reshape(-1)
 
     def queries(self, chunk: _Chunk) -> Tensor:
         """(n, heads, P, d)"""
         count = chunk.images.stop - chunk.images.start
-        rows = self.query.index_select(0, self.places(chunk)).view(count, -1, self.heads, self.dim)
+        rows = self.query.index_select(0, self.flat_positions(chunk)).view(count, -1, self.heads, self.dim)
         # What background holds must not come in, be it multiplied by 0.
         rows.masked_fill_(self.pads[chunk.images, chunk.rows, None, None], 0)
         return rows.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
@@ -231,7 +231,7 @@ class _RegionMean(torch.autograd.Function):
         ctx.save_for_backward(query, key)
         ctx.scale, ctx.regions = scale, regions
         with full_precision(query):
-            rows = _Rows(query, key, scale, regions)
+            rows = _ForegroundRows(query, key, scale, regions)
             means = rows.key.new_zeros(rows.batch, rows.heads, regions.width, key.shape[2])
             for chunk in rows.chunks():
                 attention = rows.attention(rows.queries(chunk), chunk)
@@ -244,7 +244,7 @@ class _RegionMean(torch.autograd.Function):
         """Gradients like queries and keys, from that of the means (B, heads, width, S)."""
         query, key = ctx.saved_tensors
         with full_precision(query):
-            rows = _Rows(query, key, ctx.scale, ctx.regions)
+            rows = _ForegroundRows(query, key, ctx.scale, ctx.regions)
             grad_query = rows.query.new_zeros(rows.query.shape)
             grad_key = torch.zeros_like(rows.key)
             for chunk in rows.chunks():
@@ -254,7 +254,7 @@ class _RegionMean(torch.autograd.Function):
                 grad_scores = torch._softmax_backward_data(grad_rows, attention, -1, rows.dtype)
                 grad_rows = (grad_scores @ rows.key[chunk.images]).transpose(1, 2)
                 grad_rows = grad_rows.to(query.dtype, memory_format=torch.contiguous_format)
-                grad_query.index_copy_(0, rows.places(chunk), grad_rows.flatten(0, 1))
+                grad_query.index_copy_(0, rows.flat_positions(chunk), grad_rows.flatten(0, 1))
                 grad_key[chunk.images].add_(grad_scores.mT @ queries)
         grad_query = grad_query.unflatten(0, (rows.batch, rows.length)).transpose(1, 2)
         return grad_query, grad_key.mul_(ctx.scale).to(key.dtype), None, None

@@ -25,24 +25,24 @@ class SplitClassifier(nn.Module):
     averages the tensors of ``state_dict``, which are copies here: leave it at mmengine's False.)
 
     Args:
-        channels: channels of the features.
-        num_classes: K, background included, the unknown class not.
+        in_channels: channels of the features.
+        num_channels: K, background included, the unknown class not.
         num_old: channels of the old model, background included; 1 in stage 0.
     """
 
-    def __init__(self, channels: int, num_classes: int, num_old: int) -> None:
+    def __init__(self, in_channels: int, num_channels: int, num_old: int) -> None:
         super().__init__()
-        self.in_channels = channels
-        self.out_channels = num_classes
-        sizes = dict(background=1, old=num_old - 1, new=num_classes - num_old)
+        self.in_channels = in_channels
+        self.out_channels = num_channels
+        sizes = dict(background=1, old=num_old - 1, new=num_channels - num_old)
         self.sizes = {name: size for name, size in sizes.items() if size}
         for name, size in self.sizes.items():
-            self.add_module(name, nn.Conv2d(channels, size, 1))
-        self.unknown = nn.Conv2d(channels, 1, 1)
+            self.add_module(name, nn.Conv2d(in_channels, size, 1))
+        self.unknown = nn.Conv2d(in_channels, 1, 1)
         self._register_state_dict_hook(_join_pieces)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K + 1, h, w) of features (B, channels, h, w); the unknown class is the last."""
+        """Logits (B, K + 1, h, w) of features (B, in_channels, h, w); the unknown class is the last."""
         pieces = [self.get_submodule(name) for name in (*self.sizes, 'unknown')]
         weight = torch.cat([piece.weight for piece in pieces])
         return nn.functional.conv2d(x, weight, torch.cat([piece.bias for piece in pieces]))

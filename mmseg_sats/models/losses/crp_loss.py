@@ -351,12 +351,12 @@ class CRPDistillationLoss(nn.Module):
         """Whether the segmentor must ask its backbone for attention."""
         return _attentions in self._sources
 
-    def prepare(self, teacher: SegmentorOutput, labels: Tensor, num_classes: int) -> None:
-        """Finds the regions of the labels (B, H, W), below ``num_classes``, for the next call with them.
+    def prepare(self, teacher: SegmentorOutput, labels: Tensor, num_channels: int) -> None:
+        """Finds the regions of the labels (B, H, W), below ``num_channels``, for the next call with them.
 
         That waits for the GPU, which has less to do before the student's forward pass than after it.
         """
-        self._prepared = self._grids(teacher, 'teacher', labels, num_classes)
+        self._prepared = self._grids(teacher, 'teacher', labels, num_channels)
         if self.pooling == 'class':
             self._prepared.by_class  # noqa: B018  found now
 
@@ -384,12 +384,12 @@ class CRPDistillationLoss(nn.Module):
         return self.loss_weight * sum(losses)
 
     def _grids(
-        self, output: SegmentorOutput, owner: str, labels: Tensor, num_classes: int
+        self, output: SegmentorOutput, owner: str, labels: Tensor, num_channels: int
     ) -> _LabelGrids:
         blocks = [
             block
             for blocks_of in self._sources
             for block in pick_blocks(blocks_of(output), self.blocks, owner)
         ]
-        num_labels = max(BYTE_LABELS, num_classes)
+        num_labels = max(BYTE_LABELS, num_channels)
         return _LabelGrids(labels, self.ignore_index, num_labels, [_grid(block) for block in blocks])

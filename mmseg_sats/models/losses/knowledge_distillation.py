@@ -8,8 +8,8 @@ divisor of the released code of MiB and PLOP, which compare with it: the mean ov
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import LogitsDistillation, mean_over_pixels
-from mmseg_sats.models.pixel_losses.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, mean_over_pixels
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 
 
 def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -31,13 +31,13 @@ def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Te
     return mean_over_pixels(_cross_entropy_to_teacher, student_logits, teacher_logits)
 
 
-def _cross_entropy_to_teacher(pixels: Pixels) -> Tensor:
-    log_p = pixels.student[:, : pixels.q.shape[1]].log_softmax(1)
-    return -(pixels.q * log_p).mean(1)
+def _cross_entropy_to_teacher(chunk: PixelChunk) -> Tensor:
+    log_p = chunk.student[:, : chunk.q.shape[1]].log_softmax(1)
+    return -(chunk.q * log_p).mean(1)
 
 
 @MODELS.register_module()
-class KnowledgeDistillationLoss(LogitsDistillation):
+class KnowledgeDistillationLoss(PixelwiseDistillationLoss):
     """:func:`knowledge_distillation` between student and old model, at the labels' size.
 
     Args:
@@ -45,6 +45,6 @@ class KnowledgeDistillationLoss(LogitsDistillation):
             comparison.
     """
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w)."""
-        return _cross_entropy_to_teacher(pixels)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w)."""
+        return _cross_entropy_to_teacher(chunk)

@@ -7,8 +7,8 @@ Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 20
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import LogitsDistillation, mean_over_pixels
-from mmseg_sats.models.pixel_losses.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, mean_over_pixels
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 
 
 def self_entropy(logits: Tensor) -> Tensor:
@@ -23,12 +23,12 @@ def self_entropy(logits: Tensor) -> Tensor:
     return mean_over_pixels(_entropy, logits, logits.detach())
 
 
-def _entropy(pixels: Pixels) -> Tensor:
-    return -(pixels.log_p.exp() * pixels.log_p).sum(1)
+def _entropy(chunk: PixelChunk) -> Tensor:
+    return -(chunk.log_p.exp() * chunk.log_p).sum(1)
 
 
 @MODELS.register_module()
-class SelfEntropyLoss(LogitsDistillation):
+class SelfEntropyLoss(PixelwiseDistillationLoss):
     """``-loss_weight * self_entropy``: minimising it smooths the new model's predictions.
 
     The old model plays no part in it.
@@ -40,6 +40,6 @@ class SelfEntropyLoss(LogitsDistillation):
     def __init__(self, loss_weight: float = 0.1) -> None:
         super().__init__(loss_weight)
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """Minus the entropy of each pixel of a piece, (n, w)."""
-        return -_entropy(pixels)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """Minus the entropy of each pixel of a chunk, (n, w)."""
+        return -_entropy(chunk)

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import LogitsDistillation, PixelLoss, mean_over_pixels
-from mmseg_sats.models.pixel_losses.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import (
+    PixelwiseDistillationLoss,
+    PixelwiseSegmentationLoss,
+    mean_over_pixels,
+)
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 
 
 def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
@@ -32,10 +36,10 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 25
     return SigmoidCrossEntropyLoss()(logits, labels, ignore_index=ignore_index)
 
 
-def _against_one_hot(pixels: Pixels) -> Tensor:
-    one_hot = torch.zeros_like(pixels.student).scatter_(1, pixels.targets, 1)
-    loss = F.binary_cross_entropy_with_logits(pixels.student, one_hot, reduction='none').sum(1)
-    return loss.masked_fill(pixels.ignored, 0)
+def _against_one_hot(chunk: PixelChunk) -> Tensor:
+    one_hot = torch.zeros_like(chunk.student).scatter_(1, chunk.targets, 1)
+    loss = F.binary_cross_entropy_with_logits(chunk.student, one_hot, reduction='none').sum(1)
+    return loss.masked_fill(chunk.ignored, 0)
 
 
 def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -54,13 +58,13 @@ def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tens
     return mean_over_pixels(_against_sigmoids, student_logits, teacher_logits)
 
 
-def _against_sigmoids(pixels: Pixels) -> Tensor:
-    x, old = pixels.student[:, : pixels.teacher.shape[1]], pixels.teacher.sigmoid()
+def _against_sigmoids(chunk: PixelChunk) -> Tensor:
+    x, old = chunk.student[:, : chunk.teacher.shape[1]], chunk.teacher.sigmoid()
     return F.binary_cross_entropy_with_logits(x, old, reduction='none').sum(1)
 
 
 @MODELS.register_module()
-class SigmoidCrossEntropyLoss(PixelLoss):
+class SigmoidCrossEntropyLoss(PixelwiseSegmentationLoss):
     """:func:`sigmoid_cross_entropy` as the ``loss_decode`` of an mmseg head.
 
     The sigmoid keeps the order of the logits, so the class is their argmax, as mmseg predicts it.
@@ -70,19 +74,19 @@ class SigmoidCrossEntropyLoss(PixelLoss):
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
     """
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w), 0 where ignored."""
-        return _against_one_hot(pixels)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w), 0 where ignored."""
+        return _against_one_hot(chunk)
 
 
 @MODELS.register_module()
-class SigmoidDistillationLoss(LogitsDistillation):
+class SigmoidDistillationLoss(PixelwiseDistillationLoss):
     """:func:`sigmoid_distillation` between student and old model, at the labels' size.
 
     Args:
         loss_weight: factor of the loss: 10 published for LwF-MC.
     """
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w)."""
-        return _against_sigmoids(pixels)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w)."""
+        return _against_sigmoids(chunk)

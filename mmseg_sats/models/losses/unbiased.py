@@ -9,16 +9,20 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import LogitsDistillation, PixelLoss, mean_over_pixels
-from mmseg_sats.models.pixel_losses.pixels import Pixels
+from mmseg_sats.models.pixel_losses.base import (
+    PixelwiseDistillationLoss,
+    PixelwiseSegmentationLoss,
+    mean_over_pixels,
+)
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 
 
-def _cross_entropy_of_pixels(pixels: Pixels, num_old: int) -> Tensor:
+def _cross_entropy_of_pixels(chunk: PixelChunk, num_old: int) -> Tensor:
     """-log p of every pixel's label, (n, w); background stands for all the old classes."""
-    own = pixels.log_p.gather(1, pixels.targets)[:, 0]
-    any_old = pixels.log_p[:, :num_old].logsumexp(1)
-    log_likelihood = torch.where(pixels.targets[:, 0] == 0, any_old, own)
-    return -log_likelihood.masked_fill(pixels.ignored, 0)
+    own = chunk.log_p.gather(1, chunk.targets)[:, 0]
+    any_old = chunk.log_p[:, :num_old].logsumexp(1)
+    log_likelihood = torch.where(chunk.targets[:, 0] == 0, any_old, own)
+    return -log_likelihood.masked_fill(chunk.ignored, 0)
 
 
 def _check_num_old(num_old: int, channels: int) -> None:
@@ -27,13 +31,13 @@ def _check_num_old(num_old: int, channels: int) -> None:
                          f'for logits of K={channels} channels')
 
 
-def _distillation_of_pixels(pixels: Pixels) -> Tensor:
+def _distillation_of_pixels(chunk: PixelChunk) -> Tensor:
     """The distillation of every pixel, (n, w), divided by the old model's channels."""
-    num_old = pixels.q.shape[1]
-    background, old, new = pixels.log_p.split([1, num_old - 1, pixels.log_p.shape[1] - num_old], 1)
+    num_old = chunk.q.shape[1]
+    background, old, new = chunk.log_p.split([1, num_old - 1, chunk.log_p.shape[1] - num_old], 1)
     unseen = torch.cat([background, new], 1).logsumexp(1)
-    old = (pixels.q[:, 1:] * old).sum(1)
-    return torch.addcmul(old, pixels.q[:, 0], unseen) / -num_old
+    old = (chunk.q[:, 1:] * old).sum(1)
+    return torch.addcmul(old, chunk.q[:, 0], unseen) / -num_old
 
 
 def unbiased_cross_entropy(
@@ -80,7 +84,7 @@ def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Ten
 
 
 @MODELS.register_module()
-class UnbiasedCrossEntropyLoss(PixelLoss):
+class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
     """:func:`unbiased_cross_entropy` as the ``loss_decode`` of an mmseg head.
 
     Only background stands for the old classes. Where an old class is labelled (the ``sequential``
@@ -107,9 +111,9 @@ class UnbiasedCrossEntropyLoss(PixelLoss):
         """Raises ValueError if there are fewer channels than the old model has."""
         _check_num_old(self.num_old, channels)
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w), 0 where ignored."""
-        return _cross_entropy_of_pixels(pixels, self.num_old)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w), 0 where ignored."""
+        return _cross_entropy_of_pixels(chunk, self.num_old)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -117,7 +121,7 @@ class UnbiasedCrossEntropyLoss(PixelLoss):
 
 
 @MODELS.register_module()
-class UnbiasedDistillationLoss(LogitsDistillation):
+class UnbiasedDistillationLoss(PixelwiseDistillationLoss):
     """:func:`unbiased_distillation` between student and old model, at the labels' size.
 
     Args:
@@ -125,6 +129,6 @@ class UnbiasedDistillationLoss(LogitsDistillation):
             20 as SATS's lambda_d.
     """
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w)."""
-        return _distillation_of_pixels(pixels)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w)."""
+        return _distillation_of_pixels(chunk)

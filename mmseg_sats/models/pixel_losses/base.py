@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What losses over the pixels of a batch share: what they see, their checks, their reductions.
 
-Such a loss says what one pixel costs, of a piece of the batch's pixels; see
-``mmseg_sats.models.pixel_losses.pixels`` for how several of them are computed in one pass.
+Such a loss says what one pixel costs, of a chunk of the batch's pixels; see
+``mmseg_sats.models.pixel_losses.per_pixel`` for how several of them are computed in one pass.
 """
 
 from abc import abstractmethod
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmseg_sats.models.pixel_losses.pixels import Pixels, pixel_maps
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.spelling import check_choice
 
 
@@ -96,15 +96,15 @@ class PixelwiseLoss(nn.Module):
         self.loss_weight = loss_weight
 
     @abstractmethod
-    def pixels(self, pixels: Pixels) -> Tensor:
-        """The loss of each pixel of a piece, (n, w)."""
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w)."""
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return f'loss_weight={self.loss_weight}'
 
 
-class PixelLoss(PixelwiseLoss):
+class PixelwiseSegmentationLoss(PixelwiseLoss):
     """A classification loss as the ``loss_decode`` of an mmseg head; 0 where ignored.
 
     Args:
@@ -149,7 +149,7 @@ class PixelLoss(PixelwiseLoss):
         """
         check_labels(pred, label, ignore_index)
         self.check(pred.shape[1])
-        (loss,) = pixel_maps([self.pixels], pred, None, label, ignore_index=ignore_index)
+        (loss,) = per_pixel_losses([self.per_pixel], pred, None, label, ignore_index=ignore_index)
         return self.reduce(loss, label, weight, avg_factor, reduction_override, ignore_index)
 
     def reduce(
@@ -181,14 +181,14 @@ class PixelLoss(PixelwiseLoss):
         return f'{super().extra_repr()}, loss_name={self._loss_name!r}'
 
 
-class LogitsDistillation(PixelwiseLoss):
+class PixelwiseDistillationLoss(PixelwiseLoss):
     """A distillation of logits at the labels' size: the mean over all pixels, ignored ones too."""
 
     needs_attention: ClassVar[bool] = False
 
     def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The loss, without its weight, of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
-        return mean_over_pixels(self.pixels, student_logits, teacher_logits)
+        return mean_over_pixels(self.per_pixel, student_logits, teacher_logits)
 
     def forward(self, student: HasLogits, teacher: HasLogits | None, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar, at the size of ``labels`` (B, H, W).
@@ -198,8 +198,8 @@ class LogitsDistillation(PixelwiseLoss):
         """
         if teacher is not None:
             check_channels(student.logits, teacher.logits)
-        (loss,) = pixel_maps(
-            [self.pixels],
+        (loss,) = per_pixel_losses(
+            [self.per_pixel],
             student.logits,
             None if teacher is None else teacher.logits,
             labels,
@@ -209,12 +209,12 @@ class LogitsDistillation(PixelwiseLoss):
 
 
 def mean_over_pixels(
-    pixels: Callable[[Pixels], Tensor], student_logits: Tensor, teacher_logits: Tensor
+    pixels: Callable[[PixelChunk], Tensor], student_logits: Tensor, teacher_logits: Tensor
 ) -> Tensor:
     """The mean of a distillation over all pixels, a scalar of at least float32.
 
     Args:
-        pixels: what each pixel of a piece costs.
+        pixels: what each pixel of a chunk costs.
         student_logits: (B, K, H, W).
         teacher_logits: (B, K_o, H, W), of the same size, with at most as many channels.
 
@@ -225,5 +225,5 @@ def mean_over_pixels(
     labels = student_logits.new_zeros((), dtype=torch.long).expand(
         len(student_logits), *student_logits.shape[2:]
     )
-    (loss,) = pixel_maps([pixels], student_logits, teacher_logits, labels)
+    (loss,) = per_pixel_losses([pixels], student_logits, teacher_logits, labels)
     return loss.mean()

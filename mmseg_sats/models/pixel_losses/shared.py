@@ -13,12 +13,12 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from mmseg_sats.models.pixel_losses.base import (
-    LogitsDistillation,
-    PixelLoss,
+    PixelwiseDistillationLoss,
+    PixelwiseSegmentationLoss,
     check_channels,
     check_label_values,
 )
-from mmseg_sats.models.pixel_losses.pixels import Pixels, pixel_maps
+from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
@@ -39,7 +39,7 @@ def shared_losses(
     labels: Tensor,
     weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What the head's ``loss_by_feat`` and those parts that are :class:`LogitsDistillation` give.
+    """What the head's ``loss_by_feat`` and those parts that are :class:`PixelwiseDistillationLoss` give.
 
     Args:
         head: the decode head.
@@ -58,7 +58,7 @@ def shared_losses(
     """
     own = _pixel_losses(head)
     distilled = {
-        name: part for name, part in parts.items() if isinstance(part, LogitsDistillation)
+        name: part for name, part in parts.items() if isinstance(part, PixelwiseDistillationLoss)
     }
     if student.unknown is not None or not (own or distilled):
         return {}
@@ -67,8 +67,8 @@ def shared_losses(
     if distilled and teacher is not None:  # some need none
         check_channels(student.logits, teacher.logits)
     observed = (_is_right,) if own else ()
-    maps = pixel_maps(
-        [*observed, *(loss.pixels for loss in (*own, *distilled.values()))],
+    maps = per_pixel_losses(
+        [*observed, *(loss.per_pixel for loss in (*own, *distilled.values()))],
         student.logits,
         teacher.logits if distilled and teacher is not None else None,
         labels,
@@ -90,7 +90,7 @@ def shared_losses(
     return losses
 
 
-def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelLoss, ...]:
+def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelwiseSegmentationLoss, ...]:
     """The losses of a head that works as ``BaseDecodeHead`` does; () where one is of another kind."""
     by_feat = getattr(head.loss_by_feat, '__func__', None)
     if by_feat is not BaseDecodeHead.loss_by_feat or head.sampler is not None:
@@ -100,8 +100,8 @@ def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelLoss, ...]:
     return () if None in losses else tuple(losses)
 
 
-def _pixel_loss(loss: nn.Module) -> PixelLoss | None:
-    if isinstance(loss, PixelLoss):
+def _pixel_loss(loss: nn.Module) -> PixelwiseSegmentationLoss | None:
+    if isinstance(loss, PixelwiseSegmentationLoss):
         return loss
     # Of mmseg's losses the usual one; a subclass may do anything.
     plain = type(loss) is CrossEntropyLoss and (
@@ -112,18 +112,18 @@ def _pixel_loss(loss: nn.Module) -> PixelLoss | None:
     return _CrossEntropy(loss.loss_weight, loss.loss_name) if plain else None
 
 
-class _CrossEntropy(PixelLoss):
+class _CrossEntropy(PixelwiseSegmentationLoss):
     """What mmseg's ``CrossEntropyLoss`` is by default: ignored pixels count in the divisor."""
 
-    def pixels(self, pixels: Pixels) -> Tensor:
-        own = pixels.log_p.gather(1, pixels.targets)[:, 0]
-        return -own.masked_fill(pixels.ignored, 0)
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        own = chunk.log_p.gather(1, chunk.targets)[:, 0]
+        return -own.masked_fill(chunk.ignored, 0)
 
 
-def _is_right(pixels: Pixels) -> Tensor:
+def _is_right(chunk: PixelChunk) -> Tensor:
     """1 where the best channel is the label's, else 0."""
-    own = pixels.student.gather(1, pixels.targets)[:, 0]
-    right = (own == pixels.student.amax(1)) & ~pixels.ignored
+    own = chunk.student.gather(1, chunk.targets)[:, 0]
+    right = (own == chunk.student.amax(1)) & ~chunk.ignored
     return right.to(own.dtype)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_pieces
+from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks
 
 
 def complete_labels(
@@ -25,7 +25,7 @@ def complete_labels(
         labelers: source to an object called as ``labeler(labels, teacher_logits)`` with (b, H, W)
             and (b, K_old, H, W), or, where it has a true ``needs_student``, as ``labeler(labels,
             teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
-            ``pixelwise`` is called for a piece of the pixels at a time, rows or whole images. Its
+            ``pixelwise`` is called for a chunk of the pixels at a time, rows or whole images. Its
             ``image_weights(labels, completed)``, if any, gives (b,) or None.
         student: the student's output for the batch; None will do where no labeler needs it.
         teacher: the old model's.
@@ -47,8 +47,8 @@ def complete_labels(
         models = [teacher, student] if getattr(labeler, 'needs_student', False) else [teacher]
         completed = completed.clone()
         if getattr(labeler, 'pixelwise', False):
-            for piece, logits in labelling_pieces(completed, models, rows):
-                piece.copy_(labeler(piece, *logits))
+            for chunk, logits in labelling_chunks(completed, models, rows):
+                chunk.copy_(labeler(chunk, *logits))
         else:
             logits = [model.labelling_logits(size).detach()[at] for model in models]
             completed[at] = labeler(labels[at], *logits)

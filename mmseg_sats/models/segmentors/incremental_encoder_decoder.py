@@ -13,6 +13,7 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
+from mmseg_sats.deprecation import warn_renamed
 from mmseg_sats.models.heads.classifier import (
     CLASSIFIER_INITS,
     check_head_can_grow,
@@ -41,13 +42,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     completed. Without an old model (stage 0) the segmentation loss is left, and those losses that say
     ``needs_teacher = False``.
 
-    A checkpoint whose classifiers have ``old_model.num_classes`` rows grows while it is loaded. Any other
+    A checkpoint whose classifiers have ``old_model.num_old`` rows grows while it is loaded. Any other
     difference in shape raises, where mmengine would only log it and leave random weights.
 
     Args:
         backbone: as in ``EncoderDecoder``; distilling attention needs one with ``forward_with_attention``.
         decode_head: as in ``EncoderDecoder``, a head on ``BaseDecodeHead``.
-        old_model: ``dict(checkpoint=path, num_classes=channels with background)`` of the previous
+        old_model: ``dict(checkpoint=path, num_old=channels with background)`` of the previous
             stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
             trained stage is served without it.
         pseudo_labeler: config of an object called as ``labels = pseudo_labeler(labels, teacher_logits)``
@@ -58,7 +59,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             background; one with ``needs_student`` is called with the student's logits as well.
         distillation: name to config of losses (logged as ``loss_<name>``) called as
             ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
-            so that a child config can drop a part. One with ``prepare(teacher, labels, num_classes)`` has
+            so that a child config can drop a part. One with ``prepare(teacher, labels, num_channels)`` has
             that called before the student's forward pass, for what a GPU would have to be waited for
             later; ``teacher`` is None where there is no old model.
         classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
@@ -99,6 +100,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
             )
         _check_left_out(distillation or {})
+        old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
             dict(backbone=backbone, decode_head=decode_head, neck=kwargs.get('neck'))
         )
@@ -126,7 +128,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for name, head in self._named_heads():
             check_head_can_grow(name, head, head_cfgs.get(name))
             if unknown:
-                split_classifier(head, old_model['num_classes'] if old_model else 1)
+                split_classifier(head, old_model['num_old'] if old_model else 1)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
@@ -156,7 +158,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 f'distillation {", ".join(wanting)}: asks for prototypes, which the model does not '
                 "gather; expected prototypes=dict(type='ClassPrototypes')"
             )
-        return MODELS.build(dict(cfg, num_classes=self.num_classes)) if cfg is not None else None
+        return MODELS.build(dict(cfg, num_channels=self.num_classes)) if cfg is not None else None
 
     @property
     def _needs_attention(self) -> bool:
@@ -282,7 +284,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                     state_dict,
                     f'{prefix}{name}.',
                     head,
-                    self._old_model_cfg['num_classes'],
+                    self._old_model_cfg['num_old'],
                     self.classifier_init,
                 )
         wrong = shape_mismatches(state_dict, self, prefix)
@@ -291,6 +293,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The options of the old model, also of a stage's config that an earlier version wrote."""
+    if old_model is None or 'num_classes' not in old_model:
+        return old_model
+    warn_renamed('old_model.num_classes', 'old_model.num_old')
+    options = dict(old_model)
+    return dict(num_old=options.pop('num_classes'), **options)
 
 
 def _check_left_out(distillation: Mapping[str, Any]) -> None:

@@ -67,13 +67,13 @@ class OldModel:
 
     @classmethod
     def from_checkpoint(
-        cls, model_cfg: dict[str, Any], num_classes: int, checkpoint: str, unknown: bool = False
+        cls, model_cfg: dict[str, Any], num_old: int, checkpoint: str, unknown: bool = False
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
         Args:
             model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
-            num_classes: channels of the old model, background included.
+            num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
             unknown: whether it has an unknown class.
 
@@ -83,20 +83,20 @@ class OldModel:
         model_cfg = copy.deepcopy(model_cfg)
         head = model_cfg['decode_head']
         # By item: mmengine's ConfigDict.update would mix the two losses' arguments.
-        head['num_classes'], head['loss_decode'] = num_classes, dict(type='CrossEntropyLoss')
+        head['num_classes'], head['loss_decode'] = num_old, dict(type='CrossEntropyLoss')
         head.pop('out_channels', None)
         for key in ('init_cfg', 'pretrained'):
             model_cfg['backbone'].pop(key, None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
         if unknown:
-            split_classifier(model.decode_head, num_classes)
+            split_classifier(model.decode_head, num_old)
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]
         wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
         if wrong:
             raise ValueError(
                 f'{checkpoint} does not hold the old model of this stage '
-                f'({num_classes} classes): ' + '; '.join(wrong[:5])
+                f'({num_old} channels): ' + '; '.join(wrong[:5])
             )
         # The student's auxiliary heads are in the snapshot too; the old model needs none.
         model.load_state_dict({key: state_dict[key] for key in model.state_dict()})

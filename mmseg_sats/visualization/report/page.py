@@ -31,7 +31,7 @@ from mmseg_sats.visualization.stage_model import stage_palette
 OPTIONS = {'images': 4, 'attention': 2}
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, int]:
+def check_report_options(options: Mapping[str, Any]) -> dict[str, int]:
     """The report's options with their defaults.
 
     Args:
@@ -66,7 +66,7 @@ def write_report(
         FileNotFoundError: a work dir holds no finished stage.
         ValueError: a file is not what a run writes, or an option is out of range.
     """
-    check_options(dict(images=images, attention=attention))
+    check_report_options(dict(images=images, attention=attention))
     runs = load_runs(work_dirs)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def _best(runs: Sequence[RunRecord], key: str) -> float | None:
 
 def _render(page: Mapping[str, Any]) -> str:
     environment = Environment(
-        loader=PackageLoader('mmseg_sats.visualization'),
+        loader=PackageLoader('mmseg_sats.visualization.report'),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -173,13 +173,13 @@ def write_run_report(work_dir: str | Path, options: Mapping[str, Any]) -> Path |
 
     Args:
         work_dir: the run's.
-        options: as for :func:`check_options`.
+        options: as for :func:`check_report_options`.
 
     Returns:
         The page, or None where it failed.
     """
     try:
-        return write_report([work_dir], Path(work_dir) / 'report', **check_options(options))
+        return write_report([work_dir], Path(work_dir) / 'report', **check_report_options(options))
     except Exception as error:
         print_log(
             f'the report of {work_dir} could not be written ({type(error).__name__}: {error}); '

@@ -182,17 +182,17 @@ def _scalars(stage: Path) -> list[dict[str, Any]]:
 
 def _flat_config(folder: Path) -> dict[str, Any]:
     path = folder / 'config.py'
-    return flatten(Config.fromfile(path)._cfg_dict.to_dict()) if path.is_file() else {}
+    return dotted_keys(Config.fromfile(path)._cfg_dict.to_dict()) if path.is_file() else {}
 
 
-def flatten(value: Any, path: str = '') -> dict[str, Any]:
+def dotted_keys(value: Any, path: str = '') -> dict[str, Any]:
     """Nested dicts as one dict of dotted keys; lists stay whole."""
     if not isinstance(value, dict) or not value:
         return {path: value}
     return {
         key: item
         for name, part in value.items()
-        for key, item in flatten(part, f'{path}.{name}'.lstrip('.')).items()
+        for key, item in dotted_keys(part, f'{path}.{name}'.lstrip('.')).items()
     }
 
 

@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses over the pixels of a batch, computed together a piece at a time.
+"""Losses over the pixels of a batch, computed together a chunk at a time.
 
 Logits at the labels' size are the largest tensors of a training step, and their softmaxes are as
 large again. No loss needs them as a whole: here both models' logits, at the head's resolution, are
-resized a piece at a time, every loss sees the same piece and its log-probabilities, and backward
-computes each piece once more and brings its gradient straight back to the head's resolution.
+resized a chunk at a time, every loss sees the same chunk and its log-probabilities, and backward
+computes each chunk once more and brings its gradient straight back to the head's resolution.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mmseg_sats.models.precision import full_precision, working_dtype
-from mmseg_sats.models.resizing import Block, Place, ResizedLogits
+from mmseg_sats.models.resizing import ResizedLogits, Tile, TileIndex
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
+class PixelChunk:
     """Some pixels as the losses see them; what several losses want is computed once.
 
     Args:
@@ -56,12 +56,12 @@ class Pixels:
         return self.labels.masked_fill(self.ignored, 0).unsqueeze(1)
 
 
-PixelFunction = Callable[[Pixels], Tensor]
+PerPixelLoss = Callable[[PixelChunk], Tensor]
 """What a loss costs at each pixel: (n, w)."""
 
 
-def pixel_maps(
-    losses: Sequence[PixelFunction],
+def per_pixel_losses(
+    losses: Sequence[PerPixelLoss],
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
@@ -74,7 +74,7 @@ def pixel_maps(
     Computed in float32 at least, whatever autocast says. No gradient reaches the teacher.
 
     Args:
-        losses: each gives the loss of every pixel of a piece.
+        losses: each gives the loss of every pixel of a chunk.
         student: (B, K, h, w) logits of any resolution, resized bilinearly to the labels' size.
         teacher: (B, K_o, h', w'), or None where no loss asks for it.
         labels: (B, H, W) integers.
@@ -85,10 +85,10 @@ def pixel_maps(
         One (B, H, W) for each loss.
     """
     old = None if teacher is None else teacher.detach()
-    return _PixelMaps.apply(student, old, labels.long(), tuple(losses), align_corners, ignore_index)
+    return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), align_corners, ignore_index)
 
 
-class _PixelMaps(torch.autograd.Function):
+class _PerPixelLosses(torch.autograd.Function):
     """Saves the logits at the head's resolution and the labels alone."""
 
     @staticmethod
@@ -97,22 +97,22 @@ class _PixelMaps(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor | None,
         labels: Tensor,
-        losses: tuple[PixelFunction, ...],
+        losses: tuple[PerPixelLoss, ...],
         align_corners: bool,
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
-        """One (B, H, W) of at least float32 for each loss; see :func:`pixel_maps`."""
+        """One (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, labels)
         ctx.losses, ctx.options = losses, (align_corners, ignore_index)
         dtype = working_dtype(student)
         maps = tuple(student.new_empty(labels.shape, dtype=dtype) for _ in losses)
         with full_precision(student):
-            for block in _blocks(student, teacher, labels, *ctx.options):
-                for place, pixels in block.pieces():
+            for tile in _tiles(student, teacher, labels, *ctx.options):
+                for index, chunk in tile.chunks():
                     for values, loss in zip(maps, losses, strict=True):
-                        at = values[place]
-                        at.copy_(loss(pixels).view_as(at))
+                        at = values[index]
+                        at.copy_(loss(chunk).view_as(at))
         return maps
 
     @staticmethod
@@ -129,57 +129,57 @@ class _PixelMaps(torch.autograd.Function):
         asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
         total = ResizedLogits(student, labels.shape[1:], ctx.options[0]).zeros()
         with full_precision(student):
-            for block in _blocks(student, teacher, labels, *ctx.options) if asked else ():
-                for place, pixels in block.pieces():
-                    x = pixels.student.requires_grad_()
+            for tile in _tiles(student, teacher, labels, *ctx.options) if asked else ():
+                for index, chunk in tile.chunks():
+                    x = chunk.student.requires_grad_()
                     with torch.enable_grad():
-                        values = [loss(pixels) for loss, _ in asked]
-                    outer = [grad[place].reshape_as(pixels.labels) for _, grad in asked]
-                    block.student.add_gradient(*torch.autograd.grad(values, x, outer), place[1])
-                block.student.give_gradient(total)
+                        values = [loss(chunk) for loss, _ in asked]
+                    outer = [grad[index].reshape_as(chunk.labels) for _, grad in asked]
+                    tile.student.add_gradient(*torch.autograd.grad(values, x, outer), index[1])
+                tile.student.give_gradient(total)
         return total.to(student.dtype), None, None, None, None, None
 
 
-class _Block(NamedTuple):
-    """A block of the batch, of both models.
+class _TilePair(NamedTuple):
+    """A tile of the batch, of both models.
 
     Args:
-        place: where it lies in the labels.
-        rows: those of its pieces.
+        where: it lies in the labels.
+        rows: those of its chunks.
         student: the new model's logits there.
         teacher: the old model's.
         labels: (B, H, W), those of the batch.
         ignore_index: the label of pixels without a label.
     """
 
-    place: Place
+    where: TileIndex
     rows: list[slice]
-    student: Block
-    teacher: Block | None
+    student: Tile
+    teacher: Tile | None
     labels: Tensor
     ignore_index: int
 
-    def pieces(self) -> Iterator[tuple[Place, Pixels]]:
-        images, _ = self.place
+    def chunks(self) -> Iterator[tuple[TileIndex, PixelChunk]]:
+        images, _ = self.where
         for rows in self.rows:
             old = None if self.teacher is None else self.teacher.rows(rows)
             new = self.student.rows(rows)
             labels = self.labels[images, rows].reshape(len(new), -1)
-            yield (images, rows), Pixels(new, old, labels, self.ignore_index)
+            yield (images, rows), PixelChunk(new, old, labels, self.ignore_index)
 
 
-def _blocks(
+def _tiles(
     student: Tensor, teacher: Tensor | None, labels: Tensor, align_corners: bool, ignore_index: int
-) -> Iterator[_Block]:
+) -> Iterator[_TilePair]:
     size = labels.shape[1:]
     new = ResizedLogits(student, size, align_corners)
     old = None if teacher is None else ResizedLogits(teacher, size, align_corners)
-    for place in new.blocks():
-        yield _Block(
-            place,
-            list(new.pieces(place)),
-            new.block(place),
-            None if old is None else old.block(place),
+    for index in new.tiles():
+        yield _TilePair(
+            index,
+            list(new.chunks(index)),
+            new.tile(index),
+            None if old is None else old.tile(index),
             labels,
             ignore_index,
         )
