@@ -504,11 +504,6 @@ CASES = [
         r'later_stages\.protocol: all stages of a run have the same protocol',
         ('later_stages.protocol=2-2',),
     ),
-    Case(
-        'hook left out',
-        r'custom_hooks has no PseudoLabelThresholdHook, which finds the thresholds',
-        ('custom_hooks=[]',),
-    ),
     Case('no epochs by the loop', r'train_cfg\.max_epochs=0', ('train_cfg.max_epochs=0',)),
     Case('negative rate of the head', r'head_lr_mult=-1: expected a number from 0', ('head_lr_mult=-1',)),
     Case('resume that is a text', r"resume='no': expected True or False", ('resume=no',)),

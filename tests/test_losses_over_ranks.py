@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler
 from mmseg_sats.datasets import SharedBatchSampler
 from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
-from mmseg_sats.models import losses_over_ranks as module
 from mmseg_sats.models import prototypes
-from mmseg_sats.models.losses_over_ranks import (
+from mmseg_sats.models.losses import over_ranks as module
+from mmseg_sats.models.losses.over_ranks import (
     labels_over_ranks,
     losses_over_ranks,
     max_over_ranks,

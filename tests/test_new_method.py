@@ -1,16 +1,21 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The method that docs/new_method.md builds, from the code that stands there."""
+"""The methods that docs/new_method.md builds, from the code that stands there."""
 
 import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
+
+from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.engine import ResumableTrainLoop
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'new_method.md'
@@ -36,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_block_of_the_page_is_a_file(folder: Path) -> None:
     written = sorted(str(path.relative_to(folder)) for path in folder.rglob('my_methods/**/*.py'))
     assert written == [
-        'my_methods/dkd/segformer_tiny_shapes_3-1.py', 'my_methods/dkd_loss.py', 'my_methods/test_dkd_loss.py',
+        'my_methods/dkd/dkd.py', 'my_methods/dkd/segformer_tiny_shapes_3-1.py', 'my_methods/dkd_loss.py',
+        'my_methods/ewf_hook.py', 'my_methods/sats_ewf/sats_ewf.py',
+        'my_methods/sats_ewf/segformer_tiny_shapes_3-1.py', 'my_methods/test_dkd_loss.py',
     ]  # fmt: skip
     assert PAGE.read_text().count('```python') == len(written)
 
@@ -62,11 +69,22 @@ def test_the_loss_is_dkds(folder: Path) -> None:
     assert loss.distance(student, teacher).item() == pytest.approx(total, rel=1e-4)
 
 
-def test_the_pages_config_trains(folder: Path, shapes_root: Path, tmp_path: Path) -> None:
-    cfg = Config.fromfile(folder / 'my_methods/dkd/segformer_tiny_shapes_3-1.py')
-    cfg.merge_from_dict(dict(
-        data_root=str(shapes_root), work_dir=str(tmp_path / 'run'), protocol='3-3', epochs=1, image_size=64,
-        crop_size=64, train_images=24, val_images=12, batch_size=4, report=None))
+@pytest.fixture
+def config(folder: Path, shapes_root: Path, tmp_path: Path) -> Callable[[str], Config]:
+    """A page's config, made small."""
+
+    def make(method: str, name: str = 'run', **options: Any) -> Config:
+        cfg = Config.fromfile(folder / f'my_methods/{method}/segformer_tiny_shapes_3-1.py')
+        small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), protocol='3-3', epochs=1,
+                     image_size=64, crop_size=64, train_images=24, val_images=12, batch_size=4, report=None)
+        cfg.merge_from_dict(small | options)
+        return cfg
+
+    return make
+
+
+def test_the_pages_config_trains(config: Callable[..., Config], tmp_path: Path) -> None:
+    cfg = config('dkd')
     cfg.train_dataloader.num_batch_per_epoch = 2
     cfg.test_dataloader.num_batch_per_epoch = 2
     cfg.default_hooks.logger.interval = 1
@@ -74,3 +92,41 @@ def test_the_pages_config_trains(folder: Path, shapes_root: Path, tmp_path: Path
     (path,) = (tmp_path / 'run/stage_1').glob('*/vis_data/scalars.json')
     losses = [json.loads(line).get('loss_decoupled') for line in path.read_text().splitlines()]
     assert losses[1] > 0
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint_safely(path)['state_dict']
+
+
+def test_the_fusion_of_weights_is_ewf_killed_and_resumed_too(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(protocol='3-1', num_shapes=4, epochs=2)
+    RUNNERS.build(config('sats_ewf', **options)).train()
+    stage = tmp_path / 'run/stage_1'
+    old, trained, kept = (
+        weights(path) for path in (tmp_path / 'run/stage_0/snapshot.pth', stage / 'epoch_2.pth', stage / 'snapshot.pth')
+    )
+    share = (1 / 4) ** 0.5
+    for key, value in kept.items():
+        if '.conv_seg.' in key:
+            assert torch.equal(value[4:], trained[key][4:])  # the new class's row is as it was trained
+            value, trained[key], old[key] = value[1:4], trained[key][1:4], old[key][1:4]
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (1 - share) * old[key] + share * trained[key])
+    ended = config('sats_ewf', 'killed', **options)
+    inner = ResumableTrainLoop.run_iter
+
+    def kill(self: ResumableTrainLoop, idx: int, batch: Any) -> None:
+        if self.runner.work_dir.endswith('stage_1') and self._epoch == 1:
+            raise KeyboardInterrupt
+        inner(self, idx, batch)
+
+    monkeypatch.setattr(ResumableTrainLoop, 'run_iter', kill)
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(ended).train()
+    monkeypatch.undo()
+    ended.resume = True
+    RUNNERS.build(ended).train()
+    again = weights(tmp_path / 'killed/stage_1/snapshot.pth')
+    assert all(torch.equal(again[key], value) for key, value in weights(stage / 'snapshot.pth').items())

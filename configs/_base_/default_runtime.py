@@ -25,8 +25,8 @@ default_hooks = dict(
     checkpoint=dict(type='AtomicCheckpointHook', interval=1, iters='$checkpoint_iters', max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     finite=dict(type='FiniteHook'))
-# The first does nothing in a stage without pseudo-labels, the second in a model without prototypes.
-custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='PrototypeHook'), dict(type='ProgressHook')]
+# Those that a method's parts need come by themselves.
+custom_hooks = [dict(type='ProgressHook')]
 # WORK_DIR/report, at the end of the run: photographs and pictures of attention in it; None writes none.
 report = dict(images=4, attention=2)
 vis_backends = [dict(type='LocalVisBackend')]

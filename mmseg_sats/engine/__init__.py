@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Stages: the runner, what it writes, and hooks."""
 
+from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,
     FiniteHook,
@@ -23,4 +24,5 @@ __all__ = [
     'PseudoLabelThresholdHook',
     'ResumableTrainLoop',
     'StageRunner',
+    'unwrap',
 ]

@@ -21,7 +21,6 @@ from mmseg_sats.checkpoint import (
     load_checkpoint_safely,
     read_json,
     remove_temporary,
-    write_checkpoint,
     write_json,
     write_text,
 )
@@ -52,7 +51,9 @@ from mmseg_sats.engine.files.snapshot import (
     latest_checkpoint,
     load_snapshot,
     plain_meta,
-    save_snapshot,
+    trained_weights,
+    unwrap,
+    weights_of,
     write_weights,
 )
 from mmseg_sats.engine.files.work_dir import (
@@ -81,7 +82,9 @@ class IncrementalRunner:
 
     Each stage gets a config of its own (``stage_k/config.py``), a fresh Runner that trains with it, a
     snapshot, an evaluation of that snapshot, and last a file ``done``. Hooks may define
-    ``before_stage(runner, stage)`` and ``after_stage(runner, stage, metrics)``.
+    ``before_stage(runner, stage)``, which sees the weights that the stage starts from,
+    ``before_snapshot(runner, stage)``, which sees those that will be kept and may change them, and
+    ``after_stage(runner, stage, metrics)``, when everything is written.
 
     Args:
         cfg: the run's config. Beside mmseg's keys it has ``protocol`` and ``work_dir``, and may have ``split``,
@@ -194,24 +197,24 @@ class IncrementalRunner:
         barrier()
         snapshot = folder / 'snapshot.pth'
         checkpoint = latest_checkpoint(folder) if self.cfg.get('resume') else None
+        start_from = cfg.load_from
         if checkpoint is not None:
             # mmengine resumes optimizer, schedulers and counters from it.
             cfg.resume, cfg.load_from = True, str(checkpoint)
         cfg.merge_from_dict(self._process_settings)
         share_work(cfg)
         runner = StageRunner.from_cfg(cfg)
+        runner.stage, runner.start_from = stage, start_from
         runner.logger.info(
             f'stage {stage.index} of {len(self.protocol.stages)}: {len(stage.old)} old classes, '
             f'{len(stage.new)} new'
         )
-        runner.call_hook('before_stage', stage=stage)
         images = self._make_snapshot(runner, snapshot)
         seconds = _train_seconds(runner, checkpoint)
         load_snapshot(runner.model, snapshot)
         # As Runner.test does: hooks set up their files, and EMA starts from what was just loaded.
         runner.call_hook('before_run')
         metrics = evaluate_stage(runner, may_be_empty=self._from_base(stage.index))
-        runner.call_hook('after_stage', stage=stage, metrics=metrics)
         keep_exemplars(runner.cfg, stage, folder, stage_dir(self.work_dir, stage.index - 1))
         if is_main_process():
             classes = evaluation_set(cfg).metainfo['classes']
@@ -219,13 +222,16 @@ class IncrementalRunner:
                 stage.index, classes[len(classes) - len(stage.new) :], images, metrics, classes
             )
             write_json(folder / 'metrics.json', dict(results=result, train_seconds=seconds))
+        barrier()
+        runner.call_hook('after_stage', stage=stage, metrics=metrics)
+        if is_main_process():
             write_text(folder / 'done', '')
         barrier()
         _release(runner)
 
-    def _make_snapshot(self, runner: Runner, path: Path) -> int | None:
+    def _make_snapshot(self, runner: StageRunner, path: Path) -> int | None:
         """Trains the stage, or takes stage 0 from ``base``; returns the number of training images."""
-        from_base = self._from_base(int(path.parent.name.removeprefix('stage_')))
+        from_base = self._from_base(runner.stage.index)
         if from_base:
             images = None
         else:
@@ -233,21 +239,23 @@ class IncrementalRunner:
             cfg = stage_dataset_cfg(runner.cfg.train_dataloader.dataset)
             images = len(DATASETS.build(cfg))
         if self.cfg.get('resume') and is_whole(path):
+            runner.start()
             return images  # stopped between the snapshot and its evaluation
+        model = unwrap(runner.model)
         if from_base:
-            meta = evaluation_set(runner.cfg).metainfo
-            weights = adopt_base(
-                runner.model, head_names(runner.model), self.base, meta['classes']
-            )
-            if is_main_process():
-                write_weights(path, weights, dict(dataset_meta=plain_meta(meta)))
+            meta = dict(dataset_meta=plain_meta(evaluation_set(runner.cfg).metainfo))
+            classes = meta['dataset_meta']['classes']
+            model.load_state_dict(adopt_base(model, head_names(model), self.base, classes))
+            runner.call_hook('before_stage', stage=runner.stage)
         else:
             runner.train()
             best = path.with_name(BEST)
-            if not best.exists():
-                save_snapshot(runner, path)
-            elif is_main_process():
-                write_checkpoint(path, load_checkpoint_safely(best))
+            kept = load_checkpoint_safely(best) if best.exists() else trained_weights(runner)
+            model.load_state_dict(kept['state_dict'])
+            meta = kept['meta']
+        runner.call_hook('before_snapshot', stage=runner.stage)
+        if is_main_process():
+            write_weights(path, weights_of(model), meta)
         barrier()
         return images
 

@@ -24,6 +24,7 @@ from mmseg_sats.models.losses import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.parts import DistillationPart, PseudoLabeler
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
@@ -39,6 +40,7 @@ __all__ = [
     'AttentionVisionTransformer',
     'CRPDistillationLoss',
     'ClassPrototypes',
+    'DistillationPart',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',
     'IncrementalEncoderDecoder',
@@ -53,6 +55,7 @@ __all__ = [
     'OneVsRestLoss',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
+    'PseudoLabeler',
     'RepulsionLoss',
     'SigmoidPseudoLabeler',
     'SparsityLoss',

@@ -40,6 +40,9 @@ class ClassPrototypes:
         block: which of the encoder's feature maps; -1 is the last.
     """
 
+    hooks = (dict(type='PrototypeHook'),)
+    """Configs of the hooks that it needs; a run adds them to its own."""
+
     def __init__(self, num_channels: int, block: int = -1) -> None:
         self.num_channels = num_channels
         self.block = block

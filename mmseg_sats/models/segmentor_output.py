@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,21 @@ from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.resizing import ResizedLogits
 
 
+class _NotAskedFor(tuple):
+    """In the place of attention maps that no part asked for: an empty tuple would go unnoticed."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise RuntimeError(
+            'no attention maps were asked for: a part that reads `attentions` needs the class attribute '
+            '`needs_attention = True` (DistillationPart in mmseg_sats.models.parts lists all of them)'
+        )
+
+    __iter__ = __len__ = __getitem__ = _refuse
+
+
+NOT_ASKED_FOR = _NotAskedFor()
+
+
 @dataclass(eq=False)
 class SegmentorOutput:
     """Outputs of one model, student or old, for a batch of B images.
@@ -21,7 +37,8 @@ class SegmentorOutput:
     Args:
         logits: (B, K, h, w) at the head's resolution, K the model's channels, background included.
         features: one (B, C_j, h_j, w_j) per block of the backbone.
-        attentions: one map per block, empty where the backbone has none.
+        attentions: one map per block, empty where the backbone has none. In a segmentor of which no part
+            asked for them, reading them raises RuntimeError.
         align_corners: how the head's logits are resized.
         unknown: (B, 1, h, w), logits of the unknown class, where the model has one.
         prototypes: the classes' mean features, where the model gathers them.

@@ -20,7 +20,6 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 from torch import nn
 
-from mmseg_sats.engine.hooks import PrototypeHook, PseudoLabelThresholdHook
 from mmseg_sats.evaluation import IncrementalIoUMetric
 from mmseg_sats.spelling import near_match
 
@@ -77,31 +76,19 @@ def check_training(cfg: Config, model: nn.Module) -> None:
     for limit in ('max_epochs', 'max_iters'):
         if (value := (cfg.get('train_cfg') or {}).get(limit, 1)) < 1:
             raise ValueError(f'train_cfg.{limit}={value!r}: expected a whole number from 1')
-    _check_hooks(cfg, model)
+    _check_hooks(cfg)
 
 
-def _check_hooks(cfg: Config, model: nn.Module) -> None:
+def _check_hooks(cfg: Config) -> None:
     hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
     hooks += [('custom_hooks', hook) for hook in cfg.get('custom_hooks') or []]
-    kinds = [_kind_of_hook(key, hook) for key, hook in hooks]
-    if not cfg.model.get('old_model'):
-        return
-    # A custom_hooks of the user's own takes the place of the method's.
-    labeler = getattr(model, 'pseudo_labeler', None)
-    for needed, kind, why in (
-        (getattr(labeler, 'needs_pass', False), PseudoLabelThresholdHook, 'finds the thresholds of its pseudo_labeler'),
-        (getattr(model, 'prototypes', None) is not None, PrototypeHook, 'keeps its prototypes'),
-    ):
-        if needed and not any(issubclass(found, kind) for found in kinds):
-            raise ValueError(
-                f'custom_hooks has no {kind.__name__}, which {why}: expected dict(type={kind.__name__!r}) among them'
-            )
+    for key, hook in hooks:
+        if isinstance(hook, dict):
+            _check_hook(key, hook)
 
 
-def _kind_of_hook(key: str, hook: Any) -> type:
-    """The class of a hook; it is not built, since it may look for what only a run has."""
-    if not isinstance(hook, dict):
-        return type(hook)
+def _check_hook(key: str, hook: dict[str, Any]) -> None:
+    """Looks at type and arguments; the hook is not built, since it may look for what only a run has."""
     options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
     kind = hook.get('type')
     if kind is None:
@@ -116,7 +103,6 @@ def _kind_of_hook(key: str, hook: Any) -> type:
         inspect.signature(kind).bind(**options)
     except TypeError as error:
         raise TypeError(f'{key}: {kind.__name__} {error}') from error
-    return kind
 
 
 def check_evaluator(cfg: Config) -> None:

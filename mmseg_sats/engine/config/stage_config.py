@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.held_out import add_held_out
+from mmseg_sats.engine.config.method_hooks import add_method_hooks, import_method
 from mmseg_sats.engine.config.replay import add_replay
 from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
@@ -40,7 +41,8 @@ def build_stage_config(
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
     allows no key in two of a config's bases). Then variables are resolved, then come the things that only
     the stage knows: the heads' sizes, the method's loss for auxiliary heads with plain cross-entropy, the
-    old model, where weights start, what is held out and what replayed, names and folders. An optimizer
+    old model, where weights start, the hooks that the method's parts need, what is held out and what
+    replayed, names and folders. An optimizer
     without a constructor gets ``GroupedOptimWrapperConstructor``.
 
     Args:
@@ -53,10 +55,12 @@ def build_stage_config(
         A config for ``mmengine.Runner`` and every mmseg tool.
 
     Raises:
+        ImportError: a module of ``method_imports`` cannot be imported.
         KeyError: an undefined variable.
         ValueError: a batch has no room for what is replayed, or ``held_out`` is impossible.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    import_method(merged)
     take_trained_model(merged)
     parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
     for owner in ('method_', ''):
@@ -78,6 +82,7 @@ def build_stage_config(
     result.resume = False
     _set_model(result.model, stage, work_dir)
     _set_names(result, stage, work_dir)
+    add_method_hooks(result)
     add_held_out(result)
     if stage.index > 0:
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -30,24 +29,22 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in unwrap(model).named_children() if name.endswith('_head')]
 
 
-def save_snapshot(runner: Runner, path: Path) -> None:
-    """Writes the model's weights (the averaged ones where EMA runs) and its classes, atomically.
-
-    In a distributed run all ranks must call this; the first one writes.
+def trained_weights(runner: Runner) -> dict[str, Any]:
+    """The model's weights (the averaged ones where EMA runs), ``state_dict``, and its classes, ``meta``.
 
     Args:
         runner: the stage's runner, in or after training.
-        path: where to.
     """
-    weights = {
-        key: value.detach().cpu() for key, value in unwrap(runner.model).state_dict().items()
-    }
     meta = dict(dataset_meta=plain_meta(runner.train_dataloader.dataset.metainfo), seed=runner.seed)
-    checkpoint = dict(meta=meta, state_dict=weights)
+    checkpoint = dict(meta=meta, state_dict=weights_of(runner.model))
     # EMAHook exchanges the averaged weights into `state_dict` here.
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-    if is_main_process():
-        write_weights(path, checkpoint['state_dict'], checkpoint['meta'])
+    return dict(meta=checkpoint['meta'], state_dict=dict(checkpoint['state_dict']))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model, on the CPU."""
+    return {key: value.detach().cpu() for key, value in unwrap(model).state_dict().items()}
 
 
 def plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.engine.config.earlier import in_current_names
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -161,7 +163,7 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
 
 
 def _plain(cfg: Config) -> dict[str, Any]:
-    return cfg._cfg_dict.to_dict()
+    return in_current_names(cfg._cfg_dict.to_dict())
 
 
 def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:

@@ -10,9 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import read_json, write_json
+from mmseg_sats.checkpoint import read_json, write_checkpoint, write_json
 from mmseg_sats.engine.evaluation import own_metrics
-from mmseg_sats.engine.files.snapshot import save_snapshot
+from mmseg_sats.engine.files.snapshot import trained_weights
 
 BEST = 'best.pth'
 
@@ -57,7 +57,9 @@ class BestEpochHook(Hook):
         known = [value for value in self.scores.values() if value is not None]
         best = not known or (number is not None and number > max(known))
         if best:
-            save_snapshot(runner, Path(runner.work_dir) / BEST)
+            weights = trained_weights(runner)
+            if is_main_process():
+                write_checkpoint(Path(runner.work_dir) / BEST, weights)
         # An epoch may come again behind an older checkpoint; the weights kept are those of the higher.
         if best or str(runner.epoch) not in self.scores:
             self.scores[str(runner.epoch)] = number

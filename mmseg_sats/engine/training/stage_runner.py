@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.protocol import Stage
 
 # How mmengine's messages of hundreds of lines begin, and its warnings about itself.
 _FOR_THE_FILE = (
@@ -38,7 +39,16 @@ class StageRunner(Runner):
 
     What fills screens at a stage's start (environment, config, order of the hooks, options by
     parameter), and what mmengine has to say about its own calls, goes to the log file alone.
+
+    Attributes:
+        stage: the stage of the run, for which hooks are called at its borders; None where the stage's
+            config is run on its own.
+        start_from: path of the weights that the stage starts from, also where it is resumed; None
+            for those that the model is initialised with.
     """
+
+    stage: Stage | None = None
+    start_from: str | None = None
 
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
         """As mmengine's, the screen spared."""
@@ -60,6 +70,26 @@ class StageRunner(Runner):
             lines = [f'{name} environment:', *(f'{key}: {value}' for key, value in values.items())]
             self.logger.info('\n    '.join(lines))
         self.logger.info(f'Config:\n{self.cfg.pretty_text}')
+
+    def load_or_resume(self) -> None:
+        """Loads the weights that the stage starts from and calls ``before_stage``, then resumes, if asked to.
+
+        On a resume, too, a hook sees the weights of the start: those of the checkpoint replace them behind it.
+        """
+        if self._has_loaded or self.stage is None:
+            return super().load_or_resume()
+        resume, checkpoint = self._resume, self._load_from
+        self._resume, self._load_from = False, self.start_from
+        super().load_or_resume()
+        self.call_hook('before_stage', stage=self.stage)
+        self._resume, self._load_from, self._has_loaded = resume, checkpoint, not resume
+        return super().load_or_resume()
+
+    def start(self) -> None:
+        """Brings a stage that has nothing left to train to where its training would begin."""
+        self._init_model_weights()
+        self._resume = False
+        self.load_or_resume()
 
     def load_checkpoint(
         self,

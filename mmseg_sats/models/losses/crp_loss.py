@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_sats.models.attention.attention_map import AttentionMap, attend, chunk_elements
 from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.precision import full_precision, working_dtype
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.spelling import choose
@@ -304,7 +305,7 @@ BYTE_LABELS = 256
 
 
 @MODELS.register_module()
-class CRPDistillationLoss(nn.Module):
+class CRPDistillationLoss(DistillationPart):
     """Self-attention transfer by class-region pooling, L_a of SATS; see ``crp_loss``.
 
     Args:

@@ -7,14 +7,15 @@ MiB.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.precision import working_dtype
 
 
@@ -46,7 +47,7 @@ def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 @MODELS.register_module()
-class FeatureMSELoss(nn.Module):
+class FeatureMSELoss(DistillationPart):
     """:func:`feature_mse` between student and old model.
 
     Args:
@@ -56,8 +57,6 @@ class FeatureMSELoss(nn.Module):
     Raises:
         ValueError: if ``blocks`` is empty, negative or repeated.
     """
-
-    needs_attention: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[int] = (3,), loss_weight: float = 1.0) -> None:
         super().__init__()

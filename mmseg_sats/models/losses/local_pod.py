@@ -8,13 +8,14 @@ the decoder's last features are one more layer; here the layers are the encoder'
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.base import check_distillation
 from mmseg_sats.models.precision import full_precision, working_dtype
 
@@ -87,7 +88,7 @@ def fold_new_into_background(logits: Tensor, num_old: int) -> Tensor:
 
 
 @MODELS.register_module()
-class LocalPODLoss(nn.Module):
+class LocalPODLoss(DistillationPart):
     """:func:`local_pod` on the encoder's features and on the logits, as PLOP weighs them.
 
     sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, where K are the
@@ -103,8 +104,6 @@ class LocalPODLoss(nn.Module):
     Raises:
         ValueError: if ``blocks`` is empty, negative or repeated.
     """
-
-    needs_attention: ClassVar[bool] = False
 
     def __init__(
         self,

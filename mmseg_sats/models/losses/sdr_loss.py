@@ -7,16 +7,17 @@ nearest neighbour. In all of them a class counts as much as another, however man
 sparsity a pixel counts as much as another.
 
 None is a mean over images: in a distributed run they are computed from the classes' sums, numbers and
-maxima over all processes, by ``mmseg_sats.models.losses_over_ranks``.
+maxima over all processes, by ``mmseg_sats.models.losses.over_ranks``.
 """
 
 from typing import ClassVar, Protocol
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmseg_sats.models.losses_over_ranks import labels_over_ranks, max_over_ranks, sum_over_ranks
+from mmseg_sats.models.losses.over_ranks import labels_over_ranks, max_over_ranks, sum_over_ranks
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels_of
 
 
@@ -178,12 +179,10 @@ def _ratios(scaled: Tensor) -> Tensor:
     return scaled.exp().sum(1) / scaled.sum(1)
 
 
-class _FeatureLoss(nn.Module):
+class _FeatureLoss(DistillationPart):
     """What the four modules share."""
 
-    needs_attention: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
-    needs_prototypes: ClassVar[bool] = False
     reduces_over_ranks: ClassVar[bool] = True
 
     def __init__(self, loss_weight: float = 1.0) -> None:

@@ -7,11 +7,12 @@ Such a loss says what one pixel costs, of a chunk of the batch's pixels; see
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.spelling import check_choice
 
@@ -181,10 +182,8 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
         return f'{super().extra_repr()}, loss_name={self._loss_name!r}'
 
 
-class PixelwiseDistillationLoss(PixelwiseLoss):
+class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
     """A distillation of logits at the labels' size: the mean over all pixels, ignored ones too."""
-
-    needs_attention: ClassVar[bool] = False
 
     def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """The loss, without its weight, of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""

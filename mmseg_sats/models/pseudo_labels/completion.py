@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from mmseg_sats.models.parts import flag
 from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks
 
 
@@ -22,11 +23,9 @@ def complete_labels(
         labels: (B, H, W) long; left as they are.
         data_samples: the B samples; ``source`` in their metainfo says where they come from, the
             stage's own images (``'stage'``) where it does not.
-        labelers: source to an object called as ``labeler(labels, teacher_logits)`` with (b, H, W)
-            and (b, K_old, H, W), or, where it has a true ``needs_student``, as ``labeler(labels,
-            teacher_logits, student_logits)`` with (b, K, H, W) without gradients. One with a true
-            ``pixelwise`` is called for a chunk of the pixels at a time, rows or whole images. Its
-            ``image_weights(labels, completed)``, if any, gives (b,) or None.
+        labelers: source to a :class:`PseudoLabeler`, or to anything that is called like one. It gets
+            the b images of its source, or, where it has a true ``pixelwise``, a chunk of their pixels
+            at a time, rows or whole images; the student's logits come without gradients.
         student: the student's output for the batch; None will do where no labeler needs it.
         teacher: the old model's.
 
@@ -44,9 +43,9 @@ def complete_labels(
             continue
         # The usual batch is of one source: no copies.
         at = slice(None) if len(rows) == len(sources) else rows
-        models = [teacher, student] if getattr(labeler, 'needs_student', False) else [teacher]
+        models = [teacher, student] if flag(labeler, 'needs_student') else [teacher]
         completed = completed.clone()
-        if getattr(labeler, 'pixelwise', False):
+        if flag(labeler, 'pixelwise'):
             for chunk, logits in labelling_chunks(completed, models, rows):
                 chunk.copy_(labeler(chunk, *logits))
         else:

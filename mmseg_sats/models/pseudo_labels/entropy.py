@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.models.parts import PseudoLabeler
 from mmseg_sats.spelling import check_choice
 
 
@@ -133,7 +134,7 @@ def _same_for_all(value: float, counts: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class EntropyPseudoLabeler:
+class EntropyPseudoLabeler(PseudoLabeler):
     """Labels background pixels with the old model's class where its entropy is under a threshold.
 
     A pixel of label 0, with q the old model's softmax and c its argmax (background too), becomes c
@@ -161,7 +162,7 @@ class EntropyPseudoLabeler:
     """
 
     pixelwise = True
-    """Each pixel is labelled by itself, so that it may be called with any part of them."""
+    hooks = (dict(type='PseudoLabelThresholdHook'),)
 
     def __init__(
         self,
@@ -297,8 +298,8 @@ class EntropyPseudoLabeler:
         if self.needs_pass:
             raise RuntimeError(
                 f'EntropyPseudoLabeler(threshold={self.threshold!r}) has no thresholds yet: '
-                'PseudoLabelThresholdHook finds them before a stage is trained; add it to '
-                'custom_hooks, or give a number as threshold')
+                'a run finds them before a stage is trained, by PseudoLabelThresholdHook; elsewhere call '
+                'reset, update and compute, or give a number as threshold')
         self.reset(num_old)
         self.compute()
 

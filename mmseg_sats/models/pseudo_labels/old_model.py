@@ -9,6 +9,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.models.parts import PseudoLabeler
+
 
 def old_labels(teacher_logits: Tensor) -> Tensor:
     """The old model's class at each pixel, background included: (B, H, W) long."""
@@ -55,14 +57,10 @@ def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     return torch.where(new_wins, new + num_old - 1, old)
 
 
-class _BackgroundLabeler:
+class _BackgroundLabeler(PseudoLabeler):
     """Gives every pixel of label 0 another model's opinion; other labels stay."""
 
-    needs_pass = False
-    """No thresholds are found before a stage, see ``EntropyPseudoLabeler``."""
-
     pixelwise = True
-    """Each pixel is labelled by itself, so that it may be called with any part of them."""
 
     @staticmethod
     def _fill(labels: Tensor, opinion: Tensor) -> Tensor:
@@ -96,7 +94,6 @@ class FusedPseudoLabeler(_BackgroundLabeler):
     """Old and new model's labels on every background pixel, see :func:`fused_labels`."""
 
     needs_student = True
-    """Called with the new model's logits too."""
 
     @torch.no_grad()
     def __call__(

@@ -5,11 +5,12 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.models.parts import PseudoLabeler
 from mmseg_sats.models.pseudo_labels.entropy import logits_for_labels
 
 
 @MODELS.register_module()
-class SigmoidPseudoLabeler:
+class SigmoidPseudoLabeler(PseudoLabeler):
     """Labels background pixels with the old model's best class where its score reaches a threshold.
 
     Cha et al., "SSUL", NeurIPS 2021, section 3.3. A pixel of label 0 becomes c where c, the channel
@@ -22,11 +23,7 @@ class SigmoidPseudoLabeler:
         ValueError: for a threshold out of range.
     """
 
-    needs_pass = False
-    """Nothing is to be found before the first call."""
-
     pixelwise = True
-    """Each pixel is labelled by itself, so that it may be called with any part of them."""
 
     def __init__(self, threshold: float = 0.7) -> None:
         if not 0 < threshold <= 1:

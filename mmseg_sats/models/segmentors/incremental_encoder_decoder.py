@@ -21,7 +21,8 @@ from mmseg_sats.models.heads.classifier import (
     shape_mismatches,
 )
 from mmseg_sats.models.heads.unknown import fold_unknown, split_classifier
-from mmseg_sats.models.losses_over_ranks import losses_over_ranks
+from mmseg_sats.models.losses.over_ranks import losses_over_ranks
+from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.prototypes import ClassPrototypes
@@ -51,17 +52,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         old_model: ``dict(checkpoint=path, num_old=channels with background)`` of the previous
             stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
             trained stage is served without it.
-        pseudo_labeler: config of an object called as ``labels = pseudo_labeler(labels, teacher_logits)``
-            with (B, H, W) and (B, K_old, H, W); or None. It sees the stage's own images alone: exemplars
-            keep their labels. If it has ``image_weights(labels, completed)`` and that gives (B,)
-            rather than None, these weigh the images in the segmentation loss.
+        pseudo_labeler: config of a :class:`PseudoLabeler`, or of anything that is called like one; or
+            None. It sees the stage's own images alone: exemplars keep their labels.
         outside_labeler: the same for images from outside the data set, whose labels are all
-            background; one with ``needs_student`` is called with the student's logits as well.
-        distillation: name to config of losses (logged as ``loss_<name>``) called as
-            ``loss(student, teacher, labels)`` with two ``SegmentorOutput``; a None entry is left out,
-            so that a child config can drop a part. One with ``prepare(teacher, labels, num_channels)`` has
-            that called before the student's forward pass, for what a GPU would have to be waited for
-            later; ``teacher`` is None where there is no old model.
+            background.
+        distillation: name to config of a :class:`DistillationPart`, or of another module that is called
+            like one (logged as ``loss_<name>``); a None entry is left out, so that a child config can
+            drop a part.
         classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
             ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
@@ -75,7 +72,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     Raises:
         TypeError: a head cannot grow.
-        ValueError: a part asks for attention that the backbone cannot give, ``frozen`` names
+        ValueError: a part asks for attention that the backbone cannot give, or for something by a name
+            that nothing reads (``needs_...``), ``frozen`` names
             nothing in the model, or with ``unknown`` a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
@@ -113,6 +111,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self.outside_labeler = MODELS.build(outside_labeler) if outside_labeler else None
         parts = {name: cfg for name, cfg in (distillation or {}).items() if cfg is not None}
         self.distillation = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in parts.items()})
+        for name, labeler in self._named_labelers():
+            check_flags(name, labeler, PseudoLabeler)
+        for name, part in self.distillation.items():
+            check_flags(f'distillation.{name}', part, DistillationPart)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
@@ -151,7 +153,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         wanting = [
             name
             for name, part in self.distillation.items()
-            if getattr(part, 'needs_prototypes', False)
+            if flag(part, 'needs_prototypes')
         ]
         if cfg is None and wanting:
             raise ValueError(
@@ -162,7 +164,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     @property
     def _needs_attention(self) -> bool:
-        return any(getattr(part, 'needs_attention', False) for part in self.distillation.values())
+        return any(flag(part, 'needs_attention') for part in self.distillation.values())
 
     @property
     def old_model(self) -> OldModel | None:
@@ -174,8 +176,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     @property
     def _labelers(self) -> dict[str, Any]:
         """What labels the images of each source; exemplars need nothing."""
-        labelers = dict(stage=self.pseudo_labeler, outside=self.outside_labeler)
-        return {source: labeler for source, labeler in labelers.items() if labeler is not None}
+        sources = dict(pseudo_labeler='stage', outside_labeler='outside')
+        return {sources[name]: labeler for name, labeler in self._named_labelers()}
+
+    def _named_labelers(self) -> Iterator[tuple[str, Any]]:
+        for name in ('pseudo_labeler', 'outside_labeler'):
+            if (labeler := getattr(self, name)) is not None:
+                yield name, labeler
 
     def _named_heads(self) -> Iterator[tuple[str, nn.Module]]:
         yield 'decode_head', self.decode_head
@@ -191,7 +198,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
         Returns:
             Name to scalar; names that hold ``loss`` are summed by mmengine. In a distributed run
-            they are those of the whole batch, see ``mmseg_sats.models.losses_over_ranks``.
+            they are those of the whole batch, see ``mmseg_sats.models.losses.over_ranks``.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # To all parts but the heads' own losses, unknown pixels are background.
@@ -204,7 +211,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         # The old model first: what it needs for a moment is free again when the student keeps its own.
         teacher = self.old_model(inputs, with_attention) if taught else None
         outputs = None
-        if any(getattr(labeler, 'needs_student', False) for labeler in self._labelers.values()):
+        if any(flag(labeler, 'needs_student') for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
@@ -216,12 +223,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         parts = {
             name: part
             for name, part in self.distillation.items()
-            if teacher is not None or not getattr(part, 'needs_teacher', True)
+            if teacher is not None or not flag(part, 'needs_teacher')
         }
         # Whatever a GPU must answer first is asked here, while it has little to do.
         check_targets(self.decode_head, targets, self.num_classes + self.unknown)
         for part in parts.values():
-            if hasattr(part, 'prepare'):
+            if hasattr(part, 'prepare'):  # another module may have none
                 part.prepare(teacher, labels, self.num_classes)
         student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)

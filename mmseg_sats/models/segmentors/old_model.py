@@ -14,7 +14,7 @@ from torch import Tensor
 from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.models.heads.unknown import split_classifier
-from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
 
 
@@ -33,9 +33,10 @@ def run_segmentor(
         The output (logits (B, K, h, w) at the head's resolution, the encoder's feature maps, the
         attention maps) and the head's inputs (after the neck, if there is one), for auxiliary heads.
     """
-    attentions: tuple = ()
+    attentions = NOT_ASKED_FOR
     if with_attention:
         features, attentions = model.backbone.forward_with_attention(inputs)
+        attentions = tuple(attentions)
     else:
         features = model.backbone(inputs)
     head_inputs = model.neck(features) if model.with_neck else features
@@ -44,7 +45,7 @@ def run_segmentor(
     if logits.shape[1] > model.out_channels:  # see split_classifier
         logits, unknown = logits[:, : model.out_channels], logits[:, model.out_channels :]
     return SegmentorOutput(
-        logits, tuple(features), tuple(attentions), model.align_corners, unknown
+        logits, tuple(features), attentions, model.align_corners, unknown
     ), head_inputs
 
 
@@ -157,5 +158,5 @@ def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
 def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
     yield output.trained_logits
     yield from output.features
-    for attention in output.attentions:
+    for attention in () if output.attentions is NOT_ASKED_FOR else output.attentions:
         yield from (attention.query, attention.key)

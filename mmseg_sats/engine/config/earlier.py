@@ -1,0 +1,32 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Configs that an earlier version wrote, brought to the names of this one, so that its runs can be resumed."""
+
+from typing import Any
+
+from mmseg_sats.engine.config.variables import RENAMED_VARIABLES
+
+# Every config used to list them. Now the parts that need them bring them along.
+_LISTED_BY_ALL = ({'type': 'PseudoLabelThresholdHook'}, {'type': 'PrototypeHook'})
+
+
+def in_current_names(content: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run's config in the names of this version.
+
+    Args:
+        content: the config as a plain dict; one of this version comes back as it is.
+    """
+    renamed = {
+        f'${old}': f'${new}' for old, new in RENAMED_VARIABLES.items() if old not in content
+    }
+    current = _replace(content, renamed)
+    if isinstance(hooks := current.get('custom_hooks'), list):
+        current['custom_hooks'] = [hook for hook in hooks if hook not in _LISTED_BY_ALL]
+    return current
+
+
+def _replace(value: Any, renamed: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace(item, renamed) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replace(item, renamed) for item in value)
+    return renamed.get(value, value) if isinstance(value, str) else value

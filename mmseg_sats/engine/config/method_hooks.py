@@ -1,0 +1,98 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What a method brings along beside its losses: modules to be imported, and hooks."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+from mmengine.utils import import_modules_from_strings
+from mmseg.registry import MODELS
+
+from mmseg_sats.models.parts import flag
+
+
+def import_method(cfg: Config) -> None:
+    """Imports what ``method_imports`` names, and adds it to ``custom_imports``, in place.
+
+    A method's file cannot have ``custom_imports`` of its own, since mmengine allows no key in two of a
+    config's bases.
+
+    Args:
+        cfg: a run's config.
+
+    Raises:
+        ImportError: a module cannot be imported.
+        TypeError: ``method_imports`` is no list of names.
+    """
+    names = cfg.pop('method_imports', None) or []
+    if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise TypeError(f'method_imports={names!r}: expected a list of names of modules')
+    if not names:
+        return
+    for name in names:
+        try:
+            import_modules_from_strings([name])
+        except ImportError as error:
+            raise ImportError(
+                f'method_imports: {error}; expected a module that Python finds, e.g. one in the folder '
+                'that PYTHONPATH names'
+            ) from error
+    own = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
+    own['imports'] = list(dict.fromkeys([*own['imports'], *names]))
+    cfg.custom_imports = own
+
+
+def add_method_hooks(cfg: Config) -> None:
+    """Adds the hooks of ``method_hooks`` and of the model's parts to ``custom_hooks``, in place.
+
+    A part's hook is left out where a hook of its class is there already.
+
+    Args:
+        cfg: a stage's config, its variables resolved.
+
+    Raises:
+        TypeError: ``method_hooks`` is no list of hooks.
+    """
+    hooks = cfg.pop('method_hooks', None) or []
+    if not isinstance(hooks, list | tuple):
+        raise TypeError(f'method_hooks={hooks!r}: expected a list of configs of hooks')
+    own = list(cfg.get('custom_hooks') or [])
+    there = [hook_class(hook) for hook in [*own, *hooks]]
+    brought = []
+    for hook in hooks_of_parts(cfg.get('model') or {}):
+        kind = hook_class(hook)
+        if hook not in brought and not any(isinstance(one, type) and issubclass(one, kind) for one in there):
+            brought.append(hook)
+    if brought or hooks:
+        cfg.custom_hooks = [*brought, *own, *hooks]
+
+
+def hook_class(hook: Any) -> type | None:
+    """The class of a hook or of its config; None where it is not registered."""
+    kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+    return HOOKS.get(kind) if isinstance(kind, str) else kind
+
+
+def hooks_of_parts(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configs of the hooks that the parts of a model need.
+
+    Args:
+        model: config of an ``IncrementalEncoderDecoder``.
+    """
+    hooks = []
+    for part in _parts(model):
+        kind = part.get('type')
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        hooks += flag(kind, 'hooks') if kind is not None else ()
+        # A labeler that does not inherit says so by the flag alone.
+        if kind is not None and flag(kind, 'needs_pass') and not flag(kind, 'hooks'):
+            hooks.append(dict(type='PseudoLabelThresholdHook'))
+    return [dict(hook) for hook in hooks]
+
+
+def _parts(model: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    named = [model.get(name) for name in ('pseudo_labeler', 'outside_labeler', 'prototypes')]
+    for part in [*named, *(model.get('distillation') or {}).values()]:
+        if isinstance(part, Mapping):
+            yield part
