@@ -28,6 +28,20 @@ TileIndex = tuple[slice | int, slice]
 """Where a tile lies in labels (B, H, W): several whole images, or some rows of one."""
 
 
+def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Logits (B, K, h, w) at the size of labels (B, H, W), bilinearly, corners not aligned.
+
+    Raises:
+        ValueError: if they are not of these shapes.
+    """
+    if logits.dim() != 4 or labels.dim() != 3 or len(labels) != len(logits):
+        raise ValueError(f'teacher_logits must be (B, K_o, h, w) and labels (B, H, W), '
+                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
+    if logits.shape[2:] == labels.shape[1:]:
+        return logits
+    return F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=False)
+
+
 class ResizedLogits:
     """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by chunks.
 

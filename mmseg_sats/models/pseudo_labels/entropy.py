@@ -5,88 +5,16 @@ Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segm
 2021, section 3.3: the entropy of the old model's prediction against a threshold for each class.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
 from mmseg_sats.models.parts import PseudoLabeler
-from mmseg_sats.spelling import check_choice
-
-
-def _normalised_entropy(q: Tensor) -> Tensor:
-    """-sum_c q_c log q_c / log K over the K channels of (B, K, H, W), in [0, 1]."""
-    if q.shape[1] == 1:
-        return torch.zeros_like(q[:, 0])
-    return (torch.special.entr(q).sum(1) / math.log(q.shape[1])).clamp_(0, 1)
-
-
-def _released_entropy(q: Tensor) -> Tensor:
-    """PLOP's released code: a mean over the K channels, divided by log K twice; under 1/K/log K."""
-    channels = q.shape[1]
-    if channels == 1:
-        return torch.zeros_like(q[:, 0])
-    mean = -(q * (q + 1e-8).log()).mean(1)
-    return (mean / math.log(channels + 1e-8) / math.log(channels)).clamp_(0, 1)
-
-
-def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
-    """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
-
-    It is the lower end of that value's bin, so the error is below one bin's width, and no value that
-    equals a median is under it.
-    """
-    cumulative = counts.cumsum(1)
-    index = torch.searchsorted(cumulative, rank[:, None], right=True)
-    return (index.clamp_(max=counts.shape[1] - 1) / counts.shape[1])[:, 0]
-
-
-def _median(counts: Tensor) -> Tensor:
-    """The median of each row of (K, bins) counts over [0, 1]: (K,), 0 for an empty row."""
-    total = counts.sum(1)
-    lower, upper = ((total - 1).clamp(min=0) // 2, total // 2)
-    median = (_order_statistic(counts, lower) + _order_statistic(counts, upper)) / 2
-    return torch.where(total > 0, median, 0)
-
-
-def _released_median(counts: Tensor) -> Tensor:
-    """PLOP's released code: a running sum of bin numbers where a median has one of counts, (K,).
-
-    A class stops at the first bin whose count reaches from the running sum to half of its pixels.
-    One that never stops divides by its last bin's count, 0, and lets every pixel pass or none.
-    """
-    bins = counts.shape[1]
-    running = torch.arange(bins, dtype=torch.float64, device=counts.device).cumsum(0)
-    before = torch.cat([running.new_zeros(1), running[:-1]])
-    total = counts.sum(1, keepdim=True)
-    missing = total / 2 - before
-    stops = (missing >= 0) & (missing <= counts)
-    stopped = stops.any(1, keepdim=True)
-    index = torch.where(stopped, stops.int().argmax(1, keepdim=True), bins - 1)
-    missing = torch.where(stopped, missing.gather(1, index), total / 2 - running[-1])
-    threshold = (index + missing / counts.gather(1, index)) / bins
-    threshold = torch.where(total > 0, threshold, 0).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
-    return threshold[:, 0]
-
-
-def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
-    """Logits (B, K, h, w) at the size of labels (B, H, W), bilinearly, corners not aligned.
-
-    Raises:
-        ValueError: if they are not of these shapes.
-    """
-    if logits.dim() != 4 or labels.dim() != 3 or len(labels) != len(logits):
-        raise ValueError(f'teacher_logits must be (B, K_o, h, w) and labels (B, H, W), '
-                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
-    if logits.shape[2:] == labels.shape[1:]:
-        return logits
-    return F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=False)
+from mmseg_sats.models.pseudo_labels.thresholds import find_rule
+from mmseg_sats.models.resizing import logits_for_labels
 
 
 def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
@@ -107,30 +35,6 @@ def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) 
     sure = background & (completed != ignore_index).flatten(1)
     total = background.sum(1)
     return torch.where(total > 0, sure.sum(1) / total.clamp(min=1), 1.0)
-
-
-@dataclass(frozen=True)
-class _ThresholdRule:
-    """How entropy is measured, and how a class's threshold follows from its histogram."""
-
-    bins: int
-    entropy: Callable[[Tensor], Tensor]
-    threshold: Callable[[Tensor], Tensor]
-
-
-_RULES: dict[str, _ThresholdRule] = {
-    'median': _ThresholdRule(65536, _normalised_entropy, _median),
-    'released': _ThresholdRule(100, _released_entropy, _released_median),
-}
-
-
-def _fixed_rule(value: float) -> _ThresholdRule:
-    """The same threshold for every class, whatever its pixels."""
-    return _ThresholdRule(1, _normalised_entropy, partial(_same_for_all, value))
-
-
-def _same_for_all(value: float, counts: Tensor) -> Tensor:
-    return torch.full((len(counts),), value)
 
 
 @MODELS.register_module()
@@ -179,19 +83,9 @@ class EntropyPseudoLabeler(PseudoLabeler):
         self.scale_images = scale_images
         self.needs_pass = isinstance(threshold, str)
         """Whether thresholds must be found (or loaded) before the first call."""
-        self._rule = self._find_rule(threshold)
+        self._rule = find_rule(threshold)
         self._histograms: Tensor | None = None
         self._thresholds: Tensor | None = None
-
-    @staticmethod
-    def _find_rule(threshold: str | float) -> _ThresholdRule:
-        if isinstance(threshold, str):
-            check_choice('threshold', threshold, _RULES)
-            return _RULES[threshold]
-        if not 0 < threshold <= 1:
-            raise ValueError(
-                f'threshold must be in (0, 1] or one of {sorted(_RULES)}, got {threshold}')
-        return _fixed_rule(threshold)
 
     def reset(self, num_old: int) -> None:
         """Forgets the last stage, for an old model of ``num_old`` channels, background included."""

@@ -6,7 +6,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from mmseg_sats.models.parts import PseudoLabeler
-from mmseg_sats.models.pseudo_labels.entropy import logits_for_labels
+from mmseg_sats.models.resizing import logits_for_labels
 
 
 @MODELS.register_module()

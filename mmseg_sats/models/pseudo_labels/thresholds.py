@@ -1,0 +1,110 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""How sure the old model is of a pixel, and the threshold of each class that follows from a stage's pixels.
+
+Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
+2021, section 3.3, and the arithmetic of their released code, which differs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mmseg_sats.spelling import check_choice
+
+
+def _normalised_entropy(q: Tensor) -> Tensor:
+    """-sum_c q_c log q_c / log K over the K channels of (B, K, H, W), in [0, 1]."""
+    if q.shape[1] == 1:
+        return torch.zeros_like(q[:, 0])
+    return (torch.special.entr(q).sum(1) / math.log(q.shape[1])).clamp_(0, 1)
+
+
+def _released_entropy(q: Tensor) -> Tensor:
+    """PLOP's released code: a mean over the K channels, divided by log K twice; under 1/K/log K."""
+    channels = q.shape[1]
+    if channels == 1:
+        return torch.zeros_like(q[:, 0])
+    mean = -(q * (q + 1e-8).log()).mean(1)
+    return (mean / math.log(channels + 1e-8) / math.log(channels)).clamp_(0, 1)
+
+
+def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
+    """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
+
+    It is the lower end of that value's bin, so the error is below one bin's width, and no value that
+    equals a median is under it.
+    """
+    cumulative = counts.cumsum(1)
+    index = torch.searchsorted(cumulative, rank[:, None], right=True)
+    return (index.clamp_(max=counts.shape[1] - 1) / counts.shape[1])[:, 0]
+
+
+def _median(counts: Tensor) -> Tensor:
+    """The median of each row of (K, bins) counts over [0, 1]: (K,), 0 for an empty row."""
+    total = counts.sum(1)
+    lower, upper = ((total - 1).clamp(min=0) // 2, total // 2)
+    median = (_order_statistic(counts, lower) + _order_statistic(counts, upper)) / 2
+    return torch.where(total > 0, median, 0)
+
+
+def _released_median(counts: Tensor) -> Tensor:
+    """PLOP's released code: a running sum of bin numbers where a median has one of counts, (K,).
+
+    A class stops at the first bin whose count reaches from the running sum to half of its pixels.
+    One that never stops divides by its last bin's count, 0, and lets every pixel pass or none.
+    """
+    bins = counts.shape[1]
+    running = torch.arange(bins, dtype=torch.float64, device=counts.device).cumsum(0)
+    before = torch.cat([running.new_zeros(1), running[:-1]])
+    total = counts.sum(1, keepdim=True)
+    missing = total / 2 - before
+    stops = (missing >= 0) & (missing <= counts)
+    stopped = stops.any(1, keepdim=True)
+    index = torch.where(stopped, stops.int().argmax(1, keepdim=True), bins - 1)
+    missing = torch.where(stopped, missing.gather(1, index), total / 2 - running[-1])
+    threshold = (index + missing / counts.gather(1, index)) / bins
+    threshold = torch.where(total > 0, threshold, 0).nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
+    return threshold[:, 0]
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """How entropy is measured, and how a class's threshold follows from its histogram."""
+
+    bins: int
+    entropy: Callable[[Tensor], Tensor]
+    threshold: Callable[[Tensor], Tensor]
+
+
+_RULES: dict[str, ThresholdRule] = {
+    'median': ThresholdRule(65536, _normalised_entropy, _median),
+    'released': ThresholdRule(100, _released_entropy, _released_median),
+}
+
+
+def _fixed_rule(value: float) -> ThresholdRule:
+    """The same threshold for every class, whatever its pixels."""
+    return ThresholdRule(1, _normalised_entropy, partial(_same_for_all, value))
+
+
+def _same_for_all(value: float, counts: Tensor) -> Tensor:
+    return torch.full((len(counts),), value)
+
+
+def find_rule(threshold: str | float) -> ThresholdRule:
+    """The rule by that name, or one threshold for all classes where it is a number in (0, 1].
+
+    Raises:
+        ValueError: for an unknown name, or a number out of range.
+    """
+    if isinstance(threshold, str):
+        check_choice('threshold', threshold, _RULES)
+        return _RULES[threshold]
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f'threshold must be in (0, 1] or one of {sorted(_RULES)}, got {threshold}')
+    return _fixed_rule(threshold)
