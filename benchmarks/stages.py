@@ -58,7 +58,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     'evaluation': [(TestLoop, 'run')],
     'thresholds': [(PseudoLabelThresholdHook, 'find')],
     'checkpoint after the last iteration': [(AtomicCheckpointHook, '_write')],
-    'snapshot written': [(incremental_runner, 'save_snapshot')],
+    'snapshot written': [(incremental_runner, 'trained_weights'), (incremental_runner, 'write_weights')],
     'snapshot read': [
         (incremental_runner, 'load_snapshot'),
         (StageRunner, 'load_checkpoint'),

@@ -23,7 +23,12 @@ from mmseg_sats.checkpoint import (
     write_json,
     write_text,
 )
-from mmseg_sats.engine.files.snapshot import adopt_base, load_snapshot, save_snapshot, write_weights
+from mmseg_sats.engine.files.snapshot import (
+    adopt_base,
+    load_snapshot,
+    trained_weights,
+    write_weights,
+)
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg
 
 CLASSES = ['background', 'circle', 'square', 'star']
@@ -253,7 +258,7 @@ def test_a_bare_state_dict_is_accepted(tmp_path: Path) -> None:
 
 
 def fake_runner(model: torch.nn.Module, average: dict[str, Tensor] | None = None) -> Any:
-    """A runner as ``save_snapshot`` sees it; a hook puts ``average`` in the place of the weights."""
+    """A runner as ``trained_weights`` sees it; a hook puts ``average`` in the place of the weights."""
 
     def call_hook(name: str, checkpoint: dict) -> None:
         assert name == 'before_save_checkpoint'
@@ -267,7 +272,7 @@ def fake_runner(model: torch.nn.Module, average: dict[str, Tensor] | None = None
 
 def test_a_snapshot_comes_back_bitwise(tmp_path: Path) -> None:
     model, other = build(model_cfg(4)), build(model_cfg(4), seed=1)
-    save_snapshot(fake_runner(model), tmp_path / 'snapshot.pth')
+    write_weights(tmp_path / 'snapshot.pth', **trained_weights(fake_runner(model)))
     load_snapshot(other, tmp_path / 'snapshot.pth')
     own = other.state_dict()
     assert all(torch.equal(own[key], value) for key, value in model.state_dict().items())
@@ -278,7 +283,7 @@ def test_a_snapshot_comes_back_bitwise(tmp_path: Path) -> None:
 
 def test_a_snapshot_holds_what_a_hook_put_in_the_place_of_the_weights(tmp_path: Path) -> None:
     model, average = build(model_cfg(4)), build(model_cfg(4), seed=1).state_dict()
-    save_snapshot(fake_runner(model, average), tmp_path / 'snapshot.pth')
+    write_weights(tmp_path / 'snapshot.pth', **trained_weights(fake_runner(model, average)))
     loaded = load_checkpoint_safely(tmp_path / 'snapshot.pth')['state_dict']
     assert all(torch.equal(loaded[key], average[key]) for key in average)
 

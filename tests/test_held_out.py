@@ -214,10 +214,9 @@ def test_an_epoch_without_a_figure_is_no_best(
     # The sixth and the seventh come again, from a checkpoint before them, and differ a little.
     scores = dict(enumerate([math.nan, 5.0, math.nan, 4.0, 5.0, 6.0], start=1)) | {7: 5.5}
     kept: list[int] = []
-    monkeypatch.setattr(
-        'mmseg_sats.engine.hooks.best_epoch_hook.save_snapshot',
-        lambda runner, path: kept.append(runner.epoch),
-    )
+    module = 'mmseg_sats.engine.hooks.best_epoch_hook'
+    monkeypatch.setattr(f'{module}.trained_weights', lambda runner: runner.epoch)
+    monkeypatch.setattr(f'{module}.write_checkpoint', lambda path, weights: kept.append(weights))
     hook, logger = BestEpochHook(), logging.getLogger('held out')
     for epoch, score in [*scores.items(), (6, 5.9), (7, 5.95)]:
         runner = SimpleNamespace(epoch=epoch, work_dir=str(tmp_path), logger=logger)

@@ -98,7 +98,7 @@ def test_attention_that_was_not_asked_for_is_an_error(tmp_path: Path) -> None:
 def test_a_part_that_does_not_inherit_has_the_defaults(tmp_path: Path) -> None:
     part = MereModule()
     for name in ('needs_attention', 'needs_teacher', 'needs_prototypes', 'reduces_over_ranks', 'hooks'):
-        assert flag(part, name) == getattr(DistillationPart, name)
+        assert flag(part, name, DistillationPart) == getattr(DistillationPart, name)
     stage_0 = build(model_cfg(4, distillation=dict(part=dict(type='MereModule'))))
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     assert 'loss_part' not in stage_0.train().loss(images(), samples(labels))
@@ -133,6 +133,7 @@ def hooks_of(cfg: Config, index: int = 1) -> list[str]:
 def test_parts_bring_the_hooks_that_they_need(shapes_cfg: MakeConfig) -> None:
     assert hooks_of(shapes_cfg('finetune')) == ['ProgressHook']
     assert hooks_of(shapes_cfg('sats')) == ['PseudoLabelThresholdHook', 'ProgressHook']
+    assert hooks_of(shapes_cfg('ssul')) == ['PseudoLabelThresholdHook', 'ProgressHook']
     assert hooks_of(shapes_cfg('sdr')) == ['PrototypeHook', 'ProgressHook']
     mere = shapes_cfg('finetune')
     mere.pseudo_labeler = dict(type='MereLabeler')

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A run with exemplars and outside images resumes at an iteration as if it had not been stopped."""
+"""Runs with exemplars and outside images, or without pseudo-labels, resume at an iteration as if never stopped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,3 +49,25 @@ def test_a_run_with_replay_resumes_within_an_epoch(
     assert same_weights(*(tmp_path / name / 'stage_1/snapshot.pth' for name in ('run', 'whole')))
     for name in ('stage_0/exemplars.json', 'stage_1/exemplars.json', 'results.json'):
         assert (tmp_path / 'run' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+@on_a_cpu
+def test_a_run_without_pseudo_labels_resumes_within_an_epoch(
+    shapes_cfg: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads its old model in the first iteration of a stage, where that draws random numbers."""
+
+    def make(name: str, **options: object) -> Config:
+        small = dict(protocol='3-3', train_images=14, val_images=6, batch_size=4, checkpoint_iters=1)
+        cfg = shapes_cfg('mib', name, **small | options)
+        cfg.model.decode_head.dropout_ratio = 0.3
+        cfg.custom_hooks = [*cfg.custom_hooks, dict(type='StopBefore')]
+        return cfg
+
+    RUNNERS.build(make('whole')).train()
+    monkeypatch.setattr(StopBefore, 'iteration', 1)
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(make('run')).train()
+    monkeypatch.setattr(StopBefore, 'iteration', None)
+    RUNNERS.build(make('run', resume=True)).train()
+    assert same_weights(*(tmp_path / name / 'stage_1/snapshot.pth' for name in ('run', 'whole')))

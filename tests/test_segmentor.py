@@ -529,7 +529,7 @@ def test_a_missing_old_snapshot_is_named(tmp_path: Path) -> None:
 def test_an_old_snapshot_with_other_classes_is_named(tmp_path: Path) -> None:
     path = save_weights(build(model_cfg(3)), tmp_path / 'snapshot.pth')
     model = later_stage(path, **SATS)
-    with pytest.raises(ValueError, match=rf'{path}.*4 classes.*decode_head\.conv_seg\.weight: \(3, 8, 1, 1\)'):
+    with pytest.raises(ValueError, match=rf'{path}.*4 channels.*decode_head\.conv_seg\.weight: \(3, 8, 1, 1\)'):
         model.loss(images(), samples(block_labels()))
 
 

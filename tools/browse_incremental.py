@@ -20,7 +20,7 @@ from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_con
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.models import IncrementalEncoderDecoder
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.visualization import contact_sheet, theme
 
 ROWS = 6  # pictures on a sheet
@@ -64,7 +64,7 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
         print(f'no pseudo-labels: the old model {old["checkpoint"]} does not exist yet')
         return None
     model = MODELS.build(cfg.model)
-    if flag(model.pseudo_labeler, 'needs_pass'):
+    if flag(model.pseudo_labeler, 'needs_pass', PseudoLabeler):
         kept = folder / 'pseudo_label_thresholds.json'
         if kept.is_file():
             model.pseudo_labeler.load_state_dict(json.loads(kept.read_text()))

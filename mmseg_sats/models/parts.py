@@ -68,8 +68,9 @@ class PseudoLabeler:
     pixelwise: ClassVar[bool] = False
     """Whether each pixel is labelled by itself, so that it may be called with any part of them."""
 
-    hooks: ClassVar[Sequence[dict[str, Any]]] = ()
-    """Configs of the hooks that the labeler needs; a run adds them to its own."""
+    hooks: ClassVar[Sequence[dict[str, Any]]] = (dict(type='PseudoLabelThresholdHook'),)
+    """Configs of the hooks that the labeler needs; a run adds them to its own. This one reads the old
+    model before training, and makes the pass of a labeler with ``needs_pass``."""
 
     @abstractmethod
     def __call__(self, labels: Tensor, teacher_logits: Tensor, *student_logits: Tensor) -> Tensor:
@@ -90,13 +91,9 @@ class PseudoLabeler:
         """
 
 
-_BASES = (DistillationPart, PseudoLabeler)
-
-
-def flag(part: object, name: str) -> Any:
-    """A flag of a part, or its default where the part inherits from neither base class."""
-    default = next(getattr(base, name) for base in _BASES if hasattr(base, name))
-    return getattr(part, name, default)
+def flag(part: object, name: str, base: type) -> Any:
+    """A flag of a part, or its default in the base class where the part does not inherit from that."""
+    return getattr(part, name, getattr(base, name))
 
 
 def check_flags(where: str, part: object, base: type) -> None:

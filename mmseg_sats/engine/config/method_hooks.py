@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What a method brings along beside its losses: modules to be imported, and hooks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
 
 
 def import_method(cfg: Config) -> None:
@@ -80,19 +80,13 @@ def hooks_of_parts(model: Mapping[str, Any]) -> list[dict[str, Any]]:
     Args:
         model: config of an ``IncrementalEncoderDecoder``.
     """
+    labelers = [model.get('pseudo_labeler'), model.get('outside_labeler')]
+    others = [model.get('prototypes'), *(model.get('distillation') or {}).values()]
     hooks = []
-    for part in _parts(model):
-        kind = part.get('type')
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        hooks += flag(kind, 'hooks') if kind is not None else ()
-        # A labeler that does not inherit says so by the flag alone.
-        if kind is not None and flag(kind, 'needs_pass') and not flag(kind, 'hooks'):
-            hooks.append(dict(type='PseudoLabelThresholdHook'))
-    return [dict(hook) for hook in hooks]
-
-
-def _parts(model: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    named = [model.get(name) for name in ('pseudo_labeler', 'outside_labeler', 'prototypes')]
-    for part in [*named, *(model.get('distillation') or {}).values()]:
-        if isinstance(part, Mapping):
-            yield part
+    for base, parts in ((PseudoLabeler, labelers), (DistillationPart, others)):
+        for part in parts:
+            kind = part.get('type') if isinstance(part, Mapping) else None
+            kind = MODELS.get(kind) if isinstance(kind, str) else kind
+            if kind is not None:
+                hooks += [dict(hook) for hook in flag(kind, 'hooks', base)]
+    return hooks

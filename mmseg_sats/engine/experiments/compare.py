@@ -22,7 +22,7 @@ from mmseg_sats.engine.config.stage_config import (
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
 from mmseg_sats.engine.incremental_runner import IDENTITY
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import DistillationPart, flag
 from mmseg_sats.protocol import Protocol, Stage
 
 Flat = dict[str, Any]
@@ -152,7 +152,7 @@ def _heads(model: ConfigDict) -> list[ConfigDict]:
 
 
 def _needs_teacher(loss: Mapping[str, Any]) -> bool:
-    return flag(MODELS.get(loss['type']), 'needs_teacher')
+    return flag(MODELS.get(loss['type']), 'needs_teacher', DistillationPart)
 
 
 def comparable_values(value: Any, path: str = '') -> Flat:

@@ -51,7 +51,7 @@ def load_for_export(stage_dir: Path) -> tuple[Config, nn.Module]:
         FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
         ValueError: the snapshot is no checkpoint, or lacks tensors of the model.
     """
-    stage = stage_model.load_for_export(stage_dir)
+    stage = stage_model.load_stage(stage_dir)
     model = stage.model.cpu()
     # Where mmseg.apis look for them.
     model.cfg, model.dataset_meta = stage.cfg, dict(classes=stage.classes, palette=stage.palette)

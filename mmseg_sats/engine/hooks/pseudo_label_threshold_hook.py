@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import labelling_chunks
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 
@@ -38,7 +38,7 @@ class PseudoLabelThresholdHook(Hook):
         """Sets the thresholds of the model's pseudo-labeler, if it has an old model to label with."""
         model = unwrap(runner.model)
         labeler = getattr(model, 'pseudo_labeler', None)
-        if labeler is None or model.old_model is None or not flag(labeler, 'needs_pass'):
+        if labeler is None or model.old_model is None or not flag(labeler, 'needs_pass', PseudoLabeler):
             return
         path = Path(runner.work_dir) / self.file_name
         if path.exists():

@@ -77,13 +77,18 @@ class StageRunner(Runner):
         On a resume, too, a hook sees the weights of the start: those of the checkpoint replace them behind it.
         """
         if self._has_loaded or self.stage is None:
-            return super().load_or_resume()
+            super().load_or_resume()
+            return
         resume, checkpoint = self._resume, self._load_from
         self._resume, self._load_from = False, self.start_from
         super().load_or_resume()
         self.call_hook('before_stage', stage=self.stage)
         self._resume, self._load_from, self._has_loaded = resume, checkpoint, not resume
-        return super().load_or_resume()
+        super().load_or_resume()
+        if resume:
+            # A fresh stage reads the old model in its first iteration at the latest, which draws random numbers
+            # there. Read in the iteration that a resumed stage goes on with, it would change that one's.
+            _ = getattr(unwrap(self.model), 'old_model', None)
 
     def start(self) -> None:
         """Brings a stage that has nothing left to train to where its training would begin."""

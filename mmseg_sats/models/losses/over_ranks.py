@@ -18,7 +18,7 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import DistillationPart, flag
 
 
 class _Sum(torch.autograd.Function):
@@ -128,7 +128,7 @@ def losses_over_ranks(
     for name, value in losses.items():
         prefix, _, own = name.rpartition('.')
         part = by_name.get(name)
-        if not isinstance(value, Tensor) or (part is not None and flag(part, 'reduces_over_ranks')):
+        if not isinstance(value, Tensor) or (part is not None and flag(part, 'reduces_over_ranks', DistillationPart)):
             continue
         labelled = prefix in heads and own in _over_labelled_pixels(heads[prefix])
         counts[name] = (

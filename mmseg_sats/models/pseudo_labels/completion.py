@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from mmseg_sats.models.parts import flag
+from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks
 
 
@@ -43,9 +43,9 @@ def complete_labels(
             continue
         # The usual batch is of one source: no copies.
         at = slice(None) if len(rows) == len(sources) else rows
-        models = [teacher, student] if flag(labeler, 'needs_student') else [teacher]
+        models = [teacher, student] if flag(labeler, 'needs_student', PseudoLabeler) else [teacher]
         completed = completed.clone()
-        if flag(labeler, 'pixelwise'):
+        if flag(labeler, 'pixelwise', PseudoLabeler):
             for chunk, logits in labelling_chunks(completed, models, rows):
                 chunk.copy_(labeler(chunk, *logits))
         else:

@@ -66,7 +66,6 @@ class EntropyPseudoLabeler(PseudoLabeler):
     """
 
     pixelwise = True
-    hooks = (dict(type='PseudoLabelThresholdHook'),)
 
     def __init__(
         self,

@@ -153,7 +153,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         wanting = [
             name
             for name, part in self.distillation.items()
-            if flag(part, 'needs_prototypes')
+            if flag(part, 'needs_prototypes', DistillationPart)
         ]
         if cfg is None and wanting:
             raise ValueError(
@@ -164,7 +164,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     @property
     def _needs_attention(self) -> bool:
-        return any(flag(part, 'needs_attention') for part in self.distillation.values())
+        parts = self.distillation.values()
+        return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
 
     @property
     def old_model(self) -> OldModel | None:
@@ -211,7 +212,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         # The old model first: what it needs for a moment is free again when the student keeps its own.
         teacher = self.old_model(inputs, with_attention) if taught else None
         outputs = None
-        if any(flag(labeler, 'needs_student') for labeler in self._labelers.values()):
+        if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
@@ -223,7 +224,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         parts = {
             name: part
             for name, part in self.distillation.items()
-            if teacher is not None or not flag(part, 'needs_teacher')
+            if teacher is not None or not flag(part, 'needs_teacher', DistillationPart)
         }
         # Whatever a GPU must answer first is asked here, while it has little to do.
         check_targets(self.decode_head, targets, self.num_classes + self.unknown)
