@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Training pictures of a stage as the model gets them: crop, full mask, labels, pseudo-labels.
+"""Draws training pictures of a stage as the model gets them: crop, full mask, labels, pseudo-labels.
 
 python tools/browse_incremental.py CONFIG --stage K [--work-dir D] [--number N] [--out DIR]
 """
@@ -55,7 +55,7 @@ def run_config(args: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder | None:
-    """The stage's model, ready to complete labels; None, saying why, where that cannot be."""
+    """The stage's model, ready to complete labels; None if that is impossible, after printing why."""
     old = cfg.model.get('old_model')
     if not cfg.model.get('pseudo_labeler') or old is None:
         print(f'no pseudo-labels: {"the method has none" if old else "there is no old model in stage 0"}')

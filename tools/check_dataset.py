@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Images and pixels per class and stage, and everything that is wrong with a config's data.
+"""Counts images and pixels per class and stage, and lists every fault of a config's data.
 
 python tools/check_dataset.py configs/sats/segformer_b2_voc_15-1.py [--cfg-options k=v ...]
 """
@@ -150,7 +150,7 @@ def main() -> int:
         raise SystemExit(message_of(error)) from error
     if all(found.images for found in check.found.values()):
         print_tables(check)
-    # Else tables of nothing would hide why there is nothing.
+    # Otherwise empty tables would hide the reason why there are no images.
     for fault in check.faults:
         print(f'wrong: {fault}')
     print(f'{len(check.faults)} faults' if check.faults else 'no fault found')

@@ -27,10 +27,10 @@ def run(method: str, out: Path, base: Path | None = None) -> dict:
     """Trains one method through all stages; returns its results."""
     cfg = Config.fromfile(CONFIGS / method / CONFIG)
     cfg.work_dir, cfg.base = str(out / method), str(base) if base else None
-    cfg.report = None  # there is one for all three
+    cfg.report = None  # one report for all three is written at the end
     shutil.rmtree(out / method, ignore_errors=True)
     (out / method).mkdir(parents=True)
-    # A person reads the terminal: it gets the tables, log.txt all the rest.
+    # The terminal only gets the tables; everything else goes to log.txt.
     with (out / method / 'log.txt').open('w') as log, redirect_stdout(log), redirect_stderr(log):
         RUNNERS.build(cfg).train()
     return json.loads((out / method / 'results.json').read_text())

@@ -93,7 +93,7 @@ def main() -> int:
         raise SystemExit(str(error)) from error
     try:
         model = model.to(args.device)
-    except (AssertionError, RuntimeError) as error:  # torch's words for a device that it has not
+    except (AssertionError, RuntimeError) as error:  # torch's messages about a device that does not exist
         raise SystemExit(f'--device {args.device}: {error}') from error
     images = find_images(args.images)
     if not images:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Trains what a table still lacks and prints it beside the published figures.
+"""Trains the missing runs of a table and prints the results beside the published figures.
 
 python tools/run_table.py table1 --dataset voc_mini --methods finetune,mib,plop,ssul,sats [--report]
 """
@@ -37,7 +37,7 @@ def numbers(text: str) -> list[int]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description='Train what a table still lacks, and print it beside the published figures'
+        description='Train the missing runs of a table, and print it beside the published figures'
     )
     parser.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
     parser.add_argument('--dataset', help=f"{', '.join(TABLE_DATASETS)} (default: the paper's)")
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--variants', type=comma_separated, metavar='A,B',
-        help='rows of the other tables, named as in their runs (without_attention, ...), beside the whole method',
+        help='rows of the other tables by the names of their runs (without_attention, ...), beside the full method',
     )  # fmt: skip
     parser.add_argument('--protocols', type=comma_separated, metavar='15-1,...', help="default: the paper's")
     parser.add_argument(
@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=numbers, default=[0], metavar='0,1,2')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
     parser.add_argument(
-        '--threads', type=int, help='threads of each run (default: the cores over the jobs)'
+        '--threads', type=int, help='threads of each run (default: cores divided by jobs)'
     )
     parser.add_argument(
         '--out', type=Path, help='one folder for each run (default: work_dirs/DATASET)'
@@ -63,13 +63,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='K=V', help='override config values of all runs'
     )
-    parser.add_argument('--report', action='store_true', help='train nothing')
+    parser.add_argument('--report', action='store_true', help='train nothing, only print the table')
     parser.add_argument(
-        '--stage-0-per-seed', action='store_true', help='runs of different seeds share no stage 0'
+        '--stage-0-per-seed', action='store_true', help='train a separate stage 0 for each seed'
     )
     parser.add_argument(
         '--accept', type=comma_separated, default=[], metavar='PATH,PATH',
-        help='config paths in which a run that is there may differ from what is asked',
+        help='config paths at which an existing run may differ from the requested one',
     )  # fmt: skip
     parser.add_argument(
         '--write-split', type=Path, metavar='DIR',
@@ -111,7 +111,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
     """The table's runs.
 
     Raises:
-        ValueError: an unknown method, or a memory that is none.
+        ValueError: an unknown method, or an impossible size of the memory.
     """
     table = TABLES[args.table]
     return make_plan(
@@ -131,7 +131,7 @@ def check_records(plan: Plan, args: argparse.Namespace) -> dict[str, Record]:
     """The runs' records, by name; a config that cannot be run is found before any is.
 
     Raises:
-        ValueError: a config, or a word for it, is wrong.
+        ValueError: a config, or an option for it, is wrong.
     """
     records = {
         run.name: Record(args.out, run, args.stage_0_per_seed, args.accept) for run in plan.runs

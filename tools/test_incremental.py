@@ -39,9 +39,9 @@ def parse_args() -> argparse.Namespace:
 def stage_config(folder: Path, options: dict) -> Config:
     """The config of a stage, made anew with the options.
 
-    Words such as ``data_root`` or ``eval_pipeline`` are resolved in the stage's own ``config.py``: they
-    are changed in the run's. Parts of the stage, ``test_dataloader.batch_size``, say, are changed in
-    what comes of it.
+    Options for keys such as ``data_root`` or ``eval_pipeline`` are applied to the run's ``config.py``,
+    since the stage's own has their values already filled in. Options for parts of the stage, such as
+    ``test_dataloader.batch_size``, are applied to the stage's config.
     """
     parts = {
         key: value

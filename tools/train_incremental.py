@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='where to write (default: work_dirs/METHOD/CONFIG)')
-    parser.add_argument('--resume', action='store_true', help='go on with the run in the work dir')
+    parser.add_argument('--resume', action='store_true', help='continue the run in the work dir')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--base',
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes; the scripts beside this one set it',
+        help='how the processes were started; dist_train.sh and slurm_train.sh set it',
     )
     # torch.distributed.launch passes it with a dash or an underscore, torchrun by the environment.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -72,12 +72,12 @@ def load_config(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Builds the config and runs it."""
     args = parse_args()
-    # A log that a full disk does not take is no reason to print a traceback for every line of it.
+    # If a full disk does not take the log, do not print a traceback for every line of it.
     logging.raiseExceptions = False
     try:
         runner = RUNNERS.build(load_config(args))
     except (KeyError, OSError, TypeError, ValueError) as error:
-        # Something to put right, found before any training: the message says what and where.
+        # A mistake of the user, found before any training; the message says what and where.
         raise SystemExit(f'{type(error).__name__}: {message_of(error)}') from error
     try:
         with own_error_on_top():

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a class region, or a point, attends to in the old model, in the new one, and the difference.
+"""Draws what a class region or a point attends to in the old and in the new model, and the difference.
 
 python tools/visualize_attention.py STAGE_DIR IMAGE [--class person | --point X Y] [--mask FILE] [--out FILE]
 """
@@ -31,7 +31,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('stage_dir', type=Path, help="a run's stage_k, k from 1 on")
     parser.add_argument('image', type=Path, help='an image file')
     where = parser.add_mutually_exclusive_group()
-    where.add_argument('--class', dest='class_name', help='default: the largest class there is')
+    where.add_argument('--class', dest='class_name', help='default: the largest class in the image')
     where.add_argument('--point', type=float, nargs=2, metavar=('X', 'Y'), help='in pixels')
     parser.add_argument(
         '--mask', type=Path, help="the image's annotation file (default: the new model's prediction)"

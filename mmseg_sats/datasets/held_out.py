@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Which training images are held out, to choose an epoch or a value by."""
+"""Which training images are held out for choosing an epoch or a value."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def held_out(names: Sequence[str], share: float) -> np.ndarray:
-    """Marks every so many of some names, in their sorted order and the first among them.
+    """Marks names at equal distances in their sorted order, starting with the first.
 
     Args:
-        names: of N images, each another.
+        names: of N images, all different.
         share: part of them that is held out, between 0 and 1.
 
     Returns:

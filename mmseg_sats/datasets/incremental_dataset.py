@@ -58,8 +58,8 @@ class IncrementalDataset(Dataset):
     wrapped dataset with ``label_ids``, number in the masks to label, may number them otherwise
     (``FolderDataset``).
 
-    Relabelling comes directly behind ``LoadAnnotations`` and so before ``RandomCrop``, whose
-    ``cat_max_ratio`` thus judges a crop by the labels that the stage has, and by no others.
+    Relabelling comes directly after ``LoadAnnotations`` and so before ``RandomCrop``. Its
+    ``cat_max_ratio`` therefore only sees labels that the stage has.
 
     With a ``seed``, and once :meth:`set_epoch` was called, what the training pipeline draws for an
     image depends on (seed, stage, epoch, index) alone: not on the number of workers, nor on whether
@@ -88,8 +88,8 @@ class IncrementalDataset(Dataset):
         seed: Of the random transforms; None leaves them to the process's own generators.
         lazy_init: Whether to leave reading lists and masks to :meth:`full_init`.
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
-        held_out: Share of the wrapped dataset's images that are not trained with, the same ones in
-            every stage. In evaluation those alone are taken. None: all, in either.
+        held_out: Share of the wrapped dataset's images that training leaves out, the same ones in
+            every stage; evaluation uses only these. None: both use all images.
 
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
@@ -104,7 +104,8 @@ class IncrementalDataset(Dataset):
         stage: The :class:`Stage`.
         class_names: Names by annotation id, background at 0, future classes included.
         table: (256,) uint8, what each annotation id becomes.
-        mask_table: (256,) uint8, what each number in the masks becomes: ``table``, unless these number otherwise.
+        mask_table: (256,) uint8, what each number in the masks becomes; differs from ``table`` only if the
+            masks number their classes in another way.
     """
 
     def __init__(

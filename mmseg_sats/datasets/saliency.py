@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What stands out of the background: SSUL's unknown class in the training labels."""
+"""Marks the salient part of the background as SSUL's unknown class in the training labels."""
 
 import os
 from collections.abc import Callable, Iterable

@@ -26,15 +26,15 @@ def relabel_table(
 ) -> np.ndarray:
     """What each annotation id becomes at one stage.
 
-    In training only the new classes keep a label; old classes do so in the sequential setting
-    alone, and future classes never. In evaluation every seen class keeps its label, and so it does
-    on exemplars, where future classes are background.
+    In training only the new classes keep their labels; in the sequential setting the old classes do
+    too, but never the future classes. In evaluation and on exemplars every seen class keeps its label;
+    on exemplars future classes are background.
 
     Args:
         protocol: The protocol.
         stage_index: Number of the stage.
         mode: ``'train'``, ``'eval'`` or ``'memory'``.
-        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; matters in training alone.
+        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; only matters in training.
         eval_future: What future classes become in evaluation, ``'background'`` or ``'ignore'``.
         ignore_index: The ignored label, which stays as it is.
 
@@ -155,8 +155,8 @@ class RelabelSegMap(BaseTransform):
 class EvaluateAsIs(BaseTransform):
     """Compare prediction and label at the size that the pipeline has made, not at the file's.
 
-    mmseg resizes every prediction to the file's size. Behind ``Resize`` and ``CenterCrop``, both
-    standing after ``LoadAnnotations``, the labels have another one: that of the published figures.
+    mmseg resizes every prediction to the file's size. After ``Resize`` and ``CenterCrop``, if both come
+    after ``LoadAnnotations``, the labels have a different size: the one that the published figures use.
 
     Required Keys:
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What ``IncrementalDataset`` asks of the mmseg dataset that it wraps, and of that one's pipeline."""
+"""What ``IncrementalDataset`` needs from the mmseg dataset that it wraps and from its pipeline."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ def build_wrapped(
         cfg = dict(copy.deepcopy(dataset))
         own = cfg.pop('pipeline', ())
         pipeline = own if pipeline is None else pipeline
-        # One list of files for all stages of a run, and for each of its looks at a stage.
+        # All data sets of a run, of every stage, share one list of files.
         dataset = once(('data set', cfg), lambda: _build(cfg))
     if not isinstance(dataset, BaseDataset):
         raise TypeError(
@@ -48,7 +48,7 @@ def _build(cfg: Mapping[str, Any]) -> BaseDataset:
     try:
         return DATASETS.build({**cfg, 'lazy_init': True})
     except AssertionError as error:
-        # mmseg's VOC asserts, without a word, that images and list are there.
+        # mmseg's VOC checks by an assertion without a message that images and list exist.
         root, prefix = cfg.get('data_root') or '', cfg.get('data_prefix') or {}
         paths = [os.path.join(root, path) for path in (*prefix.values(), cfg.get('ann_file')) if path]
         absent = [path for path in paths if not os.path.exists(path)]

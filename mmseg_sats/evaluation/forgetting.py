@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a whole run lost and kept: arithmetic over the results of its stages.
+"""Forgetting and averages of a whole run, computed from the results of its stages.
 
 Everything is in percent. A class or a stage without a value is None, NaN or simply not there.
 """

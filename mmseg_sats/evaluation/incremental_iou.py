@@ -104,7 +104,7 @@ class IncrementalIoUMetric(BaseMetric):
             pred: Predicted classes, integer, any shape, on any device.
             label: True classes, integer, the same shape; ``ignore_index`` where unknown.
             num_channels: K, background included.
-            ignore_index: PixelChunk with this label count nowhere, not in the prediction either.
+            ignore_index: Pixels with this label are not counted, not in the prediction either.
 
         Returns:
             int64 array (3, K): rows intersection, prediction, label.

@@ -89,7 +89,7 @@ def class_views(
 def _class_view(
     old: AttentionMap, new: AttentionMap, labels: Tensor, channel: int
 ) -> BlockView | None:
-    # As crp_loss brings labels to a grid.
+    # The same resizing of labels as in crp_loss.
     grid = F.interpolate(labels[None, None].float(), old.query_hw, mode='nearest')[0].long()
     region = torch.where(grid == channel, 1, 0).to(old.query.device)
     if not region.any():

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Training pictures as the model gets them, beside all that is known of their labels."""
+"""Contact sheets: training pictures as the model gets them, with their labels at every step."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class PackFullInputs(PackSegInputs):
     """mmseg's ``PackSegInputs`` that also packs ``gt_full_map`` and where the sample came from."""
 
     def transform(self, results: dict) -> dict:
-        """Packs; ``source`` of the metainfo is ``'stage'`` where nobody said otherwise."""
+        """Packs the sample; ``source`` in the metainfo is ``'stage'`` unless it was set before."""
         packed = super().transform(results)
         sample = packed['data_samples']
         # Images that come without annotations have the labels that they were given.
@@ -82,7 +82,7 @@ class TrainingPicture:
 
     Args:
         name: the image file's name.
-        source: ``'stage'``, or what else the sample says of itself, such as ``'memory'``.
+        source: where the sample comes from: ``'stage'``, or for example ``'memory'``.
         image: RGB (h, w, 3) uint8.
         full: annotation ids, as in the mask file.
         labels: the stage's channels.
@@ -116,7 +116,7 @@ def _picture(sample: dict[str, Any], model: IncrementalEncoderDecoder | None) ->
     labels = data.gt_sem_seg.data[0]
     completed = None
     if model is not None:
-        # What comes from a memory keeps its labels.
+        # Images from a memory keep their true labels.
         own = data.source == 'stage'
         completed = (_completed(sample, labels, model) if own else labels).numpy()
     return TrainingPicture(

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Masks in their palette, over photographs or by themselves, and arrays as files' bytes."""
+"""Draws masks in their palette, alone or over photographs, and encodes arrays as image files."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A finished stage's model, and what it is shown: read from ``stage_k`` alone, ready to predict."""
+"""Loads the model of a finished stage, and its input, from ``stage_k`` alone, ready to predict."""
 
 import copy
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def load_stage(folder: str | Path) -> StageModel:
     """Reads ``config.py`` and ``snapshot.pth`` of a stage; nothing else of the run is needed.
 
     Args:
-        folder: a run's ``stage_k``, wherever it lies now.
+        folder: a run's ``stage_k``; it may have been moved.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.

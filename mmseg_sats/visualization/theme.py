@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""How every picture looks: one drawing for light and dark pages, screens and paper.
+"""The style of all pictures: one drawing for light and dark pages, screens and paper.
 
 A figure is drawn once, with a transparent background, in the colours of the light page. The dark
 page's picture is the same SVG with these colours replaced one by one. Okabe and Ito's colours can
@@ -24,8 +24,8 @@ from mmseg_sats.checkpoint import write_atomically
 INK = '#24292f'
 MUTED = '#6e7781'
 GRID = '#d0d7de'
-# Light to dark. No colour of a light page stands in a picture without its partner here, but those
-# that lie on a coloured cell: these are the same on both.
+# Light to dark. Every colour that is used in a picture for a light page has its partner here, except
+# colours on a coloured cell: these are the same on both pages.
 SERIES = ('#0072b2', '#c05000', '#008060', '#a8508a', '#8a6d00', '#2f8fc4', '#555555')
 DARK = {
     INK: '#e6edf3',
@@ -44,7 +44,7 @@ DASHES = ('-', '--', ':', '-.')
 ON_DARK_CELL, ON_LIGHT_CELL = '#ffffff', '#000000'
 WIDTH = 4.4  # inches: a column of a paper, and a phone's screen at the size of its text
 
-# Metadata of matplotlib's SVG names addresses; the page holds none.
+# The metadata of matplotlib's SVG contains web addresses; the page must contain none.
 _NO_METADATA = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
 _STYLE = {
     'font.family': ['DejaVu Sans'],
@@ -100,7 +100,7 @@ class Picture:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our settings of matplotlib; the user's come back at the end."""
+    """Sets matplotlib's settings for the report; the user's settings are restored at the end."""
     with matplotlib.rc_context(_STYLE):
         yield
 

@@ -21,11 +21,11 @@ ITERATIONS_FILE = 'iterations.json'
 
 @VISBACKENDS.register_module()
 class OneAxisVisBackend(BaseVisBackend):
-    """Another backend, to which the stages of a run are one training.
+    """Wraps another backend, so that it sees all stages of a run as one training.
 
-    It writes into ``WORK_DIR/vis_data`` rather than the stage's folder, and counts a stage's
-    iterations on from those of the stages before, which it keeps in ``iterations.json`` there. Of
-    a stage that is run outside a run's work dir it changes nothing.
+    It writes into ``WORK_DIR/vis_data`` instead of the stage's folder, and continues counting the
+    iterations from those of the earlier stages, which it keeps in ``iterations.json`` there. If a
+    stage is run outside a run's work dir, it changes nothing.
 
     Args:
         backend: config of the backend, without ``save_dir``. ``WandbVisBackend`` gets the run's own
@@ -89,7 +89,7 @@ class OneAxisVisBackend(BaseVisBackend):
     def add_scalars(
         self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs: Any
     ) -> None:
-        """Hands numbers on, at the run's iteration; ``file_path`` is the stage's affair."""
+        """Hands numbers on, at the run's iteration; ``file_path`` is ignored."""
         values = {name: value for name, value in scalar_dict.items() if name != 'step'}
         self.backend.add_scalars(values, self._count(step), None, **kwargs)
 
@@ -98,7 +98,7 @@ class OneAxisVisBackend(BaseVisBackend):
         return self.offset + step
 
     def close(self) -> None:
-        """Closes the backend and notes how far the stage came."""
+        """Closes the backend and records how many iterations the stage had."""
         self.backend.close()
         if self._stage is not None and self._last and is_main_process():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _stage_folder(folder: Path) -> Path | None:
 
 
 def _wandb_run(work_dir: Path) -> dict[str, Any]:
-    """W&B's words for going on with the same run at every stage."""
+    """W&B's arguments for continuing the same run at every stage."""
     return dict(
         id=hashlib.sha256(str(work_dir).encode()).hexdigest()[:16],
         name=work_dir.name,

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Whether images and masks are of the same size, and inside the data root, before they are used."""
+"""Checks that images and masks have the same size and are inside the data root, before they are used."""
 
 import hashlib
 import os
@@ -22,11 +22,11 @@ def check_sizes(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None =
 
     Args:
         pairs: paths of an image and its mask.
-        cache_dir: where that is noted; as in ``ClassIndex.load_or_scan``.
+        cache_dir: where it is recorded which files passed; as in ``ClassIndex.load_or_scan``.
 
     Raises:
         FileNotFoundError: an image or mask does not exist.
-        ValueError: one that is no image, or two of different size.
+        ValueError: a file is no image, or an image and its mask have different sizes.
     """
     noted = _note(pairs, cache_dir)
     if noted.exists():
@@ -41,10 +41,10 @@ def check_sizes(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None =
 
 
 def check_inside(paths: Sequence[str], root: str) -> None:
-    """Sees that paths made from a list file stay below ``root``, links aside.
+    """Checks that paths made from a list file stay below ``root``; links are not followed for this.
 
     Raises:
-        ValueError: one that does not.
+        ValueError: a path does not.
     """
     top = os.path.normpath(os.path.abspath(root))
     for path in paths:
@@ -78,7 +78,7 @@ def _check_pair(pair: tuple[str, str]) -> None:
 
 
 def check_decodes(path: str) -> None:
-    """Decodes an image and throws it away.
+    """Decodes an image only to see whether it can be decoded.
 
     Raises:
         ValueError: it is cut off or damaged.
@@ -100,7 +100,7 @@ def size_of(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            # As OpenCV turns photographs. Of a PNG, Pillow would have to decode all to know.
+            # OpenCV turns photographs so. For a PNG, Pillow would have to decode the whole file to know.
             turned = image.format in _TURNABLE and image.getexif().get(_ORIENTATION) in _TURNED
     except FileNotFoundError:
         raise FileNotFoundError(f'image {path} does not exist') from None

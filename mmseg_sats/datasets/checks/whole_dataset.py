@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Everything that is wrong with a data set, and how many images and pixels each class has in each stage."""
+"""Lists all faults of a data set, and counts images and pixels of each class in each stage."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from mmseg_sats.datasets.class_index.index import (
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')
-_IN_PROCESS = 200  # so few pairs are read faster than processes start
+_IN_PROCESS = 200  # fewer pairs than this are read faster than processes start
 
 
 class Pair(NamedTuple):
@@ -70,7 +70,7 @@ def examine(
     progress: Callable[[Iterable], Iterable] = iter,
     workers: int | None = None,
 ) -> Examination:
-    """Reads all images' headers and all masks, and goes on over whatever is wrong.
+    """Reads all images' headers and all masks, and collects faults instead of stopping at the first.
 
     Args:
         pairs: paths of image and mask.
@@ -134,10 +134,10 @@ def examine_pair(pair: tuple[str, str]) -> Pair:
 def published_counts(
     dataset: str, protocol: Protocol, split: str, setting: str = ''
 ) -> tuple[list[int], str] | None:
-    """How many images each stage must have, and where that comes from; None where nobody says.
+    """The published number of images of each stage and its source; None where it is not published.
 
     Args:
-        dataset: the config's word, ``'voc'`` or ``'ade20k'``.
+        dataset: the config's key ``dataset``, ``'voc'`` or ``'ade20k'``.
         protocol: with the default class order; others have other counts.
         split: ``'train'``, or ``'val'`` for the images with a seen class.
         setting: of the training images.

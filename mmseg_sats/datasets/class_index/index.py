@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Which labels each mask holds: scanned once, kept on disk, and what a stage selects by it."""
+"""Which labels each mask holds, scanned once and kept on disk, and which images a stage selects by this."""
 
 import hashlib
 import logging
@@ -80,7 +80,7 @@ class ClassIndex:
             files: Paths of local masks: single-channel 8-bit images.
             cache_dir: Where the cache is kept; defaults to the environment variable
                 ``MMSEG_SATS_CACHE``, else ``~/.cache/mmseg_sats``. A cache that cannot be read or
-                written costs time, never the run.
+                written only costs time; it does not stop the run.
             workers: Number of processes; defaults to the available cores, 16 at most.
             imdecode_backend: Decoder, as in mmseg's ``LoadAnnotations``.
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 _CHUNK = 64  # masks per message between processes
-_IN_PROCESS = 200  # so few masks are read faster than processes start
+_IN_PROCESS = 200  # fewer masks than this are read faster than processes start
 _SHOW_PROGRESS = 500  # about a second of work
 
 

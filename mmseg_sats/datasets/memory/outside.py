@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Unlabelled images from outside the data set, for replay that models label."""
+"""Unlabelled images from outside the data set, which are replayed with labels from models."""
 
 import copy
 import os
@@ -61,7 +61,7 @@ class ImageFolder(BaseDataset):
 
 @TRANSFORMS.register_module()
 class Unlabelled(BaseTransform):
-    """A segmentation map of background alone in the place of annotations.
+    """Adds a segmentation map with only background, in place of annotations.
 
     Required Keys:
 
@@ -82,7 +82,7 @@ class Unlabelled(BaseTransform):
 
 @DATASETS.register_module()
 class OutsideDataset(Dataset):
-    """The images of any data set, their labels never read.
+    """The images of any data set, without reading their labels.
 
     Args:
         dataset: config of an :class:`ImageFolder` or of any mmseg dataset; where ``dataset`` has
@@ -109,7 +109,7 @@ class OutsideDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, idx: int) -> dict:
-        """The idx-th image after the pipeline; another one where a transform gives up."""
+        """The idx-th image after the pipeline; another one if a transform returns None."""
         for _ in range(self.dataset.max_refetch + 1):
             info = self.dataset.get_data_info(idx)
             info.pop('seg_map_path', None)

@@ -21,17 +21,17 @@ def stage_dataset_cfg(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @DATASETS.register_module()
 class ReplayDataset(Dataset):
-    """The stage's images, then the exemplars, then the outside images, one behind the other.
+    """The stage's images, followed by the exemplars and then the outside images.
 
     An image that is the stage's and an exemplar is in it twice: with the stage's labels (old classes
     are background, which a pseudo-labeler may complete) and with the true labels of all seen classes.
 
     Every data sample says in its metainfo ``source`` which it is.
 
-    An index may be larger than the data set: ``index + n * len(dataset)`` is the same image drawn
-    for the n-th time. With a ``seed``, what the pipeline draws for a replayed image depends on (seed,
-    stage, n, index) alone, not on workers, and an exemplar that comes up often within an epoch looks
-    different each time.
+    An index may be larger than the data set: ``index + n * len(dataset)`` is the same image, replayed
+    after n earlier times. With a ``seed``, the random transforms of a replayed image only depend on
+    (seed, stage, n, index), not on workers, and an exemplar that is replayed often within an epoch
+    looks different each time.
 
     Args:
         stage_images: config of the stage's ``IncrementalDataset`` in training.
@@ -43,7 +43,7 @@ class ReplayDataset(Dataset):
         lazy_init: whether to leave reading lists and masks to :meth:`full_init`.
 
     Raises:
-        ValueError: there is nothing to replay, or the memory is of another budget or data set.
+        ValueError: there is nothing to replay, or the memory has another budget or data set.
         FileNotFoundError: a list, a mask or the memory does not exist.
 
     Attributes:
@@ -108,7 +108,7 @@ class ReplayDataset(Dataset):
         return sum(len(part) for part in self.parts.values())
 
     def __iter__(self) -> Iterator[dict]:
-        return (self[idx] for idx in range(len(self)))  # indices have no end
+        return (self[idx] for idx in range(len(self)))  # any index is valid, however large
 
     def __getitem__(self, idx: int) -> dict:
         """The image after its pipeline, its ``source`` noted."""

@@ -41,7 +41,7 @@ def batch_split(batch_size: int, share: float, num_sources: int) -> tuple[int, .
 
 
 def endless_draw(size: int, start: int, count: int, key: Sequence[int]) -> np.ndarray:
-    """Places ``start`` to ``start + count - 1`` of an endless row of shuffled passes over ``size`` items.
+    """Places ``start`` to ``start + count - 1`` of an endless sequence of shuffled passes over ``size`` items.
 
     Args:
         size: number of items.
@@ -62,16 +62,16 @@ def endless_draw(size: int, start: int, count: int, key: Sequence[int]) -> np.nd
 class ReplayBatchSampler(SharedBatchSampler):
     """Composes batches over a :class:`ReplayDataset`.
 
-    With a ``share`` each batch holds so large a part of replayed images, and an epoch is the stage's
-    own: each of its images once, in the order they have without replay. Replayed images are drawn
-    from an endless row of shuffled passes that goes on from epoch to epoch, so that all of them come
-    up equally often. A smaller last batch keeps the proportions.
+    With a ``share``, this part of each batch is replayed images, and an epoch has each of the stage's
+    own images once, in the order they have without replay. Replayed images are taken from an endless
+    sequence of shuffled passes that continues from epoch to epoch, so that all of them are used equally
+    often. A smaller last batch keeps the proportions.
 
     With ``share=None`` an epoch is every image of every source once, shuffled.
 
     An index says how often its image was drawn before, see :class:`ReplayDataset`.
 
-    Everything depends on (seed, epoch) and the batch of all processes together alone, so an epoch
+    Everything depends only on (seed, epoch) and the batch size of all processes together, so an epoch
     that is begun again after a resume has the same batches.
 
     Args:

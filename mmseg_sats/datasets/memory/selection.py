@@ -54,14 +54,14 @@ class Candidates:
 def round_robin(
     presence: np.ndarray, stands_for: np.ndarray, size: int, rng: np.random.Generator
 ) -> Picks:
-    """Class-balanced exemplars: the classes take turns, in a drawn order, one image each.
+    """Class-balanced exemplars: the classes take turns in a random order and choose one image each.
 
     As in SSUL (Cha et al., NeurIPS 2021, section 3.4) every image stands for one class. A class
-    first takes the exemplars that stand for it already, in their old order, so that room is given
-    up from the end; then new images, then exemplars of other classes, both in a drawn order. Where
-    only images are left that stand for other classes, one of those is handed over if its class
-    finds another instead: no class stays short because of the order of the turns, and the counts
-    are as even as the table allows.
+    first takes the exemplars that stand for it already, in their old order, so that it drops exemplars
+    from the end; then new images, then exemplars of other classes, both in a random order. If all
+    images that are left stand for other classes, one of these classes hands one over if it finds
+    another instead. So no class gets too few because of the order of the turns, and the counts are as
+    even as the table allows.
 
     Args:
         presence: (N, K) bool.
@@ -76,12 +76,12 @@ def round_robin(
     classes = [int(c) for c in rng.permutation(presence.shape[1])]
     own = [int((stands_for == c).sum()) for c in range(presence.shape[1])]
     while classes and len(turns.owner) < size:
-        # In a last, incomplete round it is old exemplars that stay.
+        # In a last, incomplete round old exemplars are preferred.
         for c in sorted(classes, key=lambda c: len(turns.picked[c]) >= own[c]):
             if len(turns.owner) == size:
                 break
             if not turns.take(c, {c}):
-                # What cannot be had now cannot be had later: images are never given back.
+                # A class that finds no image now finds none later either: images are never given back.
                 classes.remove(c)
     pairs = [(row, c) for c, rows in enumerate(turns.picked) for row in rows]
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
@@ -156,12 +156,12 @@ def reservoir_rows(
         kept: rows 0 to kept - 1 are in the memory.
         count: all rows.
         size: the budget.
-        offered: how many images came by before.
+        offered: how many images were candidates before.
         rng: where new rows' order and places are drawn.
 
     Returns:
-        (M,) int64 rows; after any number of stages each image that came by is in the memory with
-        the same probability.
+        (M,) int64 rows; after any number of stages each image that was ever a candidate is in the
+        memory with the same probability.
     """
     memory = list(range(kept))[:size]
     for row in kept + rng.permutation(count - kept):
@@ -240,7 +240,7 @@ class ClassBalancedMemory(ExemplarMemory):
 
 @TASK_UTILS.register_module()
 class RandomMemory(ExemplarMemory):
-    """Any candidates, all as likely; the newest stage has the most of them."""
+    """Candidates drawn with equal probability; most of them come from the newest stage."""
 
     def pick(self, candidates: Candidates, rng: np.random.Generator) -> Picks:
         """As :meth:`ExemplarMemory.pick` says."""
@@ -249,7 +249,7 @@ class RandomMemory(ExemplarMemory):
 
 @TASK_UTILS.register_module()
 class ReservoirMemory(ExemplarMemory):
-    """Any image that ever came by, all as likely, see :func:`reservoir_rows`."""
+    """Every image that was ever a candidate, with equal probability, see :func:`reservoir_rows`."""
 
     def pick(self, candidates: Candidates, rng: np.random.Generator) -> Picks:
         """As :meth:`ExemplarMemory.pick` says."""

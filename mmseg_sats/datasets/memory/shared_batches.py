@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Batches of several processes: those of one process, each divided between them."""
+"""Gives several processes the batches of one process, each divided between them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ def share_of(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
     Args:
         batch: indices of the whole batch, at least one.
         rank: which process.
-        world_size: how many there are. Where they are more than images, those that would have none
-            take one that another has, too.
+        world_size: how many processes there are. If there are more processes than images, those
+            without an image get one that another process also has.
     """
     return list(batch[rank::world_size]) or [batch[rank % len(batch)]]
 

@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Published data sets out of their archives."""
+"""Preparing published data sets from their archives."""

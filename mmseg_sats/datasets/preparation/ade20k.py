@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""ADE20K's scene parsing data from its archive, counted."""
+"""Unpacks ADE20K's scene parsing data from its archive and counts it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -26,7 +26,7 @@ class Source:
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 sum of a file, as its publishers name it. It guards against damage, not against malice."""
+    """The MD5 sum of a file, as its publishers give it. It detects damage, but does not protect from malice."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open('rb') as file:
         while block := file.read(_BLOCK):
@@ -43,7 +43,7 @@ def check_archive(folder: Path, source: Source) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its MD5 sum is another.
+        ValueError: its MD5 sum differs from the source's.
     """
     path = folder / source.name
     if not path.is_file():
@@ -68,7 +68,7 @@ def unpack(
     wanted: Callable[[str], str | None],
     progress: Progress = iter,
 ) -> int:
-    """Unpacks some files of a tar or zip archive; files that are there with the right size stay.
+    """Unpacks some files of a tar or zip archive; existing files of the right size are kept.
 
     Every file is written under a temporary name first, so an interruption leaves no half file.
 
@@ -133,5 +133,5 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes] |
 
 
 def _tar_opener(opened: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], IO[bytes] | None]:
-    # A link would be followed to whatever it names.
+    # Opening a link would read whatever file it points to.
     return lambda: opened.extractfile(member) if member.isreg() else None

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""VOC 2012 and SBD from their archives to the layout that everybody trains with: train_aug."""
+"""Turns the archives of VOC 2012 and SBD into the usual training layout, train_aug."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -55,7 +55,7 @@ def prepare_voc(
 ) -> Path:
     """Makes ``VOCdevkit/VOC2012`` with ``SegmentationClassAug`` and the list ``train_aug.txt``.
 
-    What is there already is not made again, so an interrupted call goes on where it stopped.
+    Files that exist already are not made again, so an interrupted call continues where it stopped.
 
     Args:
         archives: the folder that holds the two archives.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""``shapes``, the embedded data set: drawn scenes (``shapes_drawing``) kept as ordinary files."""
+"""``shapes``, the embedded data set: drawn scenes (see ``drawing.py``), kept as ordinary files."""
 
 import os
 import tempfile
@@ -171,7 +171,7 @@ class ShapesDataset(BaseSegDataset):
         finally:
             # Reached even when drawing fails, or the other ranks would wait for ever.
             barrier()
-        # A rank on another machine with a disk of its own has not got rank 0's files.
+        # A rank on another machine may not see the files of rank 0.
         self._draw_missing(folder)
         check_split(folder, self.num_images)
         return super().load_data_list()

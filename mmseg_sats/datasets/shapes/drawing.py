@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """``shapes``: drawn scenes of textured shapes, so that everything runs without a download.
 
-A class is an outline with a texture, in a loose family of hues: no one cue tells it alone. Every
-third class has the same hues, so that of six the later three look for the earlier ones' colours,
-and the background is full of stripes, strokes and blobs in the colours of the classes.
+A class is an outline with a texture, in a loose family of hues, so that no single cue identifies it.
+Every third class has the same hues: of six classes the later three have the colours of the earlier
+three. The background is full of stripes, strokes and blobs in the colours of the classes.
 
 A scene is a function of (seed, split, index) and of the parameters in the folder's name: it does
 not matter how many others are drawn, in which order or in which process. The masks are exact:
@@ -63,7 +63,7 @@ def _cross(arm: float = 0.32) -> np.ndarray:
 
 
 def _equal_area(*contours: np.ndarray, area: float = 1.9) -> tuple[np.ndarray, ...]:
-    """Scale an outline to a common area, or stars would be half as many pixels as discs."""
+    """Scale an outline to a common area; otherwise stars would have half as many pixels as discs."""
     areas = [cv2.contourArea(contour.astype(np.float32)) for contour in contours]
     scale = math.sqrt(area / (areas[0] - sum(areas[1:])))
     return tuple(scale * contour for contour in contours)
@@ -172,8 +172,8 @@ def scene_classes(
 ) -> list[int]:
     """The labels of the shapes that one scene holds, all different.
 
-    The first one goes round: any ``num_classes`` scenes from a multiple of ``num_classes`` on have
-    each class once as their first, in a shuffled order, so that no class is rare.
+    Every class is equally often the first of a scene, so that no class is rare: ``num_classes``
+    consecutive scenes from a multiple of ``num_classes`` on have each class once, in a shuffled order.
 
     Args:
         index: Number of the scene, from 0.
@@ -329,7 +329,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _draw_distractor(rng: np.random.Generator, image: np.ndarray) -> None:
-    """A stroke or a blob in a class's colours, which is background all the same."""
+    """A stroke or a blob in the colours of a class; it belongs to background."""
     size = len(image)
     colour, _ = _two_tones(rng, rng.choice(list(HUES.values())))
     canvas = np.zeros((size, size), dtype=np.uint8)

@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Tables of runs: which there are, what of them is missing, training it, and reporting it."""
+"""Tables of runs: planning them, finding and training the missing runs, and reporting."""

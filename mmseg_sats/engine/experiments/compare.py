@@ -30,11 +30,11 @@ Flat = dict[str, Any]
 TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
 EVALUATION = ('test_dataloader', 'test_evaluator')
 VALIDATION = ('val_dataloader', 'val_evaluator')
-# What the segmentor leaves alone while there is no old model, but for losses that need none.
+# What the segmentor does not use without an old model, except losses that need none.
 LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
-# What of an IncrementalDataset is said by the classes of the stage.
+# Arguments of an IncrementalDataset that the classes of the stage already determine.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
-# Workers, and the loop: max_epochs or max_iters says which.
+# Workers, and the type of the loop, which max_epochs or max_iters already determines.
 _HOW = re.compile(
     r'(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|train_cfg\.(type|by_epoch))$'
 )
@@ -44,7 +44,7 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a config comes to.
+    """Everything in a config that its results depend on.
 
     Attributes:
         run: everything that a figure depends on.
@@ -70,8 +70,8 @@ def fingerprint(
         cfg: the config.
         num_classes: how many foreground classes there are; by default the data set is asked, which must
             be where the config says.
-        seeded_start: whether runs of different seeds have a stage 0 each. Where there is one stage only,
-            they always have: nothing else could differ.
+        seeded_start: whether runs with different seeds each have their own stage 0. If there is only one
+            stage, they always have, since nothing else could differ.
 
     Raises:
         KeyError: the config uses a variable that it does not define.
@@ -89,7 +89,7 @@ def fingerprint(
         run.update(comparable_values(cfg.get('memory_selection'), 'memory_selection'))
     variables = comparable_values({key: cfg.get(key) for key in _used_variables(cfg) + STAGE_PARTS if cfg.get(key)})
     seed = cfg.get('seed')
-    cfg.merge_from_dict(dict(seed=0))  # told above, and wherever else it stands
+    cfg.merge_from_dict(dict(seed=0))  # compared above already, so not again in every part that uses it
     for stage in {0: protocol.stages[0], -1: protocol.stages[-1]}.values():
         part = build_stage_config(cfg, protocol, stage, '')
         name = f'stage_{stage.index}'
@@ -125,7 +125,7 @@ def _count_classes(cfg: Config) -> int:
 
 
 def _start(cfg: Config, stage: Stage) -> Flat:
-    """What the weights of stage 0 depend on, but for the seed."""
+    """What the weights of stage 0 depend on, except for the seed."""
     parts = {key: copy.deepcopy(cfg.get(key)) for key in TRAINING}
     for key in LATER_PARTS:
         parts['model'].pop(key, None)
@@ -137,7 +137,7 @@ def _start(cfg: Config, stage: Stage) -> Flat:
         losses = head.loss_decode
         losses = losses if isinstance(losses, list | tuple) else [losses]
         head.loss_decode = [as_plain(loss, stage.num_channels) for loss in losses]
-    if cfg.get('val_dataloader'):  # what is held out chooses the epoch
+    if cfg.get('val_dataloader'):  # the images held out decide which epoch is kept
         parts.update({key: copy.deepcopy(cfg.get(key)) for key in VALIDATION})
     for name in parts.keys() & {'train_dataloader', 'val_dataloader'}:
         for key in STAGE_KEYS:
@@ -156,7 +156,7 @@ def _needs_teacher(loss: Mapping[str, Any]) -> bool:
 
 
 def comparable_values(value: Any, path: str = '') -> Flat:
-    """Path to plain value for every leaf of a config; a file stands for its name, wherever it lies."""
+    """Path to plain value for every leaf of a config; of a file only its name is kept, not its folder."""
     if path.endswith('custom_hooks'):
         value = {hook['type']: dict(hook, type=True) for hook in value or ()}
     if isinstance(value, list | tuple):

@@ -15,9 +15,9 @@ IGNORE = 255
 def as_plain(loss: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
     """The config of a loss, or of cross-entropy where the loss trains exactly as that does.
 
-    The loss is tried: in value and in every gradient it must be a multiple of the mean over all pixels,
-    ignored ones in the divisor, up to the epsilon that mmseg adds there. One that cannot be called like
-    mmseg's is left as it is.
+    The loss is computed on an example: its value and gradient must be a multiple of the cross-entropy's
+    mean over all pixels (ignored ones count in the divisor), up to the epsilon that mmseg adds there. A
+    loss that cannot be called like mmseg's is returned unchanged.
 
     Args:
         loss: the config of a head's ``loss_decode``.
@@ -32,7 +32,7 @@ def as_plain(loss: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
         value, slope = _value_and_gradient(
             lambda x: module(x, labels, weight=None, ignore_index=IGNORE), logits
         )
-    except Exception:  # whatever a loss raises that wants more than logits and labels
+    except Exception:  # any error of a loss that needs more than logits and labels
         return dict(loss)
     plain, plain_slope = _value_and_gradient(
         lambda x: F.cross_entropy(x, labels, ignore_index=IGNORE, reduction='none').mean(), logits

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A lock on a file, held by a process and its children: it ends with the last of them, however they end."""
+"""A lock on a file, held by a process and its children until the last of them ends, however it ends."""
 
 import fcntl
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 class FileLock:
     """A lock that the kernel keeps.
 
-    The file stays behind and means nothing by itself: a lock of a process that is gone is no lock. A
-    child that is given :attr:`descriptor` holds it too, so a run whose starter was killed stays locked
-    until it ends itself.
+    The file remains, but does not mean that it is locked: the lock of a process that has ended is free.
+    A child that is given :attr:`descriptor` holds the lock too, so if the process that started a run is
+    killed, the run stays locked until it ends itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class FileLock:
         """Takes the lock; False where somebody else has it.
 
         Raises:
-            OSError: the file system knows no locks.
+            OSError: the file system does not support locks.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -47,7 +47,7 @@ class FileLock:
         return self.path.read_text() if self.path.exists() else 'nobody'
 
     def release(self) -> None:
-        """Gives the lock up, for the children that have it too."""
+        """Gives the lock up, also for the children that hold it."""
         if self.descriptor is not None:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
             os.close(self.descriptor)

@@ -23,7 +23,7 @@ class Run:
     Attributes:
         name: its folder in the tables' work dir, ``sats_m_without_attention_15-1_seed0``.
         config: its config file.
-        options: what ``--cfg-options`` overrides, seed and memory among it.
+        options: what ``--cfg-options`` overrides, including seed and memory.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Run:
     options: tuple[str, ...]
 
     def load(self) -> Config:
-        """The config as the run will have it, but for its work dir.
+        """The config as the run will have it, except for its work dir.
 
         Raises:
             KeyError: the config has no such option.
-            ValueError: a option does not fit the config, or has no value.
+            ValueError: an option does not fit the config, or has no value.
         """
         cfg = Config.fromfile(self.config)
         options = parse_options(self.options)
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass
 class Plan:
-    """All cells of a table, and what of it cannot be run since there is no config."""
+    """All cells of a table, and messages about the cells that cannot be run because a config is missing."""
 
     cells: list[Cell] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -133,7 +133,7 @@ def make_plan(
 
     Raises:
         ValueError: a system that neither the tables nor the folder know, a variant that the table lacks, or
-            a option that no config has.
+            an option that no config has.
     """
     known = find_systems(configs)
     for system in systems or ():
@@ -172,7 +172,7 @@ def _key(option: str) -> str:
 
 
 def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
-    """Refuses a option that none of the configs has: it would do nothing."""
+    """Refuses an option that none of the configs has, since it would do nothing."""
     known = {key for run in runs for key in _known_keys(run.config)}
     for option in options if runs else ():
         if _key(option) not in known:

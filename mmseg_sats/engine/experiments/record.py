@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What the tables' work dir holds of each run, read from the files that runs leave."""
+"""What exists of each run in the tables' work dir, read from the files that runs write."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from mmseg_sats.engine.experiments.plan import Run
 
 
 class Record:
-    """A run's folder beside what is asked of the run.
+    """Compares a run's folder with the run that was asked for.
 
     Args:
         out: the tables' work dir, which holds one folder for each run.
         run: the run.
-        seeded_start: whether runs of different seeds have a stage 0 each.
+        seeded_start: whether runs with different seeds each have their own stage 0.
         accept: config paths whose difference does not count.
 
     Raises:
@@ -65,23 +65,23 @@ class Record:
         )
 
     def conflict(self) -> str:
-        """Why what is in the folder is not what is asked; empty where it is, or nothing is there."""
+        """Why the run in the folder is not the one asked for; empty if it is, or if there is none."""
         if not (self.folder / 'config.py').exists():
             return ''
         try:
             there, _ = self._read(self.folder)
-        except Exception as error:  # whatever a foreign or cut-off config.py raises
+        except Exception as error:  # any error that a foreign or truncated config.py raises
             return f'config.py there cannot be read: {error}'
         return explain(there, self.asked, self.accept) or self._foreign_start()
 
     def base(self) -> Path | None:
-        """The checkpoint that stage 0 was taken from, by what the run itself wrote down."""
+        """The checkpoint that stage 0 was taken from, according to the run's own files."""
         if not (self.folder / 'config.py').exists():
             return None
         _, base = self._read(self.folder)
         if not base:
             return None
-        # Written relative to where the command was given; the run it names lies beside this one.
+        # The path is relative to where the command was given; the run it names is beside this one.
         beside = self.out.joinpath(*Path(base).parts[-3:])
         return beside if beside.exists() else Path(base)
 
@@ -110,7 +110,7 @@ class Record:
         try:
             there, base = self._read(owner)
             return not base and same_start(there, self.asked, self.accept)
-        except Exception:  # a folder that is no run of ours, or one of another version
+        except Exception:  # a folder that is no run of this package, or a run of another version
             return False
 
     def _read(self, folder: Path) -> tuple[Fingerprint, str | None]:

@@ -26,10 +26,10 @@ Published = dict[tuple[str, ...], dict[str, dict[str, str]]]
 
 @dataclass
 class Line:
-    """One line of a table: a cell and what there is of its runs.
+    """One line of a table: a cell and the state and figures of its runs.
 
     Attributes:
-        cell: the row, on a protocol, with or without memory.
+        cell: a row on one protocol, with or without memory.
         figures: run name to its figures, percent, None where there is none; finished runs only.
         seconds: run name to the seconds that training took; finished runs only.
         states: run name to a word for every run that is not finished.
@@ -61,7 +61,7 @@ def read_published(path: Path) -> Published:
 def join_published(table: str, cell: Cell, figures: Published) -> tuple[str, dict[str, str]]:
     """Network and figures that the paper has for a cell; empty where it has none.
 
-    Where the paper has several networks, the row's own counts: SegFormer-B2 unless the row names another.
+    If the paper has several networks, the row's own is used: SegFormer-B2 unless the row names another.
     """
     memory = 'yes' if cell.memory else 'no'
     row = cell.row

@@ -43,15 +43,15 @@ class Job:
 
 
 class Scheduler:
-    """Trains what is missing; a run that fails is named with its log's last lines, and the others go on.
+    """Trains the missing runs; one that fails is reported with the last lines of its log, the others continue.
 
-    A run is locked while it is trained, and so is a stage 0 that others wait for: several of these may
-    work on one work dir.
+    A run is locked while it is trained, and so is a stage 0 that other runs need, so several schedulers
+    may work on one work dir.
 
     Args:
         records: the runs, the most wanted first.
         script: ``tools/train_incremental.py``.
-        console: where to tell; a terminal gets a line that is kept up to date, a log plain lines.
+        console: where progress is shown; a terminal gets one line that is updated, a log plain lines.
         jobs: runs at a time.
         threads: threads of each; by default the cores over the jobs.
         poll: seconds between two looks at the processes.
@@ -145,7 +145,7 @@ class Scheduler:
             and same_start(other.asked, record.asked, record.accept)
         ]
         if begun and record not in begun:
-            return None  # it goes on with that one
+            return None  # the other run continues its own stage 0
         text = json.dumps(record.asked.start, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         lock = FileLock(record.out / f'.stage_0_{name}.lock')

@@ -21,7 +21,7 @@ NEEDED = ('onnx', 'onnxscript', 'onnxruntime')
 
 
 class WholeImageLogits(nn.Module):
-    """What ONNX holds of a segmentor: from normalised images to logits of the same size.
+    """The part of a segmentor that is exported: from normalised images to logits of the same size.
 
     Args:
         model: a segmentor in eval mode.

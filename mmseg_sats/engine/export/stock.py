@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A stage's model for an mmseg without this package: config, checkpoint, and the proof that it fits."""
+"""A stage's model for an mmseg without this package: config, checkpoint, and a check that they agree."""
 
 import copy
 from pathlib import Path
@@ -45,7 +45,7 @@ def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
 def load_for_export(stage_dir: Path) -> tuple[Config, nn.Module]:
     """A stage's config and its model with the snapshot's weights, in eval mode on the CPU.
 
-    As from ``mmseg.apis.init_model``, but the file is read without running code out of it.
+    As from ``mmseg.apis.init_model``, but no code in the checkpoint is run.
 
     Raises:
         FileNotFoundError: ``config.py`` or ``snapshot.pth`` is not there.
@@ -55,14 +55,14 @@ def load_for_export(stage_dir: Path) -> tuple[Config, nn.Module]:
     model = stage.model.cpu()
     # Where mmseg.apis look for them.
     model.cfg, model.dataset_meta = stage.cfg, dict(classes=stage.classes, palette=stage.palette)
-    # Where its weights came from is over.
+    # The weights come from the checkpoint, no longer from there.
     for part in ('backbone', 'decode_head'):
         stage.cfg.model[part].pop('init_cfg', None)
     return stage.cfg, model
 
 
 def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
-    """The config of the same model in mmseg's own words, enough for ``mmseg.apis`` and mmseg's tools.
+    """The config of the same model with mmseg's own types only, enough for ``mmseg.apis`` and mmseg's tools.
 
     Args:
         cfg: a stage's config.
@@ -95,7 +95,7 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
 
 
 def _in_stock_words(value: Any) -> Any:
-    """A copy in which each of our types is the type of mmseg's that it extends."""
+    """A copy in which each type of this package is replaced by the type of mmseg's that it extends."""
     if isinstance(value, list | tuple):
         return type(value)(_in_stock_words(item) for item in value)
     if not isinstance(value, dict):
@@ -119,7 +119,7 @@ def check_same_logits(
 
     Args:
         model: the stage's model, in eval mode.
-        stock_cfg: config of the same model in mmseg's words.
+        stock_cfg: config of the same model with mmseg's own types.
         state_dict: the stage's weights.
     """
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -131,7 +131,7 @@ def check_same_logits(
             f'{type(stock).__name__} differ by {sorted(unknown)[:5]}'
         )
     stock.load_state_dict(state_dict)
-    # In double precision: what is left of a difference is then none of rounding.
+    # In double precision, so that a difference cannot come from rounding.
     images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).double()
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Several processes as one run: meeting, sharing batches and the work dir, ending together."""
+"""Several processes as one run: they connect, share batches and the work dir, and end together."""
 
 import os
 import socket
@@ -23,16 +23,16 @@ from mmengine.dist import (
 
 from mmseg_sats.checkpoint import write_text
 
-# How long a process that lost another keeps quiet, so that the other's error is seen first.
+# How long a process that lost another prints nothing, so that the other's error is seen first.
 PATIENCE = 10.0
-# What gloo says of a process that is gone; NCCL has an exception of its own.
+# Parts of gloo's messages about a process that has ended; NCCL has its own exception.
 _LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'gloo')
 
 
 def join_process_group(cfg: Config) -> dict[str, Any]:
     """Initialises the process group that ``cfg.launcher`` asks for, if there is none yet.
 
-    mmengine's own initialisation asks for a GPU. Without one, ``torchrun`` processes meet over gloo
+    mmengine's own initialisation needs a GPU. Without one, ``torchrun`` processes communicate over gloo
     and the model is wrapped without device ids.
 
     Args:
@@ -77,10 +77,10 @@ def share_work(cfg: Config) -> None:
 
 
 def check_shared(work_dir: Path) -> None:
-    """Finds out whether all processes see the work dir that the first one writes to.
+    """Checks that all processes see the work dir that the first one writes to.
 
     Raises:
-        FileNotFoundError: this one does not.
+        FileNotFoundError: this process does not.
     """
     if not is_distributed():
         return
@@ -101,11 +101,10 @@ def check_shared(work_dir: Path) -> None:
 
 @contextmanager
 def own_error_on_top() -> Iterator[None]:
-    """Within it, the error of the process that failed is told first, and by that process alone.
+    """A context in which the error of the process that failed is printed first, and only by that process.
 
     When one process of a run ends, the others fail in their next exchange with it. Whatever started
-    them (torchrun, srun) ends them all; they wait for that and say nothing of their own but where to
-    look.
+    them (torchrun, srun) then ends them all. They wait for this and only print where to look.
     """
     try:
         yield

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""mmengine's Runner for one stage: safe checkpoints, and epochs no longer than the stage has images."""
+"""mmengine's Runner for one stage: it reads checkpoints safely and never asks for more images than there are."""
 
 import logging
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class StageRunner(Runner):
     mmengine's loader unpickles anything where the safe read fails, and its ``resume`` executes a
     config text that it finds in a checkpoint. This one does neither.
 
-    What fills screens at a stage's start (environment, config, order of the hooks, options by
-    parameter), and what mmengine has to say about its own calls, goes to the log file alone.
+    Long messages at the start of a stage (environment, config, order of the hooks, options by
+    parameter), and mmengine's warnings about its own calls, only go to the log file.
 
     Attributes:
         stage: the stage of the run, for which hooks are called at its borders; None where the stage's
@@ -51,7 +51,7 @@ class StageRunner(Runner):
     start_from: str | None = None
 
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
-        """As mmengine's, the screen spared."""
+        """mmengine's logger, without these messages on the screen."""
         logger = super().build_logger(*args, **options)
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:  # a FileHandler is one too
@@ -59,7 +59,7 @@ class StageRunner(Runner):
         return logger
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """Notes environment and config; mmengine would start compilers again at every stage."""
+        """Logs environment and config, without starting compilers at every stage as mmengine does."""
         run = dict(
             env_cfg,
             **(self._randomness_cfg | dict(seed=self.seed)),
@@ -132,7 +132,7 @@ class StageRunner(Runner):
     ) -> DataLoader:
         """mmengine's, in which ``num_batch_per_epoch`` is a bound: a small stage has fewer batches.
 
-        mmengine takes it for the number of batches that are there, and asks for images past the last.
+        mmengine takes it as the exact number of batches, and asks for images that do not exist.
         """
         if not isinstance(dataloader, DataLoader) and dataloader.get('num_batch_per_epoch'):
             dataset = dataloader['dataset']

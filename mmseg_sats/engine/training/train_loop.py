@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""An epoch loop that goes on at the iteration at which it was stopped, as if it had not been."""
+"""An epoch loop that resumes at the iteration at which it was stopped, with the same result."""
 
 import itertools
 import multiprocessing
@@ -34,10 +34,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     NumPy and torch are set from (seed, stage, iteration) before every iteration, and the data set
     draws from (seed, stage, epoch, index); so there is no other state to restore, on any rank.
 
-    SIGTERM, by which a cluster takes a machine away, ends the run behind the iteration under way:
+    SIGTERM, which clusters send before they stop a job, ends the run after the current iteration:
     hooks with ``before_stop(runner)`` are called, which is when ``AtomicCheckpointHook`` writes, and
-    the process exits with ``EXIT_PREEMPTED`` (143). Between epochs, in a validation, say, it ends the
-    process at once: the epoch's checkpoint stands.
+    the process exits with ``EXIT_PREEMPTED`` (143). Between epochs, for example during validation, it
+    ends the process at once; the checkpoint of the epoch exists already.
 
     Args:
         runner, dataloader, max_epochs, options: as in mmengine's ``EpochBasedTrainLoop``.
@@ -85,7 +85,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def _stop_if_asked(self) -> None:
         if self._must_stop():
             self.runner.call_hook('before_stop')
-            # What watches over the processes ends all at the first that ends: not while one writes.
+            # torchrun and slurm end all processes when the first one ends; wait until none is writing.
             barrier()
             self.runner.logger.info(
                 f'stopped by SIGTERM behind iteration {self._iter}: go on with --resume'
@@ -124,7 +124,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def _must_stop(self) -> bool:
         if not is_distributed():
             return self._stop_asked
-        # All ranks stop behind the same iteration, whichever of them was told.
+        # All ranks stop after the same iteration, whichever of them got the signal.
         device = next(self.runner.model.parameters()).device
         asked = torch.tensor(int(self._stop_asked), device=device)
         all_reduce(asked, 'max')
@@ -133,7 +133,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     @contextmanager
     def _watching_for_sigterm(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python gives signals to the main thread alone.
+            yield  # Python delivers signals only to the main thread.
             return
         before = signal.signal(signal.SIGTERM, self._ask_to_stop)
         try:
@@ -153,7 +153,7 @@ def set_epoch(dataset: Dataset, epoch: int) -> None:
 
 
 def _start_worker(inner: Any, worker_id: int) -> None:
-    """Lets a worker outlive one SIGTERM: the batch under way is needed for the last iteration.
+    """Makes a worker ignore the first SIGTERM, since its batch is needed for the last iteration.
 
     A cluster signals every process of a job. The second signal, as from a loader that shuts down a
     worker that does not end by itself, works as usual. See also :func:`_end_workers`.
@@ -171,7 +171,7 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     """The loader's iterator, its workers noted."""
     global _at_the_end
     if _at_the_end is None or not _at_the_end.still_active():  # a forked process has none
-        # Priority 0: before multiprocessing ends the daemons, behind what pools do.
+        # Priority 0: before multiprocessing ends the daemons, after it closed its pools.
         _at_the_end = Finalize(None, _end_workers, exitpriority=0)
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
@@ -180,10 +180,10 @@ def _started(loader: DataLoader) -> Iterator[Any]:
 
 
 def _end_workers() -> None:
-    """Ends the loops' workers as the process ends, however it does; nobody waits for a batch then.
+    """Ends the loops' workers when the process ends, for whatever reason; no batch is needed then.
 
-    What ends a run, SIGTERM, Ctrl-C or an error, keeps the loop's iterators alive to the last. Then
-    multiprocessing sends each worker one SIGTERM, which a worker of ours outlives, and waits for ever.
+    If SIGTERM, Ctrl-C or an error ends a run, the loop's iterators live until the process ends. Then
+    multiprocessing sends each worker one SIGTERM, which our workers ignore, and would wait for ever.
     """
     living = [child for child in multiprocessing.active_children() if child in _workers]
     if living:

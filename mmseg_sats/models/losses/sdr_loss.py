@@ -142,7 +142,7 @@ def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tenso
         ignore_index: label of the pixels that are left out.
 
     Returns:
-        The mean over the pixels, a scalar; 0 without any. PixelChunk without a positive feature are left
+        The mean over the pixels, a scalar; 0 without any. Pixels without a positive feature are left
         out.
 
     Raises:

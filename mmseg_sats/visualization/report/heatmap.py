@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The heat map of IoU per class and stage, in which forgetting is a row that goes dark."""
+"""The heat map of IoU per class and stage; the row of a class that is being forgotten gets darker."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ from mmseg_sats.visualization.theme import (
     unit_colour,
 )
 
-COLOURS = 'cividis'  # made for colour-blind people; even in lightness, so it prints in grey too
+COLOURS = 'cividis'  # made for colour-blind people; its lightness grows evenly, so it can also be printed in grey
 FRAME = '#d55e00'  # stands out on every cell, on a light page and on a dark one
 ROW = 0.19  # inches
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What each part of the loss contributed, over all stages on one axis."""
+"""The contribution of each part of the loss, with all stages on one axis."""
 
 from collections.abc import Sequence
 
@@ -62,7 +62,7 @@ def draw_losses(run: RunRecord) -> Figure | None:
         if not here.any():
             continue
         colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
-        # Step by step: a log line is a mean over the iterations before it.
+        # Drawn as steps, because a log line is the mean over the iterations before it.
         edges = np.concatenate([[start], iterations[here]])
         heights = np.concatenate([values[:, here][:, :1], values[:, here]], axis=1)
         labels = [short_name(name) for name in names] if start == 0 else ()

@@ -15,7 +15,7 @@ from mmseg_sats.visualization.masks import encode
 from mmseg_sats.visualization.report.run_record import RunRecord
 from mmseg_sats.visualization.stage_model import StageModel, eval_dataset, load_stage
 
-# What reading a run's data or model may raise where these have moved: that part is left out.
+# Errors of reading a run's data or model after these have moved: that part is left out.
 _ABSENT = (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError)
 
 

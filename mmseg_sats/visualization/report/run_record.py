@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a run left in its work dir, read back for drawing: results, losses, times, config."""
+"""Reads what a run wrote into its work dir, for drawing: results, losses, times, config."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-# What tells two runs of a method apart, in the order in which a label names it.
+# What can differ between two runs of a method, in the order in which a label names it.
 LABEL_KEYS = ('dataset', 'protocol', 'split', 'setting', 'memory', 'seed')
 # Keys of a config that say where a run lives, not what it does.
 PLACE_KEYS = ('work_dir', 'base', 'resume', 'launcher', 'report', 'log_level')
@@ -105,7 +105,7 @@ def load_runs(work_dirs: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def run_labels(results: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> list[str]:
-    """The methods' names, with as much beside them as tells the runs apart.
+    """The methods' names, followed by whatever is needed to tell the runs apart.
 
     Args:
         results: contents of results.json, one per run.
