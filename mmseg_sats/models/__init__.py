@@ -1,11 +1,12 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.attention import AttentionMap, WindowAttentionMap
 from mmseg_sats.models.backbones import (
     AttentionMixVisionTransformer,
     AttentionPCPVT,
     AttentionSVT,
+    AttentionSwinTransformer,
     AttentionVisionTransformer,
 )
 from mmseg_sats.models.losses import (
@@ -36,6 +37,7 @@ __all__ = [
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',
     'AttentionSVT',
+    'AttentionSwinTransformer',
     'AttentionVisionTransformer',
     'CRPDistillationLoss',
     'ClassPrototypes',
@@ -58,4 +60,5 @@ __all__ = [
     'SparsityLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'WindowAttentionMap',
 ]

@@ -2,6 +2,7 @@
 """Backbones that name their queries and keys."""
 
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
+from mmseg_sats.models.backbones.attention_swin import AttentionSwinTransformer
 from mmseg_sats.models.backbones.attention_twins import AttentionPCPVT, AttentionSVT
 from mmseg_sats.models.backbones.attention_vit import AttentionVisionTransformer
 from mmseg_sats.models.backbones.self_attention import attend_with_map, self_attention
@@ -10,6 +11,7 @@ __all__ = [
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',
     'AttentionSVT',
+    'AttentionSwinTransformer',
     'AttentionVisionTransformer',
     'attend_with_map',
     'self_attention',

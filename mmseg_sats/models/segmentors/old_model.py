@@ -158,4 +158,4 @@ def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
     yield output.trained_logits
     yield from output.features
     for attention in output.attentions:
-        yield from (attention.query, attention.key)
+        yield from attention.tensors
