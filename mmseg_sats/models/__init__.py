@@ -8,6 +8,7 @@ from mmseg_sats.models.backbones import (
     AttentionSVT,
     AttentionSwinTransformer,
     AttentionVisionTransformer,
+    check_attention,
 )
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
@@ -61,4 +62,5 @@ __all__ = [
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
     'WindowAttentionMap',
+    'check_attention',
 ]

@@ -90,7 +90,7 @@ class WindowAttentionMap(BaseAttentionMap):
 
     def describe(self) -> str:
         """Kind, shape, grid and windows."""
-        return f'{super().describe()} in {self.windows}'
+        return f'{super().describe()} in windows {self.windows.size} shifted by {self.windows.shift}'
 
     def detach(self) -> 'WindowAttentionMap':
         """The same map, cut off from the graph."""
