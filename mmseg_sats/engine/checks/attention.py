@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """A backbone's attention is asked for once before stage 0 is trained, not first in stage 1."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,12 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import Tensor, nn
 
+from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.backbones.check_attention import check_maps
 from mmseg_sats.models.losses import CRPDistillationLoss
 from mmseg_sats.models.losses.blocks import pick_blocks
+
+SMALL = 128  # pixels a side
 
 
 def check_handed_out(cfg: Config, model: nn.Module) -> None:
@@ -30,16 +34,8 @@ def check_handed_out(cfg: Config, model: nn.Module) -> None:
     wanting = {name: part for name, part in parts if getattr(part, 'needs_attention', False)}
     if not wanting:
         return
-    backbone, image = model.backbone, _image(cfg, model.backbone)
     with torch.random.fork_rng(devices=[]):
-        try:
-            maps = _check(backbone, image)
-        except ValueError:
-            # What is made empty and filled by init_weights may be anything so far.
-            if not hasattr(backbone, 'init_weights'):
-                raise
-            backbone.init_weights()
-            maps = _check(backbone, image)
+        maps = _first_that_works(model.backbone, _images(cfg, model.backbone))
     for name, part in wanting.items():
         if isinstance(part, CRPDistillationLoss):
             try:
@@ -48,10 +44,36 @@ def check_handed_out(cfg: Config, model: nn.Module) -> None:
                 raise ValueError(f'distillation.{name}: {error}') from error
 
 
-def _check(backbone: nn.Module, image: Tensor) -> Any:
+def _first_that_works(backbone: nn.Module, images: Iterator[Tensor]) -> Sequence[BaseAttentionMap]:
+    """The maps of the first image for which nothing is wrong; raises what is wrong with the last."""
+    for image in images:
+        try:
+            return _maps(backbone, image)
+        except ValueError as error:
+            last = error
+    raise last
+
+
+def _images(cfg: Config, backbone: nn.Module) -> Iterator[Tensor]:
+    """Random images (1, C, H, W): a small one, which is soon done, and one of the size that the run trains with."""
+    size = cfg.get('crop_size') or getattr(backbone, 'img_size', None) or 512
+    whole = (size, size) if isinstance(size, int) else tuple(size)
+    mean = (cfg.model.get('data_preprocessor') or {}).get('mean') or ()
+    channels = len(mean) if len(mean) > 1 else cfg.model.backbone.get('in_channels', 3)
+    generator = torch.Generator().manual_seed(0)
+    # Not every backbone takes a small one.
+    for height, width in dict.fromkeys([tuple(min(side, SMALL) for side in whole), whole]):
+        yield torch.randn(1, channels, height, width, generator=generator)
+    # What is made empty and filled by init_weights may have been anything so far.
+    if hasattr(backbone, 'init_weights'):
+        backbone.init_weights()
+        yield torch.randn(1, channels, *whole, generator=generator)
+
+
+def _maps(backbone: nn.Module, image: Tensor) -> Sequence[BaseAttentionMap]:
     result = _ask(backbone, image)
     try:
-        return check_maps(result, len(image))[1]
+        return check_maps(result, image)[1]
     except ValueError as error:
         raise ValueError(
             f'model.backbone: {type(backbone).__name__}.forward_with_attention on an image of '
@@ -77,13 +99,3 @@ def _ask(backbone: nn.Module, image: Tensor) -> Any:
         f'model.backbone: {type(backbone).__name__}.forward_with_attention fails on an image of '
         f'{tuple(image.shape)}: {type(error).__name__}: {error}'
     ) from error
-
-
-def _image(cfg: Config, backbone: nn.Module) -> Tensor:
-    """A random image (1, C, H, W) of the size that the run trains with."""
-    size = cfg.get('crop_size') or getattr(backbone, 'img_size', None) or 512
-    height, width = (size, size) if isinstance(size, int) else size
-    mean = (cfg.model.get('data_preprocessor') or {}).get('mean') or ()
-    channels = len(mean) if len(mean) > 1 else cfg.model.backbone.get('in_channels', 3)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, height, width, generator=generator)

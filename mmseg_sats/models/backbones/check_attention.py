@@ -111,7 +111,7 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
         except (RuntimeError, TypeError):  # something in it is float32 for good
             outputs = _run(backbone, images, torch.float32)
         dtype, expected, computed, result = outputs
-        features, maps = check_maps(result, len(images))
+        features, maps = check_maps(result, images)
         _compare_features(features, expected, TOLERANCES[dtype])
         if not computed:
             raise ValueError(
@@ -129,12 +129,12 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
     )
 
 
-def check_maps(result: Any, batch: int) -> tuple[Sequence[Any], Sequence[BaseAttentionMap]]:
+def check_maps(result: Any, images: Tensor) -> tuple[Sequence[Any], Sequence[BaseAttentionMap]]:
     """The cheap part: kinds, shapes, grids, and a few rows of each map.
 
     Args:
         result: what ``forward_with_attention`` returned.
-        batch: for how many images.
+        images: (B, C, H, W), of what.
 
     Returns:
         Features and maps.
@@ -157,13 +157,13 @@ def check_maps(result: Any, batch: int) -> tuple[Sequence[Any], Sequence[BaseAtt
             raise ValueError(
                 f'block {index}: expected an AttentionMap (or WindowAttentionMap), got {_kind(attention)}'
             )
-        if attention.shape[0] != batch:
+        if attention.shape[0] != len(images):
             raise ValueError(
-                f'block {index}: expected a map of {batch} images, got {attention.describe()}: '
+                f'block {index}: expected a map of {len(images)} images, got {attention.describe()}: '
                 'queries are (B, heads, L, d), the heads apart from the images'
             )
         if len(grids) == len(maps) and grids[index]:
-            _check_proportions(index, attention, grids[index])
+            _check_proportions(index, attention, grids[index], tuple(images.shape[2:]))
         rows = attention.rows(0, min(ROWS, attention.shape[2]))
         if not rows.isfinite().all():
             raise ValueError(f'block {index}: its map is not finite')
@@ -185,20 +185,25 @@ def _feature_grid(feature: Any) -> Grid | None:
     return tuple(first.shape[2:]) if isinstance(first, Tensor) and first.dim() == 4 else None
 
 
-def _check_proportions(index: int, attention: BaseAttentionMap, grid: Grid) -> None:
-    """A map's grid may be finer or coarser than the features', by the same factor in height and width.
-
-    Sides are rounded up or down, so each factor is known within bounds alone.
-    """
-    bounds = [
-        ((own - 1) / (side + 1), (own + 1) / max(side - 1, 1e-9))
-        for own, side in zip(attention.query_hw, grid, strict=True)
-    ]
-    if max(low for low, _ in bounds) > min(high for _, high in bounds):
+def _check_proportions(index: int, attention: BaseAttentionMap, grid: Grid, image: Grid) -> None:
+    """A map's grid may be finer or coarser than the features', by the same factor in height and width."""
+    own = attention.query_hw
+    # Patches that are no squares are legal, and show in the features.
+    of_the_image = not _proportional(grid, image, 0) or _proportional(own, image, 0)
+    if own != grid and not (_proportional(own, grid, 1) and of_the_image):
         raise ValueError(
-            f'block {index}: its grid {attention.query_hw} has other proportions than its features, '
-            f'{grid}: query_hw is (height, width)'
+            f'block {index}: its grid {own} has other proportions than its features, {grid}, of images '
+            f'{image}: query_hw is (height, width)'
         )
+
+
+def _proportional(grid: Grid, other: Grid, slack: int) -> bool:
+    """Whether two grids may be roundings, up or down, of the same image; ``slack`` is 0 where the other is exact."""
+    bounds = [
+        ((own - 1) / (side + slack), (own + 1) / max(side - slack, 1e-9))
+        for own, side in zip(grid, other, strict=True)
+    ]
+    return max(low for low, _ in bounds) <= min(high for _, high in bounds)
 
 
 def _run(
