@@ -35,6 +35,8 @@ def pyramid(widths: list[int], **backbone: Any) -> dict[str, Any]:
     return dict(backbone=backbone, **heads)
 
 
+SWIN = pyramid([8, 16, 32, 64], embed_dims=8, num_heads=[1, 2, 2, 4], depths=[1, 1, 2, 1])
+
 # Recipe, what makes it thin, what SATS hands on, stock mmseg's name of the backbone.
 THIN: dict[str, tuple[str, dict[str, Any], str, str]] = {
     'vit': (
@@ -62,10 +64,11 @@ THIN: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     'swin': (
         'swin_t_upernet_voc',
-        pyramid([8, 16, 32, 64], embed_dims=8, num_heads=[1, 2, 2, 4], depths=[1, 1, 2, 1]),
-        'feature',
+        SWIN,
+        'attention',
         'SwinTransformer',
     ),
+    'swin_features': ('swin_t_upernet_voc', SWIN, 'feature', 'SwinTransformer'),
     'deeplabv3': ('deeplabv3_r101_voc', RESNET, 'feature', 'ResNetV1c'),
     'fcn': ('r50_fcn_voc', RESNET, 'feature', 'ResNetV1c'),
 }

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The page on one more backbone: its code runs as it stands there."""
 
+import doctest
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.test_attention_mit import images
 
 PAGE = (Path(__file__).parents[1] / 'docs' / 'new_backbone.md').read_text()
 CODE, CONFIG = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+(SESSION,) = re.findall(r'```pycon\n(.*?)```', PAGE, re.DOTALL)
 
 
 @pytest.fixture
@@ -37,6 +39,12 @@ def test_the_code_is_short() -> None:
 def test_the_page_names_the_recipes_that_there_are() -> None:
     for name in re.findall(r'`(\w+_(?:voc|ade20k))`', PAGE):
         assert (CONFIGS / '_base_' / f'{name}.py').is_file(), name
+
+
+@pytest.mark.usefixtures('config_file')
+def test_the_check_says_what_the_page_says() -> None:
+    example = doctest.DocTestParser().get_doctest(SESSION, {}, 'page', None, 0)
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
 
 
 def test_it_learns_two_stages_by_attention(

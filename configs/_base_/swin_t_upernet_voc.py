@@ -1,4 +1,4 @@
-"""Swin-T with UPerNet on VOC. Its attention stays within windows, so there is no map: SATS takes features there.
+"""Swin-T with UPerNet on VOC; the attention of the last layer of each stage, within its windows.
 
 AdamW as mmseg trains it on ADE20K; nobody has published a schedule for stages, a tenth in the later ones is the paper's.
 """
@@ -7,7 +7,7 @@ _base_ = ['./models/upernet.py', './datasets/voc.py', './schedules/adamw_poly.py
 pretrained = 'https://mmassets.onedl.ai/mmsegmentation/v0.5/pretrain/swin/swin_tiny_patch4_window7_224_20220317-1cdeb081.pth'
 model = dict(
     backbone=dict(
-        type='SwinTransformer',
+        type='AttentionSwinTransformer',
         pretrain_img_size=224,
         embed_dims=96,
         patch_size=4,

@@ -1,12 +1,14 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.attention import AttentionMap, WindowAttentionMap
 from mmseg_sats.models.backbones import (
     AttentionMixVisionTransformer,
     AttentionPCPVT,
     AttentionSVT,
+    AttentionSwinTransformer,
     AttentionVisionTransformer,
+    check_attention,
 )
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
@@ -37,6 +39,7 @@ __all__ = [
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',
     'AttentionSVT',
+    'AttentionSwinTransformer',
     'AttentionVisionTransformer',
     'CRPDistillationLoss',
     'ClassPrototypes',
@@ -61,4 +64,6 @@ __all__ = [
     'SparsityLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'WindowAttentionMap',
+    'check_attention',
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.precision import full_precision
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.resizing import ResizedLogits
@@ -46,7 +46,7 @@ class SegmentorOutput:
 
     logits: Tensor
     features: tuple[Tensor, ...]
-    attentions: tuple[AttentionMap, ...] = ()
+    attentions: tuple[BaseAttentionMap, ...] = ()
     align_corners: bool = False
     unknown: Tensor | None = None
     prototypes: ClassPrototypes | None = None

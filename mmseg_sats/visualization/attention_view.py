@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What a class region, or a point, attends to in the old model and in the new one.
 
-The numbers are those of the loss: ``AttentionMap.pool``, eq. (1) of Qiu et al., *SATS* (Pattern
+The numbers are those of the loss: ``pool`` of the attention maps, eq. (1) of Qiu et al., *SATS* (Pattern
 Recognition 2023), of both models over the same region, and the distance between them, which
 eq. (2) adds up.
 """
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.segmentors.old_model import run_segmentor
 from mmseg_sats.visualization.stage_model import StageModel
 from mmseg_sats.visualization.theme import new_figure
@@ -51,7 +51,7 @@ class BlockView:
         return difference.square().mean(0).sqrt() * difference.mean(0).sign()
 
 
-def attentions(stage: StageModel, inputs: Tensor) -> tuple[AttentionMap, ...]:
+def attentions(stage: StageModel, inputs: Tensor) -> tuple[BaseAttentionMap, ...]:
     """The attention maps of a stage's model for images (1, 3, H, W), preprocessed.
 
     Raises:
@@ -68,7 +68,7 @@ def attentions(stage: StageModel, inputs: Tensor) -> tuple[AttentionMap, ...]:
 
 
 def class_views(
-    old: Sequence[AttentionMap], new: Sequence[AttentionMap], labels: Tensor, channel: int
+    old: Sequence[BaseAttentionMap], new: Sequence[BaseAttentionMap], labels: Tensor, channel: int
 ) -> list[BlockView | None]:
     """The attention of a class region in every block.
 
@@ -87,7 +87,7 @@ def class_views(
 
 
 def _class_view(
-    old: AttentionMap, new: AttentionMap, labels: Tensor, channel: int
+    old: BaseAttentionMap, new: BaseAttentionMap, labels: Tensor, channel: int
 ) -> BlockView | None:
     # The same resizing of labels as in crp_loss.
     grid = F.interpolate(labels[None, None].float(), old.query_hw, mode='nearest')[0].long()
@@ -98,7 +98,7 @@ def _class_view(
 
 
 def point_views(
-    old: Sequence[AttentionMap], new: Sequence[AttentionMap], point: tuple[float, float]
+    old: Sequence[BaseAttentionMap], new: Sequence[BaseAttentionMap], point: tuple[float, float]
 ) -> list[BlockView]:
     """The attention of one query position in every block; ``point`` is (x, y) in 0..1 of the image."""
     views = []
@@ -114,7 +114,7 @@ def point_views(
     return views
 
 
-def _on_grid(maps: AttentionMap, values: Tensor) -> Tensor:
+def _on_grid(maps: BaseAttentionMap, values: Tensor) -> Tensor:
     # Keys that lie on no grid, such as ViT's class token, come first and have no place in a picture.
     return values[..., maps.extra_keys :].unflatten(-1, maps.key_hw).float().cpu()
 

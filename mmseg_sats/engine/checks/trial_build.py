@@ -20,12 +20,13 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 from torch import nn
 
+from mmseg_sats.engine.checks.attention import check_handed_out
 from mmseg_sats.evaluation import IncrementalIoUMetric
 from mmseg_sats.spelling import near_match
 
 
 def check_model(cfg: Config) -> nn.Module:
-    """Builds the model of a stage, its weights at random.
+    """Builds the model of a stage, its weights at random, and asks its backbone for attention where it is needed.
 
     Returns:
         The model, without an old model.
@@ -33,8 +34,8 @@ def check_model(cfg: Config) -> nn.Module:
     Raises:
         KeyError: a type that is not registered, with a near match.
         TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
-        ValueError: whatever else the model's parts refuse, or activation checkpointing that would do
-            nothing.
+        ValueError: whatever else the model's parts refuse, activation checkpointing that would do
+            nothing, or attention that is none.
     """
     model = build_model(cfg)
     names = [name for name in cfg.get('activation_checkpointing') or () if 'backbone' in name]
@@ -44,6 +45,7 @@ def check_model(cfg: Config) -> nn.Module:
             f'activation_checkpointing={names} does not reach the layers of '
             f'{type(model.backbone).__name__}: expected model.backbone.with_cp=True in its place'
         )
+    check_handed_out(cfg, model)
     return model
 
 

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention.class_regions import ClassRegions, find_regions
+from mmseg_sats.models.attention.base import BaseAttentionMap, Measure, attend
+from mmseg_sats.models.attention.class_regions import ClassRegions
 from mmseg_sats.models.precision import full_precision, working_dtype
 
 # How many entries of the map exist at a time, by device type. A CPU wants a chunk that stays in its
@@ -30,7 +32,7 @@ DEFAULT_CHUNK_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionMap:
+class AttentionMap(BaseAttentionMap):
     """The attention of one layer, softmax(query key^T * scale), before attention dropout.
 
     Everything computed from it is float32, or float64 where the inputs are; autocast has no say.
@@ -72,52 +74,22 @@ class AttentionMap:
                 raise ValueError(f'{name}_hw {(height, width)} does not hold {length} positions')
 
     @property
-    def num_heads(self) -> int:
-        """Number of attention heads."""
-        return self.query.shape[1]
-
-    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, heads, L, S), the shape that ``dense`` would have."""
         return (*self.query.shape[:3], self.key.shape[2])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Queries and keys."""
+        return self.query, self.key
 
     def detach(self) -> 'AttentionMap':
         """The same map, cut off from the graph."""
         return replace(self, query=self.query.detach(), key=self.key.detach())
 
-    def dense(self) -> Tensor:
-        """The whole map, (B, heads, L, S)."""
-        return attend(self.query, self.key, self.scale)
-
     def rows(self, start: int, stop: int) -> Tensor:
         """The map's rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
         return attend(self.query[:, :, start:stop], self.key, self.scale)
-
-    def pool(self, labels: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean attention of each class region, eq. (1) of SATS, without building the map.
-
-        Args:
-            labels: (B, h, w) integer labels on the query grid; 0 is background.
-            ignore_index: the label that belongs to no class.
-
-        Returns:
-            The means (R, heads, S), the image (R,) and the class (R,) of each region, ordered by
-            image and class. R is 0 where no image has a class; the result still belongs to the
-            graph then.
-
-        Raises:
-            ValueError: if the labels do not lie on the query grid or are not integers.
-        """
-        expected = (self.query.shape[0], *self.query_hw)
-        if tuple(labels.shape) != expected:
-            raise ValueError(
-                f'labels must be on the query grid {expected}, got {tuple(labels.shape)}'
-            )
-        if labels.is_floating_point():
-            raise ValueError(f'labels must be integers, got {labels.dtype}')
-        regions = find_regions(labels, ignore_index)
-        image, label, slot, _ = regions.columns
-        return self.pool_regions(regions)[image, :, slot], image, label
 
     def pool_regions(self, regions: ClassRegions) -> Tensor:
         """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
@@ -125,6 +97,26 @@ class AttentionMap:
         if fused and fused.can_fuse(self.query, self.key, regions):
             return fused.FusedRegionMean.apply(self.query, self.key, self.scale, regions)
         return _RegionMean.apply(self.query, self.key, self.scale, regions)
+
+    def mean_row_distance(self, other: 'AttentionMap', measure: Measure) -> Tensor:
+        """(B, heads): the mean over all positions of the measure of the two maps' difference of rows.
+
+        A few rows are computed at a time, and once more in backward.
+        """
+
+        def row_distance(new: Tensor, old: Tensor) -> Tensor:
+            rows = attend(new, self.key, self.scale)
+            return measure(rows - attend(old, other.key, other.scale)).sum(2)
+
+        batch, heads, length, keys = self.shape
+        size = max(1, chunk_elements(self.query) // max(1, batch * heads * keys))
+        chunks = zip(self.query.split(size, 2), other.query.split(size, 2), strict=True)
+        # split, not slices: the gradients of all the pieces are joined once.
+        sums = [
+            checkpoint(row_distance, new, old, use_reentrant=False, preserve_rng_state=False)
+            for new, old in chunks
+        ]
+        return torch.stack(sums).sum(0) / length
 
 
 @lru_cache
@@ -136,13 +128,6 @@ def _fused_kernels(device: torch.device) -> ModuleType | None:
         return None
     kernels = import_module('mmseg_sats.models.attention.triton_pooling')
     return kernels if kernels.kernels_run(device) else None
-
-
-def attend(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """softmax(query key^T * scale), (..., P, S), of queries (..., P, d) and keys (..., S, d)."""
-    with full_precision(query):
-        dtype = working_dtype(query, key)
-        return (query.to(dtype) @ (key.to(dtype) * scale).mT).softmax(-1)
 
 
 def chunk_elements(tensor: Tensor) -> int:

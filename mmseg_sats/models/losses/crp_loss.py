@@ -14,16 +14,15 @@ dist, where C_i are the classes that image i has on any block and H_J are the he
 block.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from mmseg.registry import MODELS
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention.attention_map import AttentionMap, attend, chunk_elements
+from mmseg_sats.models.attention.base import BaseAttentionMap, Measure
 from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
 from mmseg_sats.models.parts import DistillationPart
@@ -31,8 +30,7 @@ from mmseg_sats.models.precision import full_precision, working_dtype
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.spelling import choose
 
-Block = AttentionMap | Tensor
-Distance = Callable[[Tensor], Tensor]
+Block = BaseAttentionMap | Tensor
 
 
 def _squared_l2(difference: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def _l2(difference: Tensor) -> Tensor:
     return torch.linalg.vector_norm(difference, dim=-1)
 
 
-DISTANCES: dict[str, Distance] = {'l2': _l2, 'squared_l2': _squared_l2}
+DISTANCES: dict[str, Measure] = {'l2': _l2, 'squared_l2': _squared_l2}
 
 
 def crp_loss(
@@ -65,7 +63,7 @@ def crp_loss(
     autocast says.
 
     Args:
-        student: the blocks of the new model, each an ``AttentionMap`` (B, heads, L, S) or features
+        student: the blocks of the new model, each an attention map (B, heads, L, S) or features
             (B, C, h, w); features count as one head, their vector at a position being the C
             channels.
         teacher: the blocks of the old model, of the same kinds and shapes.
@@ -146,19 +144,19 @@ class _LabelGrids:
 
 
 def _class_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
 ) -> _Distances:
     return _region_distances(student, teacher, grids.by_class[_grid(student)], distance)
 
 
 def _global_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
 ) -> _Distances:
     return _region_distances(student, teacher, grids.whole[_grid(student)], distance)
 
 
 def _region_distances(
-    student: Block, teacher: Block, regions: ClassRegions, distance: Distance
+    student: Block, teacher: Block, regions: ClassRegions, distance: Measure
 ) -> _Distances:
     with torch.no_grad():
         old = _region_means(teacher, regions)
@@ -167,7 +165,7 @@ def _region_distances(
 
 def _region_means(block: Block, regions: ClassRegions) -> Tensor:
     """Eq. (1): (B, heads, width, S) of an attention map, (B, 1, width, C) of features (B, C, h, w)."""
-    if isinstance(block, AttentionMap):
+    if isinstance(block, BaseAttentionMap):
         return block.pool_regions(regions)
     features = block.flatten(2).to(working_dtype(block)).mT
     # A row that pads counts nothing, and what background holds must not come in, be it times 0.
@@ -176,34 +174,16 @@ def _region_means(block: Block, regions: ClassRegions) -> Tensor:
 
 
 def _position_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Distance
+    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
 ) -> _Distances:
     """No pooling: the mean distance over all positions, computed a few rows at a time."""
-    if isinstance(student, AttentionMap):
-        values = _mean_row_distance(student, teacher.detach(), distance)
+    if isinstance(student, BaseAttentionMap):
+        values = student.mean_row_distance(teacher.detach(), distance)
     else:
         dtype = working_dtype(student, teacher)
         difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
         values = distance(difference).mean(1, keepdim=True)
     return _Distances(values.unsqueeze(2), torch.ones(len(values), 1, dtype=torch.bool))
-
-
-def _mean_row_distance(student: AttentionMap, teacher: AttentionMap, distance: Distance) -> Tensor:
-    """(B, heads): the mean over all positions of the distance of the two maps' rows."""
-
-    def row_distance(new: Tensor, old: Tensor) -> Tensor:
-        rows = attend(new, student.key, student.scale)
-        return distance(rows - attend(old, teacher.key, teacher.scale)).sum(2)
-
-    batch, heads, length, keys = student.shape
-    size = max(1, chunk_elements(student.query) // max(1, batch * heads * keys))
-    chunks = zip(student.query.split(size, 2), teacher.query.split(size, 2), strict=True)
-    # split, not slices: the gradients of all the pieces are joined once.
-    sums = [
-        checkpoint(row_distance, new, old, use_reentrant=False, preserve_rng_state=False)
-        for new, old in chunks
-    ]
-    return torch.stack(sums).sum(0) / length
 
 
 POOLINGS = {'class': _class_distances, 'global': _global_distances, 'none': _position_distances}
@@ -240,7 +220,7 @@ def _mean_over_images(blocks: Sequence[_Distances], divisors: Tensor) -> Tensor:
 
 
 def _grid(block: Block) -> Grid:
-    if isinstance(block, AttentionMap):
+    if isinstance(block, BaseAttentionMap):
         return block.query_hw
     if block.ndim != 4:
         raise ValueError(f'features must be (B, C, h, w), got {tuple(block.shape)}')
@@ -274,8 +254,8 @@ def _describe(block: Block) -> str:
 
     The width of a head may differ: it does not show in the attention.
     """
-    if isinstance(block, AttentionMap):
-        return f'attention {tuple(block.shape)} on grid {_grid(block)}'
+    if isinstance(block, BaseAttentionMap):
+        return block.describe()
     return f'features {tuple(block.shape)}'
 
 

@@ -159,4 +159,4 @@ def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
     yield output.trained_logits
     yield from output.features
     for attention in () if output.attentions is NOT_ASKED_FOR else output.attentions:
-        yield from (attention.query, attention.key)
+        yield from attention.tensors

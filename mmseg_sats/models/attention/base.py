@@ -1,0 +1,102 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What every attention map offers to the losses and to the viewer, however it is computed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions
+from mmseg_sats.models.precision import full_precision, working_dtype
+
+# From differences (..., S) to numbers (...), in which entries that are 0 count nothing.
+Measure = Callable[[Tensor], Tensor]
+
+
+class BaseAttentionMap(ABC):
+    """The attention of one layer before attention dropout: L rows, each over S keys, which sum to 1.
+
+    Everything computed from it is float32, or float64 where the inputs are; autocast has no say.
+
+    Attributes:
+        query_hw: (h, w) of the query grid, L = h * w.
+        key_hw: (h, w) of the key grid, S = extra_keys + h * w.
+        extra_keys: how many keys stand before those of the grid and lie on no place of the image.
+    """
+
+    query_hw: Grid
+    key_hw: Grid
+    extra_keys: int
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, heads, L, S), the shape that ``dense`` would have."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the map is computed from, queries first."""
+
+    @abstractmethod
+    def detach(self) -> 'BaseAttentionMap':
+        """The same map, cut off from the graph."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The map's rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
+
+    @abstractmethod
+    def pool_regions(self, regions: ClassRegions) -> Tensor:
+        """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
+
+    @abstractmethod
+    def mean_row_distance(self, other: 'BaseAttentionMap', measure: Measure) -> Tensor:
+        """(B, heads): the mean over all positions of the measure of the two maps' difference of rows."""
+
+    @property
+    def num_heads(self) -> int:
+        """Number of attention heads."""
+        return self.shape[1]
+
+    def describe(self) -> str:
+        """Kind, shape and grid; two maps can be compared when these are equal."""
+        return f'attention {self.shape} on grid {self.query_hw}'
+
+    def dense(self) -> Tensor:
+        """The whole map, (B, heads, L, S)."""
+        return self.rows(0, self.shape[2])
+
+    def pool(self, labels: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean attention of each class region, eq. (1) of SATS, without building the map.
+
+        Args:
+            labels: (B, h, w) integer labels on the query grid; 0 is background.
+            ignore_index: the label that belongs to no class.
+
+        Returns:
+            The means (R, heads, S), the image (R,) and the class (R,) of each region, ordered by
+            image and class. R is 0 where no image has a class; the result still belongs to the
+            graph then.
+
+        Raises:
+            ValueError: if the labels do not lie on the query grid or are not integers.
+        """
+        expected = (self.shape[0], *self.query_hw)
+        if tuple(labels.shape) != expected:
+            raise ValueError(
+                f'labels must be on the query grid {expected}, got {tuple(labels.shape)}'
+            )
+        if labels.is_floating_point():
+            raise ValueError(f'labels must be integers, got {labels.dtype}')
+        regions = find_regions(labels, ignore_index)
+        image, label, slot, _ = regions.columns
+        return self.pool_regions(regions)[image, :, slot], image, label
+
+
+def attend(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(query key^T * scale + bias), (..., P, S), of queries (..., P, d) and keys (..., S, d)."""
+    with full_precision(query):
+        dtype = working_dtype(query, key)
+        scores = query.to(dtype) @ (key.to(dtype) * scale).mT
+        return (scores if bias is None else scores + bias.to(dtype)).softmax(-1)

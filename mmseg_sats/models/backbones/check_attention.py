@@ -1,0 +1,242 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Whether the attention that a backbone hands out is the one that its layers compute.
+
+For people who write ``forward_with_attention``: a map of the wrong queries trains without an error.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmseg_sats.models.attention.base import BaseAttentionMap
+from mmseg_sats.models.attention.window_attention_map import WindowAttentionMap
+from mmseg_sats.models.backbones.check_maps import check_maps
+
+# Relative to each entry of the map, and to the largest of a feature map.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
+# By how much the weights are moved: a bias that starts at 0 would not show where it is missing.
+NOISE = 0.02
+# PyTorch 2.4 has no second kind.
+SOFTMAXES = [
+    getattr(torch.ops.aten, name).default
+    for name in ('_softmax', '_safe_softmax')
+    if hasattr(torch.ops.aten, name)
+]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What a block's map was compared with.
+
+    Args:
+        map: the map's shape and grid, in words.
+        layer: the softmax of ``forward`` that it equals, counted from 1.
+        difference: the largest difference of an entry.
+    """
+
+    map: str
+    layer: int
+    difference: float
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What ``check_attention`` compared; its text has a line for each block.
+
+    Args:
+        backbone: the backbone's class.
+        images: the shape of the images.
+        dtype: the precision in which it was run.
+        layers: how many softmaxes ``forward`` computed.
+        blocks: one for each map.
+    """
+
+    backbone: str
+    images: tuple[int, ...]
+    dtype: torch.dtype
+    layers: int
+    blocks: tuple[BlockReport, ...]
+
+    def __str__(self) -> str:
+        lines = [f'{self.backbone} on images {self.images}, {self.dtype}: features equal those of forward']
+        lines += [
+            f'block {index}: {block.map} equals softmax {block.layer} of {self.layers}, '
+            f'largest difference {block.difference:.1e}'
+            for index, block in enumerate(self.blocks)
+        ]
+        return '\n'.join(lines)
+
+
+def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
+    """Compares what ``forward_with_attention`` hands out with what ``forward`` computes.
+
+    A copy of the backbone is run in eval mode and, where it can be, in double precision, its weights moved a
+    little at random, so that biases which start at 0 count. The features must be those of ``forward``. Each map
+    must be one that a layer computed: every ``softmax`` over the last dimension is listened to, those of
+    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` among them.
+
+    It cannot see in which order a layer has its tokens; that of the map must be row by row. An image that is
+    not square shows a grid whose height and width are swapped.
+
+    Args:
+        backbone: has ``forward_with_attention(x) -> (features, attentions)``.
+        image: (B, C, H, W), small, since the maps are built as a whole; a single one is joined by its mirror
+            image, so that heads mixed up with images show.
+
+    Returns:
+        What was compared with what.
+
+    Raises:
+        ValueError: something differs, named with its block, or nothing could be compared.
+    """
+    if not hasattr(backbone, 'forward_with_attention'):
+        raise ValueError(f'{type(backbone).__name__} has no forward_with_attention')
+    if image.dim() != 4 or not image.is_floating_point():
+        raise ValueError(
+            f'image must be floating point numbers (B, C, H, W), got {image.dtype} {tuple(image.shape)}'
+        )
+    images = image if len(image) > 1 else torch.cat([image, image.flip(3)])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            outputs = _run(backbone, images, torch.float64)
+        except (RuntimeError, TypeError):  # something in it is float32 for good
+            outputs = _run(backbone, images, torch.float32)
+        dtype, expected, computed, result = outputs
+        features, maps = check_maps(result, images)
+        _compare_features(features, expected, TOLERANCES[dtype])
+        if not computed:
+            raise ValueError(
+                f'no map of {type(backbone).__name__} could be compared: its forward calls neither softmax over '
+                'the last dimension nor scaled_dot_product_attention nor nn.MultiheadAttention where it can be '
+                'heard (a compiled model, a kernel of its own?)'
+            )
+        blocks, used = [], set()
+        for index, attention in enumerate(maps):
+            block = _find(index, attention, computed, used, TOLERANCES[dtype])
+            used.add(block.layer)
+            blocks.append(block)
+    return AttentionReport(
+        type(backbone).__name__, tuple(images.shape), dtype, len(computed), tuple(blocks)
+    )
+
+
+def _run(
+    backbone: nn.Module, images: Tensor, dtype: torch.dtype
+) -> tuple[torch.dtype, Sequence[Any], list[Tensor], Any]:
+    """The dtype, the features and the softmaxes of ``forward``, and what ``forward_with_attention`` returns."""
+    own = copy.deepcopy(backbone).to(dtype)
+    own.eval()  # of which mmseg's ViT returns nothing
+    generator = torch.Generator().manual_seed(0)
+    for parameter in own.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(NOISE * noise.to(parameter))
+    images = images.to(next((own.device for own in own.parameters()), images.device), dtype)
+    with _heard_softmaxes() as computed:
+        features = own(images)
+    return dtype, features, computed, own.forward_with_attention(images)
+
+
+class _Softmaxes(TorchDispatchMode):
+    """Keeps what each softmax over the last dimension gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in SOFTMAXES and result.dim() > 2 and args[1] in (-1, result.dim() - 1):
+            self.results.append(result)
+        return result
+
+
+@contextmanager
+def _heard_softmaxes() -> Iterator[list[Tensor]]:
+    """The softmaxes computed under it, with PyTorch's fused kernels for attention turned off."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _Softmaxes() as record:
+            yield record.results
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _flat(features: Any) -> Iterator[Tensor]:
+    if isinstance(features, Tensor):
+        yield features
+    else:
+        for feature in features:
+            yield from _flat(feature)
+
+
+def _compare_features(got: Any, expected: Any, tolerance: float) -> None:
+    got, expected = list(_flat(got)), list(_flat(expected))
+    if len(got) != len(expected):
+        raise ValueError(
+            f'forward_with_attention returns {len(got)} features, forward {len(expected)}'
+        )
+    for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+        if one.shape != other.shape:
+            raise ValueError(
+                f'features {index}: expected {tuple(other.shape)} as from forward, got {tuple(one.shape)}'
+            )
+        difference, largest = (one - other).abs().max(), other.abs().max()
+        if not difference <= tolerance * largest:
+            raise ValueError(
+                f'features {index}: forward_with_attention gives others than forward, by {difference:.1e} '
+                f'at most, of numbers up to {largest:.1e}'
+            )
+
+
+def _find(
+    index: int, attention: BaseAttentionMap, computed: Sequence[Tensor], used: set[int], tolerance: float
+) -> BlockReport:
+    """The layer, of those not used yet, whose attention the map is."""
+    nearest = float('inf')
+    for layer, weights in enumerate(computed, 1):
+        for own, theirs in _pairs(attention, weights) if layer not in used else ():
+            difference = float((own - theirs).abs().max())
+            if torch.allclose(own, theirs, rtol=tolerance, atol=tolerance**2):
+                return BlockReport(attention.describe(), layer, difference)
+            nearest = min(nearest, difference)
+    if nearest == float('inf'):
+        shapes = ', '.join(dict.fromkeys(str(tuple(weights.shape)) for weights in computed))
+        raise ValueError(
+            f'block {index}: no layer computed {attention.describe()}, or another block has it; the softmaxes '
+            f'of forward gave {shapes}: expected the queries and keys of the softmax itself, in a '
+            'WindowAttentionMap where it stays within windows'
+        )
+    raise ValueError(
+        f'block {index}: no layer computed this {attention.describe()}, the nearest of its shape differs by '
+        f'{nearest:.1e}: query and key swapped, another scale, a bias on the scores left out, or tokens or heads '
+        'in another order?'
+    )
+
+
+def _pairs(attention: BaseAttentionMap, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The map, and what a layer computed in the map's shape; nothing where that has no such shape."""
+    if isinstance(attention, WindowAttentionMap):
+        own = attention.in_windows()
+        if weights.shape[-2:] == own.shape[-2:] and weights.numel() == own.numel():
+            windows = attention.windows
+            asks = windows.keys(own.device) >= windows.extra_keys
+            yield tuple(value.transpose(2, 3)[:, asks] for value in (own, weights.reshape(own.shape)))
+        return
+    batch, heads, length, keys = attention.shape
+    rows = weights.shape[-2]
+    if weights.shape[-1] == keys and rows >= length and weights.numel() == batch * heads * rows * keys:
+        own, theirs = attention.dense(), weights.reshape(batch, heads, rows, keys)
+        yield own, theirs[:, :, rows - length :]
+        if rows > length:  # tokens without a place stand behind
+            yield own, theirs[:, :, :length].roll(attention.extra_keys, 3)
