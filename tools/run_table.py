@@ -12,6 +12,7 @@ from rich.console import Console
 
 import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.checkpoint import write_text
+from mmseg_sats.config_keys import IDENTITY
 from mmseg_sats.engine.experiments.plan import Plan, make_plan, memory_sizes
 from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
@@ -21,7 +22,6 @@ from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
 from mmseg_sats.spelling import check_choice
 
 ROOT = Path(__file__).parents[1]
-OWN_OPTIONS = dict(protocol='--protocols', seed='--seeds', memory='--memory')
 
 
 def comma_separated(text: str) -> list[str]:
@@ -97,9 +97,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(
             f'--variants {",".join(args.variants)}: the rows of {args.table} are systems, named by --methods'
         )
-    for word, option in OWN_OPTIONS.items():
-        if any(given.split('=')[0] == word for given in args.cfg_options):
-            raise ValueError(f'--cfg-options {word}=...: it names the runs; give it by {option}')
+    given = {option.split('=')[0] for option in args.cfg_options}
+    for key in IDENTITY:
+        for option in {key, f'{key}s'} & vars(args).keys():
+            if key in given:
+                raise ValueError(f'--cfg-options {key}=...: it names the runs; give it by --{option}')
     for option in ('jobs', 'threads'):
         value = getattr(args, option)
         if value is not None and value < 1:

@@ -24,6 +24,7 @@ from mmseg_sats.checkpoint import (
     write_json,
     write_text,
 )
+from mmseg_sats.config_keys import IDENTITY
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
@@ -70,8 +71,6 @@ from mmseg_sats.engine.training.distributed import check_shared, join_process_gr
 from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.protocol import Stage
 from mmseg_sats.shared_values import Sharing
-
-IDENTITY = ('method', 'memory', 'dataset', 'protocol', 'split', 'setting', 'class_order', 'seed')
 
 _SECONDS = 'train/time'  # of each iteration, as mmengine notes them; a resumed stage goes on with them
 

@@ -11,52 +11,26 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
+from mmseg_sats.config_keys import KEYS, STAGE_PARTS, names
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.trial_build import build_model, trains_on_one_image
-from mmseg_sats.engine.config.stage_config import STAGE_PARTS
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import adopt_base, head_names
 from mmseg_sats.spelling import check_choice, near_match, one_slip
 
-# Top-level keys that are read by name, by mmengine's Runner or by ours.
-KEYS = (
-    'activation_checkpointing', 'auto_scale_lr', 'base', 'batch_size', 'checkpoint_iters', 'class_order', 'compile',
-    'crop_size', 'custom_hooks', 'custom_imports', 'data_preprocessor', 'data_root', 'dataset', 'default_hooks',
-    'default_scope', 'device', 'efficient_conv_bn_eval', 'env_cfg', 'epochs', 'experiment_name',
-    'find_unused_parameters', 'held_out', 'initial_stage', 'later_stages', 'launcher', 'load_from', 'log_level',
-    'log_processor', 'lr', 'memory', 'memory_selection', 'method', 'method_initial_stage', 'method_later_stages',
-    'model', 'model_config', 'model_wrapper_cfg', 'num_workers', 'optim_wrapper', 'outside_dataset',
-    'outside_labeler',
-    'param_scheduler', 'protocol', 'randomness', 'replay_share', 'report', 'resume', 'runner_type', 'seed',
-    'setting', 'split',
-    'sync_bn', 'test_cfg', 'test_dataloader', 'test_evaluator', 'test_pipeline', 'train_cfg',
-    'train_dataloader', 'train_pipeline', 'tta_model', 'tta_pipeline', 'val_cfg', 'val_dataloader',
-    'val_evaluator', 'vis_backends', 'visualizer', 'work_dir',
-)  # fmt: skip
 DEVICES = (None, 'cuda', 'cpu')
-# Words of the project's own configs, which the rest of a config reads as $name.
-WORDS = (
-    'auxiliary_loss', 'centre_crop_pipeline', 'class_names', 'classifier_init', 'distillation', 'eval_dataset',
-    'eval_future', 'eval_images', 'eval_pipeline', 'head_lr_mult', 'ignore_values', 'image_size', 'label_transforms',
-    'mask_values', 'norm_cfg', 'num_shapes', 'outside_root', 'persistent_workers', 'pretrained', 'pseudo_labeler',
-    'saliency', 'saliency_folder', 'segmentation_loss', 'tensorboard', 'train_dataset', 'train_images', 'train_list',
-    'train_masks', 'val_images', 'val_list', 'val_masks', 'wandb',
-)  # fmt: skip
+_TABLE = {key.name for key in KEYS}
+# Keys that are read by name; the others of the table mean something only in a config that uses them as $name.
+_READ = _TABLE - set(names(read_by='config'))
 # What no stage can have of its own.
-RUN_WIDE = (
-    *STAGE_PARTS, 'base', 'class_order', 'dataset', 'launcher', 'memory', 'memory_selection', 'method', 'protocol',
-    'report', 'resume', 'runner_type', 'split', 'work_dir',
-)  # fmt: skip
-# Whole numbers and the least that each may be.
-_WHOLE = dict(epochs=1, batch_size=1, num_workers=0, seed=0, checkpoint_iters=1)
-_MAY_BE_NONE = ('seed', 'checkpoint_iters', 'lr')
+_RUN_WIDE = _TABLE - set(names(scope='stage'))
 
 
 def known_keys(cfg: Config) -> set[str]:
     """Top-level keys that an option may override: the config's own, and those that a run reads."""
-    return {*cfg.keys(), *KEYS}
+    return {*cfg.keys(), *_READ}
 
 
 def check_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
@@ -114,10 +88,10 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:
-    known = {*KEYS, *WORDS, *_words(content)}
+    known = {*_TABLE, *_words(content)}
     for key in content:
         # Other unread keys may be values that a config file uses for itself.
-        if key not in known and _close(key, {*KEYS, *WORDS}):
+        if key not in known and _close(key, _TABLE):
             raise KeyError(
                 f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
             )
@@ -125,10 +99,10 @@ def _check_keys(content: Mapping[str, Any]) -> None:
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Of some stages' own values no slip is left unread, and what belongs to the run is not among them."""
-    read = {*KEYS, *content, *_words(content)}
+    read = {*_READ, *content, *_words(content)}
     for option in inner:
         key = option.split('.')[0]
-        if key in RUN_WIDE:
+        if key in _RUN_WIDE:
             raise ValueError(
                 f'{part}.{key}: all stages of a run have the same {key}, expected it at the top level'
             )
@@ -138,8 +112,8 @@ def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any])
 
 
 def _close(key: str, read: Collection[str]) -> bool:
-    """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` is none."""
-    return key.rstrip('0123456789_') not in read and any(one_slip(key, other) for other in read)
+    """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` and ``order_b`` are none."""
+    return re.sub(r'_[a-z]$|[0-9_]+$', '', key) not in read and any(one_slip(key, other) for other in read)
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -155,12 +129,12 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _check_numbers(content: Mapping[str, Any], path: str) -> None:
-    for name, least in _WHOLE.items():
-        value = content.get(name, least)
-        if (value is None and name in _MAY_BE_NONE) or _is_word(value):
+    for key in KEYS:
+        value = content.get(key.name, key.least)
+        if key.least is None or (value is None and key.or_none) or _is_word(value):
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f'{path}{name}={value!r}: expected a whole number from {least}')
+        if isinstance(value, bool) or not isinstance(value, int) or value < key.least:
+            raise ValueError(f'{path}{key.name}={value!r}: expected a whole number from {key.least}')
     rate = content.get('lr')
     if not (rate is None or _is_word(rate)) and not _positive(rate):
         raise ValueError(f'{path}lr={rate!r}: expected a number above 0')

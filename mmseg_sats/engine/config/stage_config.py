@@ -11,6 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.config_keys import STAGE_PARTS, names
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.held_out import add_held_out
 from mmseg_sats.engine.config.method_hooks import add_method_hooks, import_method
@@ -20,9 +21,6 @@ from mmseg_sats.engine.config.variables import config_variables, resolve_variabl
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 
-STAGE_PARTS = (
-    'method_initial_stage', 'method_later_stages', 'initial_stage', 'later_stages',
-)  # fmt: skip
 # Position tables, which ViT and Swin interpolate to the model's image and window while they load.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
 
@@ -70,7 +68,7 @@ def build_stage_config(
         stage=stage.index, num_channels=stage.num_channels, num_old=stage.num_old
     )
     result = StageConfig(resolve_variables(merged._cfg_dict.to_dict(), variables))
-    for key in ('runner_type', 'base', 'launcher'):
+    for key in names(scope='runner'):
         result.pop(key, None)
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
         if loader and loader.get('num_workers') == 0:

@@ -15,29 +15,24 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.engine.config.stage_config import (
-    STAGE_PARTS,
-    build_stage_config,
-)
+from mmseg_sats.config_keys import IDENTITY, LOADING, STAGE_PARTS, names
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
-from mmseg_sats.engine.incremental_runner import IDENTITY
 from mmseg_sats.models.parts import DistillationPart, flag
 from mmseg_sats.protocol import Protocol, Stage
 
 Flat = dict[str, Any]
 
-TRAINING = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg', 'custom_hooks')
-EVALUATION = ('test_dataloader', 'test_evaluator')
-VALIDATION = ('val_dataloader', 'val_evaluator')
+TRAINING = names(compared='training')
+EVALUATION = names(compared='evaluation')
+VALIDATION = names(compared='validation')
 # What the segmentor does not use without an old model, except losses that need none.
 LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
 # Arguments of an IncrementalDataset that the classes of the stage already determine.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
 # Workers, and the type of the loop, which max_epochs or max_iters already determines.
-_HOW = re.compile(
-    r'(^|\.)(num_workers|persistent_workers|pin_memory|prefetch_factor|train_cfg\.(type|by_epoch))$'
-)
+_HOW = re.compile(rf'(^|\.)({"|".join(LOADING)}|train_cfg\.(type|by_epoch))$')
 _ABSENT = object()
 SHOWN = 4
 

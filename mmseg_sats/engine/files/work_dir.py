@@ -2,7 +2,6 @@
 """A work dir that is in use: what stands there, and whether a run may go on with it."""
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.config_keys import is_harmless
 from mmseg_sats.engine.config.earlier import in_current_names
 
 try:
@@ -19,13 +19,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-# What may change between a run and its --resume: it changes no number that the run leaves.
-HARMLESS = re.compile(
-    r'(work_dir|resume|launcher|device|num_workers|persistent_workers|checkpoint_iters|log_level'
-    r'|(report|vis_backends|visualizer|log_processor|env_cfg|custom_imports)\b.*'
-    r'|default_hooks\.(logger|timer|checkpoint|visualization)\b.*'
-    r'|\w+_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor|timeout))'
-)
 _SHOWN = 8
 # Loaders' workers outlive a killed process by some seconds, and its lock with them.
 PATIENCE = 10.0
@@ -168,7 +161,7 @@ def _plain(cfg: Config) -> dict[str, Any]:
 
 def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
     """``path: a there, b in the config`` for every value that differs and matters."""
-    if HARMLESS.fullmatch(path):
+    if is_harmless(path):
         return
     if isinstance(there, dict) and isinstance(now, dict):
         for key in dict.fromkeys((*there, *now)):

@@ -10,10 +10,13 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.config_keys import names
+
 # What can differ between two runs of a method, in the order in which a label names it.
-LABEL_KEYS = ('dataset', 'protocol', 'split', 'setting', 'memory', 'seed')
+NAMED = names(identity='named')
+LABEL_KEYS = names(identity='value') + NAMED
 # Keys of a config that say where a run lives, not what it does.
-PLACE_KEYS = ('work_dir', 'base', 'resume', 'launcher', 'report', 'log_level')
+PLACE_KEYS = names(reported=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +139,7 @@ def run_labels(results: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> 
 def _label_word(key: str, value: Any) -> str:
     if value is None or (key == 'memory' and value == 0):
         return ''
-    return f'{key} {value}' if key in ('memory', 'seed') else str(value)
+    return f'{key} {value}' if key in NAMED else str(value)
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The top-level keys of a run's config: one row for each, from which every list of keys is made. Pure Python.
+
+What a part of the package needs of the table, :func:`names` picks out by the columns.
+"""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+
+class Key(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: the key.
+        read_by: ``'mmengine'`` (its Runner and hooks), ``'package'`` (this one; ``--cfg-options`` may add it to a
+            config that lacks it), or ``'config'``: only other values of a config, by ``'$name'``.
+        meaning: what it says.
+        scope: who may say it: ``'stage'``, a stage may have its own; ``'run'``, it is the same in all stages;
+            ``'runner'``, the same, and left out of the stages' configs; ``'part'``, a dict of values that is
+            merged into the configs of some stages and left out of them.
+        identity: how it tells runs apart; empty for keys that results.json does not begin with. ``'value'``: a
+            run's label in the report has the value where runs differ; ``'named'``: the value behind the key's name;
+            ``'unlabelled'``: not a part of the label's end.
+        compared: what it decides of a stage, where two configs are compared by what they come to:
+            ``'training'``, ``'evaluation'`` or ``'validation'``.
+        harmless: it changes no number that a run leaves, so it may change between a run and its ``--resume``.
+        reported: the report's table of differences shows it.
+        least: it must be a whole number from here on.
+        or_none: beside a whole number it may be None.
+    """
+
+    name: str
+    read_by: Literal['mmengine', 'package', 'config']
+    meaning: str
+    scope: Literal['stage', 'run', 'runner', 'part'] = 'stage'
+    identity: Literal['', 'value', 'named', 'unlabelled'] = ''
+    compared: Literal['', 'training', 'evaluation', 'validation'] = ''
+    harmless: bool = False
+    reported: bool = True
+    least: int | None = None
+    or_none: bool = False
+
+
+KEYS = (
+    # What makes a run another one than its neighbours, in the order of results.json.
+    Key('method', 'package', "the method's name; by default that of the config's folder", 'run', 'unlabelled'),
+    Key('memory', 'package', 'how many exemplars are kept, 0 for none', 'run', 'named'),
+    Key('dataset', 'package', "the data set's name", 'run', 'value'),
+    Key('protocol', 'package', 'classes of the stages: m-n, or joint', 'run', 'value'),
+    Key('split', 'package', 'with joint: the protocol whose base and new classes are reported', 'run', 'value'),
+    Key('setting', 'package', 'overlapped, disjoint or sequential', identity='value'),
+    Key('class_order', 'package', 'a permutation of the foreground ids', 'run', 'unlabelled'),
+    Key('seed', 'package', 'the seed of everything random', identity='named', least=0, or_none=True),
+    # What a stage is trained, evaluated and validated with.
+    Key('model', 'mmengine', 'the segmentor', compared='training'),
+    Key('train_dataloader', 'mmengine', 'the training data', compared='training'),
+    Key('optim_wrapper', 'mmengine', 'the optimizer', compared='training'),
+    Key('param_scheduler', 'mmengine', 'the schedules', compared='training'),
+    Key('train_cfg', 'mmengine', 'the training loop', compared='training'),
+    Key('custom_hooks', 'mmengine', "hooks beside mmengine's", compared='training'),
+    Key('load_from', 'mmengine', "a checkpoint that stage 0's training starts from", compared='training'),
+    Key('data_preprocessor', 'mmengine', "the model's, where it has none of its own", compared='training'),
+    Key('sync_bn', 'mmengine', 'turns batch norms into synchronised ones', compared='training'),
+    Key('auto_scale_lr', 'mmengine', 'scales lr with the batch', compared='training'),
+    Key('efficient_conv_bn_eval', 'mmengine', 'merges frozen batch norms into convolutions', compared='training'),
+    Key('test_dataloader', 'mmengine', 'the evaluation data', compared='evaluation'),
+    Key('test_evaluator', 'mmengine', 'the metrics', compared='evaluation'),
+    Key('test_cfg', 'mmengine', 'the evaluation loop', compared='evaluation'),
+    Key('val_dataloader', 'mmengine', 'data to validate on while training', compared='validation'),
+    Key('val_evaluator', 'mmengine', 'the metrics of the validation', compared='validation'),
+    Key('val_cfg', 'mmengine', 'the validation loop', compared='validation'),
+    # Further keys of mmengine.
+    Key('default_scope', 'mmengine', 'the registry that types are looked up in'),
+    Key('default_hooks', 'mmengine', 'logger, timer, checkpoints and the like'),
+    Key('randomness', 'mmengine', 'the seed, and how strictly it is kept'),
+    Key('model_wrapper_cfg', 'mmengine', 'the wrapper of a distributed model'),
+    Key('find_unused_parameters', 'mmengine', 'of the wrapper of a distributed model'),
+    Key('activation_checkpointing', 'mmengine', 'parts that are computed again in backward'),
+    Key('compile', 'mmengine', 'torch.compile'),
+    Key('tta_model', 'mmengine', "the model of mmengine's PrepareTTAHook"),
+    Key('tta_pipeline', 'mmengine', "the transforms of mmengine's PrepareTTAHook"),
+    Key('custom_imports', 'mmengine', 'modules that register parts', harmless=True),
+    Key('env_cfg', 'mmengine', 'cuDNN, processes, the distributed backend', harmless=True),
+    Key('visualizer', 'mmengine', 'what draws and logs', harmless=True),
+    Key('log_processor', 'mmengine', 'how logged numbers are smoothed', harmless=True),
+    Key('log_level', 'mmengine', 'how much is logged', harmless=True, reported=False),
+    Key('experiment_name', 'mmengine', "the runner's to set, for each stage", harmless=True, reported=False),
+    Key('work_dir', 'mmengine', 'where the run writes', 'run', harmless=True, reported=False),
+    Key('resume', 'mmengine', 'goes on with the run in the work dir', 'run', harmless=True, reported=False),
+    Key('launcher', 'mmengine', 'what started the processes', 'runner', harmless=True, reported=False),
+    # The stages.
+    Key('runner_type', 'package', 'IncrementalRunner', 'runner'),
+    Key('base', 'package', 'a checkpoint that stage 0 is taken from', 'runner', reported=False),
+    Key('method_initial_stage', 'package', "a method's values for stage 0", 'part'),
+    Key('method_later_stages', 'package', "a method's values for the later stages", 'part'),
+    Key('initial_stage', 'package', "a recipe's values for stage 0", 'part'),
+    Key('later_stages', 'package', "a recipe's values for the later stages", 'part'),
+    Key('method_hooks', 'package', "a method's hooks, beside custom_hooks"),
+    Key('method_imports', 'package', "modules that register a method's parts", harmless=True),
+    Key('model_config', 'package', 'the mmseg config that the model of --base was trained with', 'run'),
+    Key('held_out', 'package', 'the share of the training images that chooses the best epoch'),
+    Key('memory_selection', 'package', 'what picks the exemplars', 'run'),
+    Key('replay_share', 'package', 'the part of a batch that is replayed; None mixes'),
+    Key('outside_dataset', 'package', 'images from outside'),
+    Key('outside_labeler', 'package', 'what labels them'),
+    Key('report', 'package', 'how many pictures the report shows; None writes no report', 'run', harmless=True,
+        reported=False),
+    Key('device', 'package', "cuda, cpu, or None for what there is", 'run', harmless=True),
+    # What the rest of a config is made of.
+    Key('data_root', 'package', "the data's folder"),
+    Key('epochs', 'package', 'epochs of a stage', least=1),
+    Key('lr', 'package', 'the learning rate'),
+    Key('batch_size', 'package', 'images of a batch, in each process', least=1),
+    Key('crop_size', 'package', 'pixels of a side, or (h, w)'),
+    Key('num_workers', 'package', 'processes that load data', harmless=True, least=0),
+    Key('checkpoint_iters', 'package', 'a checkpoint every so many iterations too', harmless=True, least=1,
+        or_none=True),
+    Key('train_pipeline', 'package', 'transforms of the training'),
+    Key('test_pipeline', 'package', 'transforms of whole images'),
+    Key('vis_backends', 'package', 'where curves are logged', harmless=True, reported=False),
+    Key('auxiliary_loss', 'config', "the auxiliary head's loss"),
+    Key('centre_crop_pipeline', 'config', 'transforms of centre crops, for eval_pipeline'),
+    Key('class_names', 'config', 'names of the classes, background first'),
+    Key('class_order_b', 'config', "MiB's second order on ADE20K, for class_order"),
+    Key('classifier_init', 'config', 'how a new classifier begins'),
+    Key('distillation', 'config', 'losses between new and old model, by name'),
+    Key('eval_dataset', 'config', 'the mmseg data set to evaluate on'),
+    Key('eval_future', 'config', 'what classes not seen yet count as: background or ignore'),
+    Key('eval_images', 'config', 'images to evaluate on: seen or all'),
+    Key('eval_pipeline', 'config', 'transforms of the evaluation'),
+    Key('head_lr_mult', 'config', "the head's learning rate, as a multiple of lr"),
+    Key('ignore_values', 'config', 'mask values that are ignored'),
+    Key('image_size', 'config', 'pixels of a side of the shapes'),
+    Key('label_transforms', 'config', "what a method does to the stage's labels"),
+    Key('mask_values', 'config', 'the value in the masks of each class'),
+    Key('norm_cfg', 'config', 'the norms of the heads'),
+    Key('num_shapes', 'config', 'how many classes of shapes there are'),
+    Key('outside_root', 'config', 'the folder of images from outside'),
+    Key('persistent_workers', 'config', 'whether loading processes outlive an epoch', harmless=True),
+    Key('pretrained', 'config', "the encoder's weights for stage 0"),
+    Key('pseudo_labeler', 'config', 'what labels old classes in the background'),
+    Key('saliency', 'config', "SSUL's saliency"),
+    Key('saliency_folder', 'config', 'the folder of saliency maps'),
+    Key('segmentation_loss', 'config', "the head's loss"),
+    Key('tensorboard', 'config', 'a choice for vis_backends', harmless=True, reported=False),
+    Key('train_dataset', 'config', 'the mmseg data set to train on'),
+    Key('train_images', 'config', 'the training images: a folder, or of shapes how many'),
+    Key('train_list', 'config', 'the list of the training images'),
+    Key('train_masks', 'config', 'the folder of their masks'),
+    Key('val_images', 'config', 'the evaluation images: a folder, or of shapes how many'),
+    Key('val_list', 'config', 'the list of the evaluation images'),
+    Key('val_masks', 'config', 'the folder of their masks'),
+    Key('wandb', 'config', 'a choice for vis_backends', harmless=True, reported=False),
+)  # fmt: skip
+
+
+def names(**columns: Any) -> tuple[str, ...]:
+    """The keys that have these values in these columns, in the table's order: ``names(compared='training')``."""
+    return tuple(key.name for key in KEYS if all(getattr(key, name) == value for name, value in columns.items()))
+
+
+# What results.json begins with.
+IDENTITY = tuple(key.name for key in KEYS if key.identity)
+STAGE_PARTS = names(scope='part')
+# Of a data loader, wherever it stands: who loads does not change what is loaded.
+LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+_HARMLESS = re.compile(
+    rf'({"|".join(names(harmless=True))})(\..*)?'
+    r'|default_hooks\.(logger|timer|checkpoint|visualization)(\..*)?'
+    rf'|\w+_dataloader\.({"|".join(LOADING)})'
+)
+
+
+def is_harmless(path: str) -> bool:
+    """Whether a value of a config, by its dotted path, changes no number that a run leaves."""
+    return _HARMLESS.fullmatch(path) is not None
