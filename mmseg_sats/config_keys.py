@@ -97,7 +97,7 @@ KEYS = (
     Key('initial_stage', 'package', "a recipe's values for stage 0", 'part'),
     Key('later_stages', 'package', "a recipe's values for the later stages", 'part'),
     Key('method_hooks', 'package', "a method's hooks, beside custom_hooks"),
-    Key('method_imports', 'package', "modules that register a method's parts", harmless=True),
+    Key('method_imports', 'package', "modules that register a method's parts", 'run', harmless=True),
     Key('model_config', 'package', 'the mmseg config that the model of --base was trained with', 'run'),
     Key('held_out', 'package', 'the share of the training images that chooses the best epoch'),
     Key('memory_selection', 'package', 'what picks the exemplars', 'run'),

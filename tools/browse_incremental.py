@@ -17,6 +17,7 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
+from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.models import IncrementalEncoderDecoder
@@ -50,8 +51,8 @@ def run_config(args: argparse.Namespace) -> tuple[Config, Path]:
     """
     cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    default = f'work_dirs/{args.config.parent.name}/{args.config.stem}'
-    return cfg, Path(args.work_dir or cfg.get('work_dir') or default)
+    set_defaults(cfg)
+    return cfg, Path(args.work_dir or cfg.work_dir)
 
 
 def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder | None:

@@ -8,13 +8,13 @@ import argparse
 import errno
 import logging
 import os
-from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
+from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.files.work_dir import WorkDirBusyError
 from mmseg_sats.engine.training.distributed import own_error_on_top
 
@@ -56,10 +56,8 @@ def use_amp(cfg: Config) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """The run's config, with what the command line adds."""
     cfg = read_config(args.config, args.cfg_options)
-    path = Path(args.config)
-    cfg.work_dir = (
-        args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.parent.name}/{path.stem}'
-    )
+    set_defaults(cfg)
+    cfg.work_dir = args.work_dir or cfg.work_dir
     cfg.launcher = args.launcher
     cfg.resume = args.resume or cfg.get('resume', False)
     cfg.base = args.base or cfg.get('base')

@@ -27,8 +27,8 @@ default_hooks = dict(
     finite=dict(type='FiniteHook'))
 # Those that a method's parts need come by themselves.
 custom_hooks = [dict(type='ProgressHook')]
-# WORK_DIR/report, at the end of the run: photographs and pictures of attention in it; None writes none.
-report = dict(images=4, attention=2)
+# WORK_DIR/report, at the end of the run; images=, attention=: how many of each (docs/report.md). None writes none.
+report = dict()
 vis_backends = [dict(type='LocalVisBackend')]
 # Chosen by --cfg-options 'vis_backends=$tensorboard' (or $wandb): all stages of a run on one axis.
 tensorboard = [

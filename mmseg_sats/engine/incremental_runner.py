@@ -29,6 +29,7 @@ from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
 from mmseg_sats.engine.config.config_text import config_text
+from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.config.stage_config import (
     build_stage_config,
@@ -86,7 +87,7 @@ class IncrementalRunner:
     ``after_stage(runner, stage, metrics)``, when everything is written.
 
     Args:
-        cfg: the run's config. Beside mmseg's keys it has ``protocol`` and ``work_dir``, and may have ``split``,
+        cfg: the run's config. Beside mmseg's keys it has ``protocol``, and may have ``work_dir``, ``split``,
             ``class_order``, ``setting``, ``initial_stage``, ``later_stages`` (see ``stage_config``),
             ``base`` (a checkpoint from which stage 0 is taken), ``resume`` and ``report``
             (its options; None for none).
@@ -101,14 +102,11 @@ class IncrementalRunner:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = copy.deepcopy(cfg)
-        self.work_dir = Path(cfg.work_dir)
+        set_defaults(self.cfg)
+        self.work_dir = Path(self.cfg.work_dir)
         self.base = Path(cfg.base) if cfg.get('base') else None
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         check_config(self.cfg)
-        # In the config that is kept, the method's name no longer depends on the folder it came from.
-        path = Path(cfg.filename or 'unnamed')
-        self.cfg.setdefault('method', path.parent.name or path.stem)
-        self.cfg.setdefault('memory', 0)
         name = f'IncrementalRunner of {self.work_dir.resolve()}'
         self.logger = MMLogger.get_instance(name, log_level=cfg.get('log_level', 'INFO'))
         self.protocol = build_protocol(self.cfg)

@@ -111,7 +111,7 @@ def add_replay(cfg: Config, previous: str | Path) -> None:
     Raises:
         ValueError: a batch is too small for what it shall hold.
     """
-    outside, memory = cfg.get('outside_dataset'), cfg.get('memory', 0)
+    outside, memory = cfg.get('outside_dataset'), cfg.get('memory')
     if not (outside or memory):
         return
     loader = cfg.train_dataloader

@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
+from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.spelling import check_choice, near_match
@@ -44,8 +45,7 @@ class Run:
             cfg.merge_from_dict(options)
         except (AssertionError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f'{" ".join(self.options)} does not fit {self.config}: {error}') from error
-        cfg.setdefault('method', self.config.parent.name)
-        cfg.setdefault('memory', 0)
+        set_defaults(cfg)
         return cfg
 
 

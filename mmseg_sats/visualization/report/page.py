@@ -28,6 +28,7 @@ from mmseg_sats.visualization.report.run_record import (
 )
 from mmseg_sats.visualization.stage_model import stage_palette
 
+# How many photographs and pictures of attention there are where nobody says so.
 OPTIONS = {'images': 4, 'attention': 2}
 
 
@@ -49,7 +50,10 @@ def check_report_options(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def write_report(
-    work_dirs: Sequence[str | Path], out: str | Path, images: int = 4, attention: int = 2
+    work_dirs: Sequence[str | Path],
+    out: str | Path,
+    images: int = OPTIONS['images'],
+    attention: int = OPTIONS['attention'],
 ) -> Path:
     """Writes ``index.html`` and every picture as PNG and PDF.
 
