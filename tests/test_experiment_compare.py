@@ -64,6 +64,7 @@ def test_the_same_config_is_the_same_run() -> None:
     'options',
     [
         dict(num_workers=7, persistent_workers=False),
+        {'test_dataloader.timeout': 60},
         {'default_hooks.logger.interval': 3},
         dict(data_root='/elsewhere/voc_mini', pretrained='/elsewhere/mit_b0.pth', work_dir='w'),
         dict(log_level='DEBUG', resume=True, launcher='pytorch'),
@@ -96,6 +97,9 @@ def test_what_changes_no_figure(options: dict[str, Any]) -> None:
         ({'distillation.attention.loss_weight': 5.0}, 'loss_weight: 20.0 there, 5.0 asked'),
         (dict(pseudo_labeler=None), "pseudo_labeler.type: 'EntropyPseudoLabeler' there, absent asked"),
         (dict(eval_future='ignore'), "eval_future: 'background' there, 'ignore' asked"),
+        (dict(load_from='x/start.pth'), "load_from: None there, 'start.pth' asked"),
+        (dict(sync_bn='torch'), "sync_bn: None there, 'torch' asked"),
+        ({'test_cfg.fp16': True}, 'test_cfg.fp16: absent there, True asked'),
         (FREEZING, 'custom_hooks.FreezingHookOfATest.type: absent there, True asked'),
     ],
     ids=str,

@@ -122,6 +122,8 @@ def test_another_option_is_noticed(
         (['table1', '--jobs', '0'], '--jobs 0: expected 1 or more'),
         (['table1', '--memory', 'al'], "--memory='al' is unknown"),
         (['table1', '--cfg-options', 'seed=3'], '--cfg-options seed=...: it names the runs; give it by --seeds'),
+        (['table1', '--cfg-options', 'method=mib'], 'method=...: it names the runs; give it by --methods'),
+        (['table1', '--cfg-options', 'dataset=voc'], 'dataset=...: it names the runs; give it by --dataset'),
         (['table1', '--cfg-options', 'epochs'], '--cfg-options epochs: expected KEY=VALUE'),
         (['table1', '--dataset', 'voc', '--methods', 'sats', '--cfg-options', 'data_root=/none'],
          "/none/JPEGImages does not exist (data_root='/none'"),
