@@ -5,7 +5,7 @@ Importing the package registers its parts in mmseg's registries, which is what
 ``custom_imports=dict(imports=['mmseg_sats'])`` in a config asks for.
 """
 
-import mmseg_sats.stock_messages  # noqa: F401  before all that imports mmseg
+import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mmseg
 from mmseg_sats import datasets, engine, evaluation, models, visualization
 from mmseg_sats.version import __version__
 

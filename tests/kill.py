@@ -41,9 +41,9 @@ from mmengine.registry import RUNNERS
 
 import mmseg_sats
 import mmseg_sats.visualization.report.page  # noqa: F401  with matplotlib, which takes seconds too
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.config.config_text import config_text
 from mmseg_sats.engine.training.stage_runner import collect_environment
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SMALL = dict(

@@ -15,7 +15,7 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from yapf.yapflib import yapf_api
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.conftest import CONFIGS
 
 MakeConfig = Callable[..., Config]

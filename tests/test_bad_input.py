@@ -18,9 +18,9 @@ from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_sats.checkpoint import write_text
 from mmseg_sats.engine import IncrementalRunner, StageRunner
 from mmseg_sats.models import AttentionMixVisionTransformer
+from mmseg_sats.utils.checkpoint import write_text
 from tools.train_incremental import main
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ from mmseg_sats.engine.config import config_text
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.run_plan import find_incremental_dataset
 from mmseg_sats.models.segmentors.old_model import OldModel
-from mmseg_sats.shared_values import Sharing, once
+from mmseg_sats.utils.shared_values import Sharing, once
 
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]

@@ -17,17 +17,17 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor
 
-from mmseg_sats.checkpoint import (
-    load_checkpoint_safely,
-    write_atomically,
-    write_json,
-    write_text,
-)
 from mmseg_sats.engine.files.snapshot import (
     adopt_base,
     load_snapshot,
     trained_weights,
     write_weights,
+)
+from mmseg_sats.utils.checkpoint import (
+    load_checkpoint_safely,
+    write_atomically,
+    write_json,
+    write_text,
 )
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg
 

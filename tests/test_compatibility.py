@@ -16,10 +16,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import Registry
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.checkpoint import load_checkpoint_safely, read_json
-from mmseg_sats.config_keys import IDENTITY, KEYS
 from mmseg_sats.datasets.memory.exemplars import Exemplar, Exemplars, write_exemplars
 from mmseg_sats.engine.config.variables import RENAMED_VARIABLES, STAGE_VARIABLES
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json
+from mmseg_sats.utils.config_keys import IDENTITY, KEYS
 from tests.test_docs_commands import parser_of
 
 ROOT = Path(__file__).parents[1]

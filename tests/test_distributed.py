@@ -18,8 +18,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.training import distributed
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 ROOT = Path(__file__).parents[1]
 MINUTE = 60

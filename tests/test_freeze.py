@@ -19,8 +19,8 @@ from mmengine.registry import RUNNERS
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval, is_frozen
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.small_models import build, images, model_cfg, samples
 
 CLASSIFIER = 'decode_head.conv_seg'

@@ -19,13 +19,13 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely, read_json, write_json
 from mmseg_sats.datasets.held_out import held_out
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from mmseg_sats.engine.hooks import BestEpochHook
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json, write_json
 
 MakeConfig = Callable[..., Config]
 

@@ -13,10 +13,10 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.datasets.checks.image_sizes import check_inside
 from mmseg_sats.engine import StageRunner
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]

@@ -20,10 +20,10 @@ from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.files import work_dir
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from mmseg_sats.models import AttentionMixVisionTransformer
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 MakeConfig = Callable[..., Config]
 STAGES = 4

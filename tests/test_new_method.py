@@ -14,8 +14,8 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine import ResumableTrainLoop
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'new_method.md'

@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.small_models import build, images, model_cfg, samples, save_weights
 
 MakeConfig = Callable[..., Config]

@@ -13,11 +13,11 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmseg.registry import MODELS
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.datasets.shapes.drawing import draw_scene
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.trained_model import note_on_sizes, take_trained_model
 from mmseg_sats.protocol import Protocol
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.stage_folder import make_stage

@@ -21,12 +21,12 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.engine import AtomicCheckpointHook
 from mmseg_sats.engine.files.snapshot import is_whole, latest_checkpoint
 from mmseg_sats.engine.files.work_dir import check_same_run
 from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
-from mmseg_sats.randomness import seed_all, seeded
+from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
+from mmseg_sats.utils.randomness import seed_all, seeded
 
 on_a_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason='bit for bit on a CPU; a GPU adds up in an order of its own'

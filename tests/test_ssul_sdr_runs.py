@@ -21,12 +21,12 @@ from mmseg.registry import DATASETS, MODELS
 from PIL import Image
 from torch import nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.config.replay import keep_exemplars
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.hooks import PrototypeHook
 from mmseg_sats.models import ClassPrototypes
 from mmseg_sats.protocol import UNKNOWN_LABEL, Protocol
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 PROTOCOL = Protocol('3-1', num_classes=6)
 MakeConfig = Callable[..., Config]

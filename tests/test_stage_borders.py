@@ -14,9 +14,9 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine import unwrap
 from mmseg_sats.engine.hooks import BestEpochHook
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 MakeConfig = Callable[..., Config]
 Weights = dict[str, Tensor]

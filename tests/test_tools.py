@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.shared import shared_path
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,6 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.config.defaults import set_defaults
@@ -22,6 +21,7 @@ from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.models.parts import PseudoLabeler, flag
+from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.visualization import contact_sheet, theme
 
 ROWS = 6  # pictures on a sheet

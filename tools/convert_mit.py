@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import write_atomically
 
 
 def _linear_to_conv(tensor: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import mmseg_sats  # noqa: F401  first, since it keeps what mmseg says at its im
 # isort: split
 from mmseg.apis import inference_model
 
-from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
 from mmseg_sats.engine.export.stock import load_for_export
+from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.visualization.overlay import draw_overlay
 
 

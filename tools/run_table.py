@@ -11,15 +11,15 @@ from pathlib import Path
 from rich.console import Console
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.checkpoint import write_text
-from mmseg_sats.config_keys import IDENTITY
 from mmseg_sats.engine.experiments.plan import Plan, make_plan, memory_sizes
 from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.split import write_split
 from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.checkpoint import write_text
+from mmseg_sats.utils.config_keys import IDENTITY
+from mmseg_sats.utils.spelling import check_choice
 
 ROOT = Path(__file__).parents[1]
 

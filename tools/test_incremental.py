@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import load_checkpoint_safely, write_json
 from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
@@ -20,6 +19,7 @@ from mmseg_sats.engine.files.results import stage_results
 from mmseg_sats.engine.files.snapshot import load_snapshot
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.training.stage_runner import StageRunner
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely, write_json
 
 
 def parse_args() -> argparse.Namespace:

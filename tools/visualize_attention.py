@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmseg_sats.checkpoint import write_atomically
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.visualization import attention_view, theme
 from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.stage_model import (

@@ -39,9 +39,9 @@ from mmseg_sats.datasets.wrapped_dataset import (
     with_relabelling,
 )
 from mmseg_sats.protocol import Protocol, Stage
-from mmseg_sats.randomness import seeded
-from mmseg_sats.shared_values import once
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.randomness import seeded
+from mmseg_sats.utils.shared_values import once
+from mmseg_sats.utils.spelling import check_choice
 
 
 class NoImagesError(ValueError):

@@ -12,7 +12,7 @@ from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 _SIDE = 64
 

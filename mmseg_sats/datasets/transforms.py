@@ -10,7 +10,7 @@ from mmseg.registry import TRANSFORMS
 
 from mmseg_sats.datasets.class_index.index import SETTINGS
 from mmseg_sats.protocol import Protocol
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 MODES = ('train', 'eval', 'memory')
 EVAL_FUTURES = ('background', 'ignore')

@@ -11,7 +11,7 @@ from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
 from mmseg_sats.datasets.checks.image_sizes import check_inside
-from mmseg_sats.shared_values import once
+from mmseg_sats.utils.shared_values import once
 
 
 def build_wrapped(

@@ -17,14 +17,6 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
-from mmseg_sats.checkpoint import (
-    load_checkpoint_safely,
-    read_json,
-    remove_temporary,
-    write_json,
-    write_text,
-)
-from mmseg_sats.config_keys import IDENTITY
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
@@ -71,7 +63,15 @@ from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.training.distributed import check_shared, join_process_group, share_work
 from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.protocol import Stage
-from mmseg_sats.shared_values import Sharing
+from mmseg_sats.utils.checkpoint import (
+    load_checkpoint_safely,
+    read_json,
+    remove_temporary,
+    write_json,
+    write_text,
+)
+from mmseg_sats.utils.config_keys import IDENTITY
+from mmseg_sats.utils.shared_values import Sharing
 
 _SECONDS = 'train/time'  # of each iteration, as mmengine notes them; a resumed stage goes on with them
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.spelling import near_match
 
 
 class DistillationPart(nn.Module):

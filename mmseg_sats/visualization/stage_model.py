@@ -17,8 +17,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.datasets.class_index.index import labels_of
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import write_atomically
 
 INK = '#24292f'
 MUTED = '#6e7781'

@@ -14,7 +14,7 @@ from mmengine.visualization.vis_backend import BaseVisBackend
 from mmseg.registry import VISBACKENDS
 from torch import nn
 
-from mmseg_sats.checkpoint import write_json
+from mmseg_sats.utils.checkpoint import write_json
 
 ITERATIONS_FILE = 'iterations.json'
 

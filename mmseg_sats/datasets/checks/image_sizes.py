@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmseg_sats.checkpoint import write_text
+from mmseg_sats.utils.checkpoint import write_text
 
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF: which of its values exchange width and height
 _TURNABLE = ('JPEG', 'MPO')

@@ -15,7 +15,6 @@ import numpy as np
 from mmengine import dist
 from mmengine.logging import print_log
 
-from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.datasets.class_index.mask_scan import (
     available_cores,
     labels_of,
@@ -24,7 +23,8 @@ from mmseg_sats.datasets.class_index.mask_scan import (
     scan_masks,
 )
 from mmseg_sats.protocol import Stage
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.spelling import check_choice
 
 __all__ = [
     'EVAL_IMAGES',

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mmengine.dataset import BaseDataset
 
-from mmseg_sats.checkpoint import write_json
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.checkpoint import write_json
+from mmseg_sats.utils.spelling import near_match
 
 FORMAT = 'mmseg_sats exemplars 1'
 

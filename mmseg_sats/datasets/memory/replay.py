@@ -8,7 +8,7 @@ from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
 from mmseg_sats.datasets.memory.exemplars import read_exemplars
-from mmseg_sats.randomness import seeded
+from mmseg_sats.utils.randomness import seeded
 
 STAGE, MEMORY, OUTSIDE = 'stage', 'memory', 'outside'
 """Where a training image comes from: ``data_sample.source``; without it, it is the stage's own."""

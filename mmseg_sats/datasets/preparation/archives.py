@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import write_atomically
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _BLOCK = 1 << 20

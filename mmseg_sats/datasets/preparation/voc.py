@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from mmseg_sats.checkpoint import write_atomically, write_text
 from mmseg_sats.datasets.class_index.index import read_labels
 from mmseg_sats.datasets.preparation.archives import (
     Progress,
@@ -18,6 +17,7 @@ from mmseg_sats.datasets.preparation.archives import (
     check_count,
     unpack,
 )
+from mmseg_sats.utils.checkpoint import write_atomically, write_text
 
 LISTS = 'ImageSets/Segmentation'
 AUGMENTED = 'SegmentationClassAug'

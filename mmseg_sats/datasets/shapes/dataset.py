@@ -20,7 +20,7 @@ from mmseg_sats.datasets.shapes.drawing import (
     class_palette,
     draw_scene,
 )
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 
 def draw_split(

@@ -11,14 +11,14 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
-from mmseg_sats.config_keys import KEYS, STAGE_PARTS, names
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.trial_build import build_model, trains_on_one_image
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import adopt_base, head_names
-from mmseg_sats.spelling import check_choice, near_match, one_slip
+from mmseg_sats.utils.config_keys import KEYS, STAGE_PARTS, names
+from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
 
 DEVICES = (None, 'cuda', 'cpu')
 _TABLE = {key.name for key in KEYS}

@@ -22,7 +22,7 @@ from torch import nn
 
 from mmseg_sats.engine.checks.attention import check_handed_out
 from mmseg_sats.evaluation import IncrementalIoUMetric
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.spelling import near_match
 
 
 def check_model(cfg: Config) -> nn.Module:

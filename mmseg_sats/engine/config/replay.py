@@ -21,7 +21,7 @@ from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
 from mmseg_sats.datasets.memory.selection import NONE, Candidates, ExemplarMemory, Picks
 from mmseg_sats.protocol import Protocol, Stage
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.spelling import near_match
 
 FILE_NAME = 'exemplars.json'
 SELECTION = dict(type='ClassBalancedMemory')

@@ -10,8 +10,6 @@ from mmseg.models.backbones import MixVisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
-from mmseg_sats.config_keys import STAGE_PARTS, names
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.held_out import add_held_out
 from mmseg_sats.engine.config.method_hooks import add_method_hooks, import_method
@@ -20,6 +18,8 @@ from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.config_keys import STAGE_PARTS, names
 
 # Position tables, which ViT and Swin interpolate to the model's image and window while they load.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')

@@ -12,8 +12,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.deprecation import warn_renamed
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.deprecation import warn_renamed
+from mmseg_sats.utils.spelling import near_match
 
 STAGE_VARIABLES = {
     'stage': 'index of the stage',

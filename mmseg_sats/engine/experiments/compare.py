@@ -15,12 +15,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import HOOKS, init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.config_keys import IDENTITY, LOADING, STAGE_PARTS, names
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
 from mmseg_sats.models.parts import DistillationPart, flag
 from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.utils.config_keys import IDENTITY, LOADING, STAGE_PARTS, names
 
 Flat = dict[str, Any]
 

@@ -14,7 +14,7 @@ from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
-from mmseg_sats.spelling import check_choice, near_match
+from mmseg_sats.utils.spelling import check_choice, near_match
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseg_sats.checkpoint import write_text
 from mmseg_sats.datasets.held_out import held_out
+from mmseg_sats.utils.checkpoint import write_text
 
 SHARE = 0.2
 

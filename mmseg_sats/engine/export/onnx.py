@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import write_atomically
 
 TOLERANCE = 1e-4
 # Height and width; the graph is traced at the first, and the second tells whether it holds elsewhere.

@@ -11,9 +11,9 @@ from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import write_text
 from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.utils.checkpoint import write_text
 from mmseg_sats.visualization import stage_model
 
 _PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)

@@ -10,8 +10,8 @@ from typing import Any
 
 from prettytable import PrettyTable
 
-from mmseg_sats.checkpoint import write_json, write_text
 from mmseg_sats.evaluation.forgetting import average_all, forgetting, forgetting_per_class
+from mmseg_sats.utils.checkpoint import write_json, write_text
 
 
 def stage_results(

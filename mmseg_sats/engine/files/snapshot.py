@@ -12,8 +12,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmseg_sats.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches
+from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 
 # Tensors that versions of torch and mmseg keep or leave out, and that no model needs.
 _BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')

@@ -11,8 +11,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import write_atomically, write_text
 from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.utils.checkpoint import write_atomically, write_text
 
 BACKEND = 'mmseg_sats_atomic'
 PATTERNS = ('epoch_*.pth', 'iter_*.pth')

@@ -10,9 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import read_json, write_checkpoint, write_json
 from mmseg_sats.engine.evaluation import own_metrics
 from mmseg_sats.engine.files.snapshot import trained_weights
+from mmseg_sats.utils.checkpoint import read_json, write_checkpoint, write_json
 
 BEST = 'best.pth'
 

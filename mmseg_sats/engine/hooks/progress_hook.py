@@ -32,7 +32,7 @@ from mmseg_sats.engine.run_plan import (
     time_left,
 )
 from mmseg_sats.protocol import Stage
-from mmseg_sats.shared_values import once
+from mmseg_sats.utils.shared_values import once
 
 _REFRESH = 0.5  # seconds between two drawings of the display
 _SHOWN_STAGES = 10  # rows of the table, so that all fits 24 lines

@@ -11,10 +11,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import write_atomically
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.utils.checkpoint import write_atomically
 
 KEY = 'prototypes'
 

@@ -11,12 +11,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.checkpoint import read_json, write_json
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import labelling_chunks
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
+from mmseg_sats.utils.checkpoint import read_json, write_json
 
 
 @HOOKS.register_module()

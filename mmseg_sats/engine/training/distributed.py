@@ -21,7 +21,7 @@ from mmengine.dist import (
     is_main_process,
 )
 
-from mmseg_sats.checkpoint import write_text
+from mmseg_sats.utils.checkpoint import write_text
 
 # How long a process that lost another prints nothing, so that the other's error is seen first.
 PATIENCE = 10.0

@@ -14,9 +14,9 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmengine.utils.dl_utils import collect_env
 from torch.utils.data import DataLoader
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.protocol import Stage
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 # How mmengine's messages of hundreds of lines begin, and its warnings about itself.
 _FOR_THE_FILE = (

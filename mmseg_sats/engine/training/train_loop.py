@@ -19,7 +19,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_sats.randomness import seed_all
+from mmseg_sats.utils.randomness import seed_all
 
 # What a shell reports of a process that SIGTERM ended.
 EXIT_PREEMPTED = 128 + signal.SIGTERM

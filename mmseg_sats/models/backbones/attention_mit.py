@@ -18,7 +18,7 @@ from mmseg_sats.models.backbones.self_attention import (
     run_layer,
     self_attention,
 )
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 
 @MODELS.register_module()

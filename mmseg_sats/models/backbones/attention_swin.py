@@ -12,7 +12,7 @@ from torch import Tensor
 from mmseg_sats.models.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.models.attention.windows import Windows
 from mmseg_sats.models.backbones.self_attention import ATTENTION_LAYERS, GridSize, run_layer
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 
 @MODELS.register_module()

@@ -28,7 +28,7 @@ from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.precision import full_precision, working_dtype
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.spelling import choose
+from mmseg_sats.utils.spelling import choose
 
 Block = BaseAttentionMap | Tensor
 

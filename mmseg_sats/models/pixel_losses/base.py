@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 
 class HasLogits(Protocol):

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice
 
 
 def _normalised_entropy(q: Tensor) -> Tensor:

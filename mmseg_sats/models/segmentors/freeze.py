@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from mmseg_sats.spelling import near_match
+from mmseg_sats.utils.spelling import near_match
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from mmseg_sats.deprecation import warn_renamed
 from mmseg_sats.models.heads.classifier import (
     CLASSIFIER_INITS,
     check_head_can_grow,
@@ -31,7 +30,8 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.spelling import check_choice, near_match, one_slip
+from mmseg_sats.utils.deprecation import warn_renamed
+from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
 
 
 @MODELS.register_module()

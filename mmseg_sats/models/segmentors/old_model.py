@@ -11,11 +11,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmseg.models import EncoderDecoder
 from torch import Tensor
 
-from mmseg_sats.checkpoint import load_checkpoint_safely
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.models.heads.unknown import split_classifier
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 
 def run_segmentor(

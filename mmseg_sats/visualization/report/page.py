@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from mmengine.logging import print_log
 
-from mmseg_sats.checkpoint import write_text
-from mmseg_sats.spelling import check_choice
+from mmseg_sats.utils.checkpoint import write_text
+from mmseg_sats.utils.spelling import check_choice
 from mmseg_sats.visualization import theme
 from mmseg_sats.visualization.report import curves, heatmap, losses
 from mmseg_sats.visualization.report.pictures import Album, photographs

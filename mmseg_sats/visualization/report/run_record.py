@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.config_keys import names
+from mmseg_sats.utils.config_keys import names
 
 # What can differ between two runs of a method, in the order in which a label names it.
 NAMED = names(identity='named')
