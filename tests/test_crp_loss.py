@@ -2,7 +2,6 @@
 """Class-region pooled distillation against eq. (1) and (2) of SATS, written out as loops."""
 
 import itertools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from mmseg_sats.models.attention import attention_map as attention_module
 from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.models.losses import region_distances
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-
-crp_module = sys.modules[CRPDistillationLoss.__module__]
 
 GRIDS = ((7, 9), (5, 4), (2, 3))
 HEADS = (1, 4, 2)
@@ -439,13 +437,13 @@ def test_preparing_changes_when_regions_are_found_and_nothing_else(
     expected = module(student, teacher, labels)
     other = module(student, teacher, labels.clamp(max=1))
     calls = []
-    find = crp_module.find_regions_on_grids
+    find = region_distances.find_regions_on_grids
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return find(*args, **kwargs)
 
-    monkeypatch.setattr(crp_module, 'find_regions_on_grids', watched)
+    monkeypatch.setattr(region_distances, 'find_regions_on_grids', watched)
     module.prepare(teacher, labels, 21)
     found = len(calls)
     assert torch.equal(module(student, teacher, labels), expected)

@@ -15,34 +15,25 @@ block.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention.base import BaseAttentionMap, Measure
-from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
+from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
+from mmseg_sats.models.losses.region_distances import (
+    DISTANCES,
+    POOLINGS,
+    Block,
+    BlockDistances,
+    LabelGrids,
+    grid_of,
+)
 from mmseg_sats.models.parts import DistillationPart
-from mmseg_sats.models.precision import full_precision, working_dtype
+from mmseg_sats.models.precision import full_precision
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.utils.spelling import choose
-
-Block = BaseAttentionMap | Tensor
-
-
-def _squared_l2(difference: Tensor) -> Tensor:
-    return difference.square().sum(-1)
-
-
-def _l2(difference: Tensor) -> Tensor:
-    # The derivative of vector_norm at 0 is 0, where sqrt(sum of squares) would give NaN.
-    return torch.linalg.vector_norm(difference, dim=-1)
-
-
-DISTANCES: dict[str, Measure] = {'l2': _l2, 'squared_l2': _squared_l2}
 
 
 def crp_loss(
@@ -87,14 +78,14 @@ def crp_loss(
             differs in kind or shape, or the labels do not fit, or one is negative or not under
             ``num_labels``.
     """
-    grids = _LabelGrids(labels, ignore_index, num_labels, [_grid(block) for block in student])
+    grids = LabelGrids(labels, ignore_index, num_labels, [grid_of(block) for block in student])
     return _crp_loss(student, teacher, grids, pooling, distance, normalisation)
 
 
 def _crp_loss(
     student: Sequence[Block],
     teacher: Sequence[Block],
-    grids: '_LabelGrids',
+    grids: LabelGrids,
     pooling: str,
     distance: str,
     normalisation: str,
@@ -110,92 +101,13 @@ def _crp_loss(
         )
 
 
-class _Distances(NamedTuple):
-    """Distances of one block.
-
-    Args:
-        values: (B, heads, n), n regions of an image at most; 0 where it has fewer.
-        presence: (B, K), on the CPU, which of K labels each image has.
-    """
-
-    values: Tensor
-    presence: Tensor
-
-
-class _LabelGrids:
-    """The class regions of a batch of labels on the blocks' grids, found once for all of them."""
-
-    def __init__(
-        self, labels: Tensor, ignore_index: int, num_labels: int | None, grids: Sequence[Grid]
-    ) -> None:
-        self.labels, self.ignore_index, self.num_labels = labels, ignore_index, num_labels
-        self._grids = grids
-
-    @cached_property
-    def by_class(self) -> dict[Grid, ClassRegions]:
-        """The regions of the labels, resized to each grid by nearest neighbour."""
-        return find_regions_on_grids(self.labels, self._grids, self.ignore_index, self.num_labels)
-
-    @cached_property
-    def whole(self) -> dict[Grid, ClassRegions]:
-        """All positions as one region, whatever their labels."""
-        everything = torch.ones_like(self.labels)
-        return find_regions_on_grids(everything, self._grids, ignore_index=-1, num_labels=2)
-
-
-def _class_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
-) -> _Distances:
-    return _region_distances(student, teacher, grids.by_class[_grid(student)], distance)
-
-
-def _global_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
-) -> _Distances:
-    return _region_distances(student, teacher, grids.whole[_grid(student)], distance)
-
-
-def _region_distances(
-    student: Block, teacher: Block, regions: ClassRegions, distance: Measure
-) -> _Distances:
-    with torch.no_grad():
-        old = _region_means(teacher, regions)
-    return _Distances(distance(_region_means(student, regions) - old), regions.presence)
-
-
-def _region_means(block: Block, regions: ClassRegions) -> Tensor:
-    """Eq. (1): (B, heads, width, S) of an attention map, (B, 1, width, C) of features (B, C, h, w)."""
-    if isinstance(block, BaseAttentionMap):
-        return block.pool_regions(regions)
-    features = block.flatten(2).to(working_dtype(block)).mT
-    # A row that pads counts nothing, and what background holds must not come in, be it times 0.
-    rows = features.flatten(0, 1)[regions.positions].masked_fill(regions.pads.unsqueeze(2), 0)
-    return (regions.weights(rows.dtype) @ rows).unsqueeze(1)
-
-
-def _position_distances(
-    student: Block, teacher: Block, grids: _LabelGrids, distance: Measure
-) -> _Distances:
-    """No pooling: the mean distance over all positions, computed a few rows at a time."""
-    if isinstance(student, BaseAttentionMap):
-        values = student.mean_row_distance(teacher.detach(), distance)
-    else:
-        dtype = working_dtype(student, teacher)
-        difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
-        values = distance(difference).mean(1, keepdim=True)
-    return _Distances(values.unsqueeze(2), torch.ones(len(values), 1, dtype=torch.bool))
-
-
-POOLINGS = {'class': _class_distances, 'global': _global_distances, 'none': _position_distances}
-
-
-def _per_block(blocks: Sequence[_Distances]) -> Tensor:
+def _per_block(blocks: Sequence[BlockDistances]) -> Tensor:
     """Eq. (2): the mean over heads and classes within a block, over images, over blocks."""
     divisors = [_classes(block.presence) * block.values.shape[1] for block in blocks]
     return _mean_over_images(blocks, torch.stack(divisors) * len(blocks))
 
 
-def _paper(blocks: Sequence[_Distances]) -> Tensor:
+def _paper(blocks: Sequence[BlockDistances]) -> Tensor:
     """The paper's sums: blocks and heads added up, divided by the last block's heads."""
     presence = torch.stack([block.presence for block in blocks]).any(0)
     return _mean_over_images(blocks, _classes(presence) * blocks[-1].values.shape[1])
@@ -209,7 +121,7 @@ def _classes(presence: Tensor) -> Tensor:
     return presence.sum(1).clamp(min=1)
 
 
-def _mean_over_images(blocks: Sequence[_Distances], divisors: Tensor) -> Tensor:
+def _mean_over_images(blocks: Sequence[BlockDistances], divisors: Tensor) -> Tensor:
     """1/N sum_i of all the blocks' distances, divided by ``divisors`` (B,) or (blocks, B).
 
     An image with no class counts in N.
@@ -217,14 +129,6 @@ def _mean_over_images(blocks: Sequence[_Distances], divisors: Tensor) -> Tensor:
     sums = torch.stack([block.values.sum((1, 2)) for block in blocks])
     factors = (divisors * sums.shape[1]).double().reciprocal()
     return (sums * factors.to(sums.device, sums.dtype, non_blocking=True)).sum()
-
-
-def _grid(block: Block) -> Grid:
-    if isinstance(block, BaseAttentionMap):
-        return block.query_hw
-    if block.ndim != 4:
-        raise ValueError(f'features must be (B, C, h, w), got {tuple(block.shape)}')
-    return tuple(block.shape[2:])
 
 
 def _check_blocks(student: Sequence[Block], teacher: Sequence[Block], labels: Tensor) -> None:
@@ -325,7 +229,7 @@ class CRPDistillationLoss(DistillationPart):
         self.normalisation = normalisation
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
-        self._prepared: _LabelGrids | None = None
+        self._prepared: LabelGrids | None = None
 
     @property
     def needs_attention(self) -> bool:
@@ -366,11 +270,11 @@ class CRPDistillationLoss(DistillationPart):
 
     def _grids(
         self, output: SegmentorOutput, owner: str, labels: Tensor, num_channels: int
-    ) -> _LabelGrids:
+    ) -> LabelGrids:
         blocks = [
             block
             for blocks_of in self._sources
             for block in pick_blocks(blocks_of(output), self.blocks, owner)
         ]
         num_labels = max(BYTE_LABELS, num_channels)
-        return _LabelGrids(labels, self.ignore_index, num_labels, [_grid(block) for block in blocks])
+        return LabelGrids(labels, self.ignore_index, num_labels, [grid_of(block) for block in blocks])
