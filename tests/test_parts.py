@@ -37,6 +37,16 @@ class AsksForAttention(ReadsAttention):
 
 
 @MODELS.register_module()
+class AttentionOfStage0(DistillationPart):
+    needs_attention = True
+    needs_teacher = False
+
+    def forward(self, student: Any, teacher: Any, labels: Tensor) -> Tensor:
+        assert teacher is None
+        return torch.tensor(float(len(student.attentions)))
+
+
+@MODELS.register_module()
 class MereModule(nn.Module):
     """A part that inherits from nothing of this package."""
 
@@ -93,6 +103,12 @@ def test_attention_that_was_not_asked_for_is_an_error(tmp_path: Path) -> None:
         loss(later_stage(tmp_path, 'ReadsAttention'))
     asked = loss(later_stage(tmp_path, 'AsksForAttention'))
     torch.testing.assert_close(asked, 4 * loss(later_stage(tmp_path, 'MereModule')))
+
+
+def test_a_part_without_an_old_model_gets_the_students_attention() -> None:
+    stage_0 = build(model_cfg(4, distillation=dict(part=dict(type='AttentionOfStage0'))))
+    labels = torch.zeros(2, 64, 64, dtype=torch.long)
+    assert stage_0.train().loss(images(), samples(labels))['loss_part'] == 4
 
 
 def test_a_part_that_does_not_inherit_has_the_defaults(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 """The segmentor that learns a stage: mmseg's EncoderDecoder beside its frozen predecessor."""
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         return self
 
     def _check_attention(self) -> None:
-        if self._needs_attention and not hasattr(self.backbone, 'forward_with_attention'):
+        if _need_attention(self.distillation.values()) and not hasattr(self.backbone, 'forward_with_attention'):
             raise ValueError(
                 f'distillation asks for self-attention, which backbone {type(self.backbone).__name__} does not give: '
                 'expected a backbone with forward_with_attention (e.g. AttentionMixVisionTransformer), '
@@ -161,11 +161,6 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 "gather; expected prototypes=dict(type='ClassPrototypes')"
             )
         return MODELS.build(dict(cfg, num_channels=self.num_classes)) if cfg is not None else None
-
-    @property
-    def _needs_attention(self) -> bool:
-        parts = self.distillation.values()
-        return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
 
     @property
     def old_model(self) -> OldModel | None:
@@ -208,7 +203,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         taught = self._old_model_cfg is not None and (
             len(self.distillation) > 0 or len(self._labelers) > 0
         )
-        with_attention = taught and self._needs_attention
+        parts = {
+            name: part
+            for name, part in self.distillation.items()
+            if taught or not flag(part, 'needs_teacher', DistillationPart)
+        }
+        with_attention = _need_attention(parts.values())
         # The old model first: what it needs for a moment is free again when the student keeps its own.
         teacher = self.old_model(inputs, with_attention) if taught else None
         outputs = None
@@ -221,11 +221,6 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             )
         # What got a class, or was found unsure, is not unknown any more.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
-        parts = {
-            name: part
-            for name, part in self.distillation.items()
-            if teacher is not None or not flag(part, 'needs_teacher', DistillationPart)
-        }
         # Whatever a GPU must answer first is asked here, while it has little to do.
         check_targets(self.decode_head, targets, self.num_classes + self.unknown)
         for part in parts.values():
@@ -301,6 +296,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 'the checkpoint does not fit the model of this stage: ' + '; '.join(wrong[:5])
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _need_attention(parts: Iterable[nn.Module]) -> bool:
+    return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
