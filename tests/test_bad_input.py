@@ -476,7 +476,7 @@ CASES = [
     ),
     Case(
         'hook misspelt',
-        r'custom_hooks: NoHook is not in the',
+        r'custom_hooks \(or method_hooks\): NoHook is not in the',
         spoil=lambda p: p.add("later_stages = dict(custom_hooks=[dict(type='NoHook')])\n"),
     ),
     Case(

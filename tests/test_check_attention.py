@@ -293,7 +293,7 @@ def test_a_wrong_backbone_is_refused_before_stage_0(name: str, shapes_cfg: MakeC
 def test_blocks_that_there_are_not_are_refused_before_stage_0(shapes_cfg: MakeConfig) -> None:
     cfg = shapes_cfg('sats')
     cfg.distillation.attention.blocks = [0, 4]
-    with pytest.raises(ValueError, match=r'distillation.attention: blocks \(0, 4\): the backbone has only 4 blocks'):
+    with pytest.raises(ValueError, match=r'distillation.attention.blocks=\[0, 4\]: the backbone hands out 4 '):
         RUNNERS.build(cfg)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs/compatibility.md'
 Row = tuple[str, ...]
 
-# What DESIGN promises to be importable under these names.
+# What is promised to be importable under these names.
 IMPORTABLE = (
     'mmseg_sats.models.attention.AttentionMap',
     'mmseg_sats.models.losses.crp_loss',
@@ -34,6 +34,20 @@ IMPORTABLE = (
     'mmseg_sats.models.losses.unbiased_distillation',
     'mmseg_sats.protocol.Protocol',
     'mmseg_sats.protocol.Stage',
+    # What docs/new_method.md and docs/new_backbone.md tell people to import.
+    'mmseg_sats.engine.unwrap',
+    'mmseg_sats.models.DistillationPart',
+    'mmseg_sats.models.PseudoLabeler',
+    'mmseg_sats.models.SegmentorOutput',
+    'mmseg_sats.models.attention.WindowAttentionMap',
+    'mmseg_sats.models.attention.Windows',
+    'mmseg_sats.models.backbones.attend_with_map',
+    'mmseg_sats.models.backbones.self_attention',
+    'mmseg_sats.models.check_attention',
+    'mmseg_sats.models.losses.over_ranks.sum_over_ranks',
+    'mmseg_sats.models.pixel_losses.PixelChunk',
+    'mmseg_sats.models.pixel_losses.PixelwiseDistillationLoss',
+    'mmseg_sats.models.pixel_losses.PixelwiseSegmentationLoss',
 )
 # How the training loop tells the hook of checkpoints of a SIGTERM.
 NOT_PUBLIC = [('before_stop(runner)',)]

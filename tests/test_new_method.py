@@ -41,15 +41,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_block_of_the_page_is_a_file(folder: Path) -> None:
     written = sorted(str(path.relative_to(folder)) for path in folder.rglob('my_methods/**/*.py'))
     assert written == [
+        'my_methods/cosine/cosine.py', 'my_methods/cosine/segformer_tiny_shapes_3-1.py', 'my_methods/cosine_loss.py',
         'my_methods/dkd/dkd.py', 'my_methods/dkd/segformer_tiny_shapes_3-1.py', 'my_methods/dkd_loss.py',
         'my_methods/ewf_hook.py', 'my_methods/sats_ewf/sats_ewf.py',
-        'my_methods/sats_ewf/segformer_tiny_shapes_3-1.py', 'my_methods/test_dkd_loss.py',
+        'my_methods/sats_ewf/segformer_tiny_shapes_3-1.py', 'my_methods/test_cosine_loss.py',
     ]  # fmt: skip
     assert PAGE.read_text().count('```python') == len(written)
 
 
 def test_the_pages_test_passes(folder: Path) -> None:
-    importlib.import_module('my_methods.test_dkd_loss').test_decoupled_distillation()
+    importlib.import_module('my_methods.test_cosine_loss').test_cosine_feature_loss()
 
 
 def test_the_loss_is_dkds(folder: Path) -> None:
@@ -67,6 +68,12 @@ def test_the_loss_is_dkds(folder: Path) -> None:
         total += 16 * (target + 8 * others) / 4
     loss = MODELS.build(dict(type='DecoupledDistillationLoss'))
     assert loss.distance(student, teacher).item() == pytest.approx(total, rel=1e-4)
+    # It is 0 for the old model itself, and the new channel is left alone.
+    same = torch.cat([teacher, torch.randn(1, 1, 2, 2).double()], 1).requires_grad_()
+    value = loss.distance(same, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert same.grad[:, 4:].abs().max() == 0
 
 
 @pytest.fixture
@@ -83,14 +90,17 @@ def config(folder: Path, shapes_root: Path, tmp_path: Path) -> Callable[[str], C
     return make
 
 
-def test_the_pages_config_trains(config: Callable[..., Config], tmp_path: Path) -> None:
-    cfg = config('dkd')
+@pytest.mark.parametrize(('method', 'part'), [('cosine', 'features'), ('dkd', 'decoupled')])
+def test_the_pages_configs_train(
+    config: Callable[..., Config], tmp_path: Path, method: str, part: str
+) -> None:
+    cfg = config(method)
     cfg.train_dataloader.num_batch_per_epoch = 2
     cfg.test_dataloader.num_batch_per_epoch = 2
     cfg.default_hooks.logger.interval = 1
-    assert RUNNERS.build(cfg).train()['method'] == 'dkd'
+    assert RUNNERS.build(cfg).train()['method'] == method
     (path,) = (tmp_path / 'run/stage_1').glob('*/vis_data/scalars.json')
-    losses = [json.loads(line).get('loss_decoupled') for line in path.read_text().splitlines()]
+    losses = [json.loads(line).get(f'loss_{part}') for line in path.read_text().splitlines()]
     assert losses[1] > 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, RUNNERS
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -61,6 +61,11 @@ class Misspelt(MereModule):
 
 
 @MODELS.register_module()
+class MisspeltOtherwise(DistillationPart):
+    reduce_over_ranks = True
+
+
+@MODELS.register_module()
 class MisspeltLabeler(PseudoLabeler):
     needs_students = True
 
@@ -81,6 +86,12 @@ class MereLabeler:
 @HOOKS.register_module()
 class OwnThresholds(PseudoLabelThresholdHook):
     """In the place of the one that it extends."""
+
+
+@HOOKS.register_module()
+class MisspeltMoment(Hook):
+    def before_snapshots(self, runner: Any, stage: Any) -> None:
+        pass
 
 
 @HOOKS.register_module()
@@ -131,6 +142,10 @@ def test_a_part_that_does_not_inherit_has_the_defaults(tmp_path: Path) -> None:
             dict(pseudo_labeler=dict(type='MisspeltLabeler')),
             r"pseudo_labeler: MisspeltLabeler\.needs_students is .*did you mean 'needs_student'",
         ),
+        (
+            dict(distillation=dict(part=dict(type='MisspeltOtherwise'))),
+            r"MisspeltOtherwise\.reduce_over_ranks is read by nothing \(did you mean 'reduces_over_ranks'\?\)",
+        ),
         (dict(outside_labeler=dict(type='MisspeltLabeler')), r'outside_labeler: MisspeltLabeler\.needs_students'),
     ],
 )
@@ -162,6 +177,18 @@ def test_hooks_of_the_user_stay_and_are_not_doubled(shapes_cfg: MakeConfig) -> N
     assert hooks_of(shapes_cfg('sats', custom_hooks=own)) == ['ProgressHook', 'OwnThresholds']
 
 
+def test_a_moment_that_is_misspelt_is_refused(shapes_cfg: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"MisspeltMoment\.before_snapshots is .*did you mean 'before_snapshot'"):
+        RUNNERS.build(shapes_cfg('finetune', custom_hooks=[dict(type='MisspeltMoment')]))
+
+
+def test_a_part_that_is_not_registered(shapes_cfg: MakeConfig) -> None:
+    cfg = shapes_cfg('finetune')
+    cfg.distillation = dict(part=dict(type='OfNoModuleThatWasImported'))
+    with pytest.raises(KeyError, match=r'is the module that registers it in the method.s method_imports'):
+        RUNNERS.build(cfg)
+
+
 def test_a_methods_file_brings_hooks_and_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = Path(__file__).parents[1] / 'configs'
     (tmp_path / 'brought_along.py').write_text('LOADED = True\n')
@@ -180,9 +207,18 @@ def test_a_methods_file_brings_hooks_and_imports(tmp_path: Path, monkeypatch: py
     protocol = build_protocol(cfg)
     stage = build_stage_config(cfg, protocol, protocol.stages[1], cfg.work_dir)
     assert stage.custom_imports['imports'] == ['mmseg_sats', 'brought_along']
-    cfg.method_imports = ['nowhere_to_be_found']
-    with pytest.raises(ImportError, match=r"method_imports: .*nowhere_to_be_found.*PYTHONPATH"):
-        build_stage_config(cfg, protocol, protocol.stages[1], cfg.work_dir)
+    (tmp_path / 'broken.py').write_text('import a_library_that_is_not_there\n')
+    (tmp_path / 'faulty.py').write_text('1 / 0\n')
+    for name, message in (
+        ('nowhere_to_be_found', r"Python finds no module nowhere_to_be_found .*PYTHONPATH"),
+        ('brought_along.LOADED', r"Python finds no module brought_along\.LOADED .*not of a class"),
+        ('brought_along.py', r"'brought_along.py' is no module's name: expected dots and no \.py"),
+        ('broken', 'broken was found, but it imports a_library_that_is_not_there, which was not'),
+        ('faulty', 'faulty was found, but importing it failed: ZeroDivisionError'),
+    ):
+        cfg.method_imports = [name]
+        with pytest.raises(ValueError, match=f'method_imports: {message}'):
+            build_stage_config(cfg, protocol, protocol.stages[1], cfg.work_dir)
 
 
 def test_a_run_of_an_earlier_version_is_the_same_run(shapes_cfg: MakeConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.spelling import near_match, one_slip
 
 
 class DistillationPart(nn.Module):
@@ -105,11 +105,12 @@ def check_flags(where: str, part: object, base: type) -> None:
         base: ``DistillationPart`` or ``PseudoLabeler``, whose flags it may have.
 
     Raises:
-        ValueError: a ``needs_...`` that the base class does not have, with a near match.
+        ValueError: a ``needs_...`` that the base class does not have, or nearly the name of a flag, with a
+            near match.
     """
-    known = [name for name in dir(base) if name.startswith('needs_')]
-    for name in dir(part):
-        if name.startswith('needs_') and name not in known:
+    known = [name for name in vars(base) if not name.startswith('_') and name != 'forward']
+    for name in sorted(set(dir(part)) - set(dir(nn.Module)) - set(known)):
+        if name.startswith('needs_') or any(one_slip(name, other) for other in known):
             raise ValueError(
                 f'{where}: {type(part).__name__}.{name} is read by nothing{near_match(name, known)}; '
                 f'expected one of {known}'

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.backbones.check_maps import check_maps
 from mmseg_sats.models.losses import CRPDistillationLoss
-from mmseg_sats.models.losses.blocks import pick_blocks
 from mmseg_sats.models.parts import DistillationPart, flag
 
 SMALL = 128  # pixels a side
@@ -38,11 +37,11 @@ def check_handed_out(cfg: Config, model: nn.Module) -> None:
     with torch.random.fork_rng(devices=[]):
         maps = _first_that_works(model.backbone, _images(cfg, model.backbone))
     for name, part in wanting.items():
-        if isinstance(part, CRPDistillationLoss):
-            try:
-                pick_blocks(maps, part.blocks, 'backbone')
-            except ValueError as error:
-                raise ValueError(f'distillation.{name}: {error}') from error
+        if isinstance(part, CRPDistillationLoss) and max(part.blocks) >= len(maps):
+            raise ValueError(
+                f'distillation.{name}.blocks={list(part.blocks)}: the backbone hands out {len(maps)} attention '
+                f'maps, expected indices from 0 to {len(maps) - 1}'
+            )
 
 
 def _first_that_works(backbone: nn.Module, images: Iterator[Tensor]) -> Sequence[BaseAttentionMap]:

@@ -22,7 +22,10 @@ from torch import nn
 
 from mmseg_sats.engine.checks.attention import check_handed_out
 from mmseg_sats.evaluation import IncrementalIoUMetric
-from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.spelling import near_match, one_slip
+
+# What mmengine's runner is asked to call beside its own moments.
+STAGE_MOMENTS = ('before_stage', 'before_snapshot', 'after_stage')
 
 
 def check_model(cfg: Config) -> nn.Module:
@@ -83,13 +86,24 @@ def check_training(cfg: Config, model: nn.Module) -> None:
 
 def _check_hooks(cfg: Config) -> None:
     hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
-    hooks += [('custom_hooks', hook) for hook in cfg.get('custom_hooks') or []]
+    hooks += [('custom_hooks (or method_hooks)', hook) for hook in cfg.get('custom_hooks') or []]
     for key, hook in hooks:
         if isinstance(hook, dict):
-            _check_hook(key, hook)
+            check_moments(_check_hook(key, hook))
 
 
-def _check_hook(key: str, hook: dict[str, Any]) -> None:
+def check_moments(hook: type) -> None:
+    """Refuses a hook with a method of nearly the name that is called at the border of a stage.
+
+    Raises:
+        ValueError: the method, and the name that it is near to.
+    """
+    for name in dir(hook):
+        if name not in STAGE_MOMENTS and any(one_slip(name, moment) for moment in STAGE_MOMENTS):
+            raise ValueError(f'{hook.__name__}.{name} is called by nothing{near_match(name, STAGE_MOMENTS)}')
+
+
+def _check_hook(key: str, hook: dict[str, Any]) -> type:
     """Looks at type and arguments; the hook is not built, since it may look for what only a run has."""
     options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
     kind = hook.get('type')
@@ -105,6 +119,7 @@ def _check_hook(key: str, hook: dict[str, Any]) -> None:
         inspect.signature(kind).bind(**options)
     except TypeError as error:
         raise TypeError(f'{key}: {kind.__name__} {error}') from error
+    return kind
 
 
 def check_evaluator(cfg: Config) -> None:
@@ -214,17 +229,19 @@ def build_model(cfg: Config) -> nn.Module:
     try:
         return MODELS.build(model)
     except KeyError as error:
-        raise KeyError(f'{error.args[0]}{_near_type(str(error.args[0]))}') from error
+        raise KeyError(_not_registered(str(error.args[0]))) from error
     except TypeError as error:
         raise TypeError(f'{error}{_near_argument(str(error))}') from error
 
 
-def _near_type(message: str) -> str:
-    """The registered name that is nearest to the one in mmengine's message."""
+def _not_registered(message: str) -> str:
+    """mmengine's message that a type is not registered, with the nearest name, or what may be missing."""
     match = re.match(r'(\w+) is not in the', message)
     registries = (MODELS, MODELS.parent)
     names = [name for registry in registries if registry for name in registry.module_dict]
-    return near_match(match[1], names) if match else ''
+    close = near_match(match[1], names) if match else ''
+    missing = "; is the module that registers it in the method's method_imports?" if match and not close else ''
+    return f'{message}{close}{missing}'
 
 
 def _near_argument(message: str) -> str:

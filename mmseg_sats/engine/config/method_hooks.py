@@ -2,11 +2,11 @@
 """What a method brings along beside its losses: modules to be imported, and hooks."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS
-from mmengine.utils import import_modules_from_strings
 from mmseg.registry import MODELS
 
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
@@ -22,7 +22,7 @@ def import_method(cfg: Config) -> None:
         cfg: a run's config.
 
     Raises:
-        ImportError: a module cannot be imported.
+        ValueError: a module is not found, or cannot be imported.
         TypeError: ``method_imports`` is no list of names.
     """
     names = cfg.pop('method_imports', None) or []
@@ -31,16 +31,30 @@ def import_method(cfg: Config) -> None:
     if not names:
         return
     for name in names:
-        try:
-            import_modules_from_strings([name])
-        except ImportError as error:
-            raise ImportError(
-                f'method_imports: {error}; expected a module that Python finds, e.g. one in the folder '
-                'that PYTHONPATH names'
-            ) from error
+        _import(name)
     own = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
     own['imports'] = list(dict.fromkeys([*own['imports'], *names]))
     cfg.custom_imports = own
+
+
+def _import(name: str) -> None:
+    if name.endswith('.py') or not all(part.isidentifier() for part in name.split('.')):
+        raise ValueError(
+            f"method_imports: {name!r} is no module's name: expected dots and no .py, such as 'my_methods.my_loss'"
+        )
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+            raise ValueError(f'method_imports: {name} was found, but it imports {error.name}, which was not') from error
+        raise ValueError(
+            f'method_imports: Python finds no module {error.name} (of {name!r}): expected the name of a module, not '
+            'of a class, in a folder that PYTHONPATH names'
+        ) from error
+    except Exception as error:  # whatever the module's code raises
+        raise ValueError(
+            f'method_imports: {name} was found, but importing it failed: {type(error).__name__}: {error}'
+        ) from error
 
 
 def add_method_hooks(cfg: Config) -> None:

@@ -53,9 +53,9 @@ def build_stage_config(
         A config for ``mmengine.Runner`` and every mmseg tool.
 
     Raises:
-        ImportError: a module of ``method_imports`` cannot be imported.
         KeyError: an undefined variable.
-        ValueError: a batch has no room for what is replayed, or ``held_out`` is impossible.
+        ValueError: a module of ``method_imports`` cannot be imported, a batch has no room for what is
+            replayed, or ``held_out`` is impossible.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
     import_method(merged)

@@ -54,6 +54,7 @@ class AttentionReport:
         backbone: the backbone's class.
         images: the shape of the images.
         dtype: the precision in which it was run.
+        features: how many feature maps there are.
         layers: how many softmaxes ``forward`` computed.
         blocks: one for each map.
     """
@@ -61,11 +62,15 @@ class AttentionReport:
     backbone: str
     images: tuple[int, ...]
     dtype: torch.dtype
+    features: int
     layers: int
     blocks: tuple[BlockReport, ...]
 
     def __str__(self) -> str:
-        lines = [f'{self.backbone} on images {self.images}, {self.dtype}: features equal those of forward']
+        lines = [
+            f'{self.backbone} on images {self.images}, {self.dtype}: {self.features} features equal those of '
+            f'forward; {len(self.blocks)} attention maps'
+        ]
         lines += [
             f'block {index}: {block.map} equals softmax {block.layer} of {self.layers}, '
             f'largest difference {block.difference:.1e}'
@@ -79,8 +84,9 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
 
     A copy of the backbone is run in eval mode and, where it can be, in double precision, its weights moved a
     little at random, so that biases which start at 0 count. The features must be those of ``forward``. Each map
-    must be one that a layer computed: every ``softmax`` over the last dimension is listened to, those of
-    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` among them.
+    must be one that a layer computed, and the maps must stand in the order of the layers. Every ``softmax``
+    over the last dimension is listened to, those of ``scaled_dot_product_attention`` and
+    ``nn.MultiheadAttention`` among them.
 
     It cannot see in which order a layer has its tokens; that of the map must be row by row. An image that is
     not square shows a grid whose height and width are swapped.
@@ -120,10 +126,15 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
         blocks, used = [], set()
         for index, attention in enumerate(maps):
             block = _find(index, attention, computed, used, TOLERANCES[dtype])
+            if blocks and block.layer < blocks[-1].layer:
+                raise ValueError(
+                    f'block {index}: its map is that of softmax {block.layer}, the map before it that of softmax '
+                    f'{blocks[-1].layer}: expected the maps in the order in which the layers are run'
+                )
             used.add(block.layer)
             blocks.append(block)
     return AttentionReport(
-        type(backbone).__name__, tuple(images.shape), dtype, len(computed), tuple(blocks)
+        type(backbone).__name__, tuple(images.shape), dtype, len(features), len(computed), tuple(blocks)
     )
 
 
