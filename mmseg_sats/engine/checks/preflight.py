@@ -88,7 +88,7 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:
-    known = {*_TABLE, *_words(content)}
+    known = {*_TABLE, *_variables_in(content)}
     for key in content:
         # Other unread keys may be values that a config file uses for itself.
         if key not in known and _close(key, _TABLE):
@@ -99,7 +99,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Of some stages' own values no slip is left unread, and what belongs to the run is not among them."""
-    read = {*_READ, *content, *_words(content)}
+    read = {*_READ, *content, *_variables_in(content)}
     for option in inner:
         key = option.split('.')[0]
         if key in _RUN_WIDE:
@@ -116,14 +116,14 @@ def _close(key: str, read: Collection[str]) -> bool:
     return re.sub(r'_[a-z]$|[0-9_]+$', '', key) not in read and any(one_slip(key, other) for other in read)
 
 
-def _words(value: Any) -> Iterator[str]:
+def _variables_in(value: Any) -> Iterator[str]:
     """The names behind every ``'$name'`` in a config."""
     if isinstance(value, dict):
         for item in value.values():
-            yield from _words(item)
+            yield from _variables_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _words(item)
+            yield from _variables_in(item)
     elif isinstance(value, str) and (match := re.fullmatch(r'\$(\w+)', value)):
         yield match[1]
 
@@ -131,25 +131,25 @@ def _words(value: Any) -> Iterator[str]:
 def _check_numbers(content: Mapping[str, Any], path: str) -> None:
     for key in KEYS:
         value = content.get(key.name, key.least)
-        if key.least is None or (value is None and key.or_none) or _is_word(value):
+        if key.least is None or (value is None and key.or_none) or _is_variable(value):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < key.least:
             raise ValueError(f'{path}{key.name}={value!r}: expected a whole number from {key.least}')
     rate = content.get('lr')
-    if not (rate is None or _is_word(rate)) and not _positive(rate):
+    if not (rate is None or _is_variable(rate)) and not _positive(rate):
         raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
     factor = content.get('head_lr_mult', 1)
-    if not _is_word(factor) and not _positive(factor) and factor != 0:
+    if not _is_variable(factor) and not _positive(factor) and factor != 0:
         raise ValueError(f'{path}head_lr_mult={factor!r}: expected a number from 0')
     size = content.get('crop_size', 1)
     sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
-    if not _is_word(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
+    if not _is_variable(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
         raise ValueError(
             f'{path}crop_size={size!r}: expected a number of pixels from 1, or two, (h, w)'
         )
 
 
-def _is_word(value: Any) -> bool:
+def _is_variable(value: Any) -> bool:
     return isinstance(value, str) and value.startswith('$')
 
 
