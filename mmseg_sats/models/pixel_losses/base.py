@@ -217,7 +217,7 @@ def mean_over_pixels(
         teacher_logits: (B, K_o, H, W), the old model's logits, K_o <= K.
 
     Raises:
-        ValueError: the shapes are others.
+        ValueError: the shapes do not fit together.
     """
     check_distillation(student_logits, teacher_logits)
     labels = student_logits.new_zeros((), dtype=torch.long).expand(
