@@ -20,9 +20,9 @@ class Key(NamedTuple):
         scope: where the key may be set. ``'stage'``: a stage may have its own value. ``'run'``: all stages have
             the same value. ``'runner'``: as ``'run'``, and the key is left out of the stages' configs. ``'part'``:
             the value is a dict that is merged into the configs of some stages; the key itself is left out of them.
-        identity: how the key identifies a run; empty for keys that are not at the beginning of results.json. Where
-            runs differ, their labels in the report show the value (``'value'``), or the key's name and the value
-            (``'named'``); an ``'unlabelled'`` key is not added to the label.
+        identity: how the key identifies a run; empty for keys that are not at the beginning of results.json. A run's
+            label in the report ends with the values in which runs differ: just the value of a ``'value'`` key, the
+            key's name and the value of a ``'named'`` key, nothing of an ``'unlabelled'`` key.
         compared: which part of a stage the key affects, for comparing two runs' configs: ``'training'``,
             ``'evaluation'`` or ``'validation'``.
         harmless: whether the key has no effect on the numbers of a run, so that it may change between a run and
