@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.engine.checks.attention import check_handed_out
+from mmseg_sats.engine.checks.attention import check_backbone_attention
 from mmseg_sats.models import check_attention
 from mmseg_sats.models.attention import AttentionMap, WindowAttentionMap, Windows
 from mmseg_sats.models.backbones import (
@@ -333,7 +333,7 @@ def test_a_legal_backbone_of_one_size_is_not_refused_and_random_numbers_stay() -
     )
     cfg = Config(dict(crop_size=[192, 256], model=dict(backbone=dict(type='FixedSize'))))
     state = torch.get_rng_state()
-    check_handed_out(cfg, model)
+    check_backbone_attention(cfg, model)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.backbone.sizes == [(1, 3, 128, 128), (1, 3, 192, 256), (1, 3, 192, 256)]
     assert model.backbone.training
@@ -348,5 +348,5 @@ def test_the_size_is_the_backbones_where_the_config_has_none() -> None:
     model.distillation = nn.ModuleDict(
         dict(attention=MODELS.build(dict(type='CRPDistillationLoss', blocks=(0, 1))))
     )
-    check_handed_out(Config(dict(model=dict(backbone=dict(type='FixedSize')))), model)
+    check_backbone_attention(Config(dict(model=dict(backbone=dict(type='FixedSize')))), model)
     assert model.backbone.sizes[-1] == (1, 3, 192, 256)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Stages: the runner, what it writes, and hooks."""
+"""The runner that trains stage after stage, the files that it writes, and its hooks."""
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What the tools' command lines share: a config's path, and values that override the config's."""
+"""The arguments that all command-line tools share: the path of a config, and options that override its values."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _EXAMPLE = 'configs/sats/segformer_tiny_shapes_3-1.py'
 
 
 class _Options(DictAction):
-    """mmengine's, with an answer for a word that is no KEY=VALUE."""
+    """mmengine's ``DictAction``, with an error message for an argument that is not KEY=VALUE."""
 
     def __call__(
         self,
@@ -31,28 +31,28 @@ class _Options(DictAction):
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options K=V ...``, a dict by dotted key or None."""
+    """Adds ``--cfg-options K=V ...``, which is parsed to a dict by dotted key, or None if it is not given."""
     parser.add_argument(
         '--cfg-options', nargs='+', action=_Options, metavar='K=V', help='override config values'
     )
 
 
 def message_of(error: Exception) -> str:
-    """What an error says; of a KeyError without the quotes that ``str`` puts around it."""
+    """The message of an error; for a KeyError without the quotes that ``str`` puts around it."""
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
-    """A run's config with values overridden.
+    """Reads the config of a run and overrides some of its values.
 
     Args:
         path: the config file.
         options: dotted key to value, as ``--cfg-options`` gives them.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no config file, or only a part of one.
-        KeyError: an option that the config does not have, with a near match.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a config, or is only a base that other configs inherit from.
+        KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Evaluating a stage, also where there is nothing to evaluate it on."""
+"""Evaluates a stage. Also handles a stage 0 for which there are no evaluation images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImages
 
 
 def evaluation_set(cfg: Config) -> IncrementalDataset:
-    """The stage's evaluation data before its images are looked up: its classes, no list.
+    """Builds the stage's evaluation data lazily: its classes are known, its images are not listed yet.
 
     Args:
         cfg: a stage's config.
@@ -25,14 +25,14 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
 
     Args:
         runner: the stage's runner, its weights loaded.
-        may_be_empty: whether evaluation images without a class of the stage are no error. So it is
-            for a stage 0 that comes from a checkpoint: its data need not be at hand.
+        may_be_empty: whether it is allowed that no evaluation image has a class of the stage. This is
+            so for a stage 0 that is taken from a checkpoint, whose data may not be available.
 
     Returns:
-        The metrics of ``IncrementalIoUMetric``; NaN throughout where no image was left.
+        The metrics of ``IncrementalIoUMetric``; all of them are NaN if there is no image.
 
     Raises:
-        NoImagesError: no image is left, and that is an error.
+        NoImagesError: there is no image, and ``may_be_empty`` is False.
     """
     if may_be_empty:
         dataset = evaluation_set(runner.cfg)
@@ -45,13 +45,13 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
 
 
 def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What ``IncrementalIoUMetric`` gave among the metrics of an evaluation, its ``prefix`` taken off.
+    """Selects the results of ``IncrementalIoUMetric`` from those of an evaluation and removes its ``prefix``.
 
     Args:
-        metrics: percent by key, those of other metrics too.
+        metrics: percent by key; may include the results of other metrics.
 
     Raises:
-        KeyError: it is not among them.
+        KeyError: there are no results of ``IncrementalIoUMetric``.
     """
     first = next((key for key in metrics if key.endswith('mIoU_base')), None)
     if first is None:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The stages of a run, one ordinary mmengine Runner each."""
+"""The runner of all stages of a run; each stage is run by an ordinary mmengine Runner."""
 
 import copy
 import gc
@@ -73,29 +73,30 @@ from mmseg_sats.utils.checkpoint import (
 from mmseg_sats.utils.config_keys import IDENTITY
 from mmseg_sats.utils.shared_values import Sharing
 
-_SECONDS = 'train/time'  # of each iteration, as mmengine notes them; a resumed stage goes on with them
+_SECONDS = 'train/time'  # mmengine's log of each iteration's seconds; a resumed stage continues it
 
 
 @RUNNERS.register_module()
 class IncrementalRunner:
     """Runs a config through all stages of its protocol.
 
-    Each stage gets a config of its own (``stage_k/config.py``), a fresh Runner that trains with it, a
-    snapshot, an evaluation of that snapshot, and last a file ``done``. Hooks may define
-    ``before_stage(runner, stage)``, which sees the weights that the stage starts from,
-    ``before_snapshot(runner, stage)``, which sees those that will be kept and may change them, and
-    ``after_stage(runner, stage, metrics)``, when everything is written.
+    For each stage it writes a config (``stage_k/config.py``), trains with a new mmengine Runner, saves
+    and evaluates a snapshot, and at the end writes a file ``done``. Besides mmengine's methods, hooks
+    may define three more: ``before_stage(runner, stage)`` is called when the weights that the stage
+    starts from are loaded, ``before_snapshot(runner, stage)`` when the weights that will be saved are
+    loaded (it may change them), and ``after_stage(runner, stage, metrics)`` when all files are written.
 
     Args:
         cfg: the run's config. Beside mmseg's keys it has ``protocol``, and may have ``work_dir``, ``split``,
             ``class_order``, ``setting``, ``initial_stage``, ``later_stages`` (see ``stage_config``),
-            ``base`` (a checkpoint from which stage 0 is taken), ``resume`` and ``report``
-            (its options; None for none).
+            ``base`` (a checkpoint from which stage 0 is taken), ``resume`` and ``report`` (a dict of the
+            report's options, or None for no report).
 
     Raises:
-        ValueError: an impossible protocol, memory or number, a work dir that is in use without ``resume``
-            or by another run, data that do not fit, a stage without images.
-        KeyError: the config uses a word that it does not define, or has a key that is misspelt.
+        ValueError: the protocol, the memory or a number is impossible, the work dir is in use (and
+            ``resume`` is not set or the config is not that of its run), the data do not fit, or a stage
+            has no images.
+        KeyError: the config uses a variable that it does not define, or has a misspelt key.
         FileNotFoundError: ``base``, a list, an image or a mask does not exist.
         OSError: the work dir cannot be written to.
     """
@@ -118,7 +119,7 @@ class IncrementalRunner:
             check_same_run(self.work_dir, self.cfg)
         else:
             check_unused(self.work_dir)
-        # An undefined word shows before the first stage, not at the last.
+        # All stages' configs are built now, so that an undefined variable is found before any training.
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
         if note := note_on_sizes(stages[-1]):
             self.logger.warning(note)
@@ -133,22 +134,22 @@ class IncrementalRunner:
         self._process_settings = join_process_group(self.cfg)
         self._sharing = Sharing()
         with self._sharing:
-            # The data of a stage 0 that comes from a checkpoint need not be at hand.
+            # If stage 0 is taken from a checkpoint, its data may not be available.
             check_data(stages, first=min(1, len(stages) - 1) if self.base else 0)
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'IncrementalRunner':
-        """As mmengine's ``RUNNERS.build(cfg)`` calls it."""
+        """Called by mmengine's ``RUNNERS.build(cfg)``."""
         return cls(cfg)
 
     def train(self) -> dict[str, Any]:
-        """Runs every stage that is not done.
+        """Runs every stage that is not finished yet.
 
         Returns:
             The contents of results.json.
 
         Raises:
-            WorkDirBusyError: another process trains in the work dir.
+            WorkDirBusyError: another process is training in the work dir.
         """
         if is_main_process():
             self.work_dir.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ class IncrementalRunner:
             if not done:
                 self._run_stage(stage, folder)
             finished.append(read_json(folder / 'metrics.json')['results'])
-            # Of stages done before, the last one's results hold all.
+            # Results are written after each stage; of stages finished by an earlier process, only after the last.
             if not done or not _is_done(stage_dir(self.work_dir, stage.index + 1)):
                 results = self._report(finished)
         return results
@@ -196,7 +197,7 @@ class IncrementalRunner:
         checkpoint = latest_checkpoint(folder) if self.cfg.get('resume') else None
         start_from = cfg.load_from
         if checkpoint is not None:
-            # mmengine resumes optimizer, schedulers and counters from it.
+            # mmengine resumes the optimizer, schedulers and counters from the checkpoint.
             cfg.resume, cfg.load_from = True, str(checkpoint)
         cfg.merge_from_dict(self._process_settings)
         share_work(cfg)
@@ -209,7 +210,7 @@ class IncrementalRunner:
         images = self._make_snapshot(runner, snapshot)
         seconds = _train_seconds(runner, checkpoint)
         load_snapshot(runner.model, snapshot)
-        # As Runner.test does: hooks set up their files, and EMA starts from what was just loaded.
+        # Runner.test calls it too: hooks open their files, and EMA starts from the weights just loaded.
         runner.call_hook('before_run')
         metrics = evaluate_stage(runner, may_be_empty=self._from_base(stage.index))
         keep_exemplars(runner.cfg, stage, folder, stage_dir(self.work_dir, stage.index - 1))
@@ -232,12 +233,12 @@ class IncrementalRunner:
         if from_base:
             images = None
         else:
-            # The stage's own: what is replayed is not counted.
+            # Only the stage's own images are counted, not the replayed ones.
             cfg = stage_dataset_cfg(runner.cfg.train_dataloader.dataset)
             images = len(DATASETS.build(cfg))
         if self.cfg.get('resume') and is_whole(path):
             runner.start()
-            return images  # stopped between the snapshot and its evaluation
+            return images  # the run was stopped after the snapshot, before its evaluation
         model = unwrap(runner.model)
         if from_base:
             meta = dict(dataset_meta=plain_meta(evaluation_set(runner.cfg).metainfo))
@@ -270,7 +271,7 @@ class IncrementalRunner:
         return build_stage_config(self.cfg, self.protocol, stage, self.work_dir)
 
     def _identity(self) -> dict[str, Any]:
-        """What makes this run another one than its neighbours, as results.json begins."""
+        """The values that identify the run, which stand at the beginning of results.json."""
         identity = {
             key: self.cfg.get(key) for key in IDENTITY if key != 'split' or self.cfg.get('split')
         }
@@ -283,7 +284,7 @@ def _is_done(folder: Path) -> bool:
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Garbage is looked for among the run's own objects, not in the libraries'."""
+    """Makes Python's garbage collector skip the objects that existed before the run (mostly the libraries')."""
     gc.collect()
     gc.freeze()
     try:
@@ -293,11 +294,12 @@ def _old_objects_left_alone() -> Iterator[None]:
 
 
 def _train_seconds(runner: Runner, checkpoint: Path | None) -> float:
-    """Seconds of all iterations of the stage, also of those before it was taken up again.
+    """Seconds of all training iterations of the stage, including those before it was resumed.
 
     Args:
-        runner: the stage's.
-        checkpoint: where a stage was taken up that had nothing left to train.
+        runner: the stage's runner.
+        checkpoint: what the stage was resumed from, if it was. The times are read from it when there
+            was nothing left to train.
     """
     scalars = runner.message_hub.log_scalars
     if _SECONDS not in scalars and checkpoint is not None:
@@ -306,14 +308,14 @@ def _train_seconds(runner: Runner, checkpoint: Path | None) -> float:
 
 
 def _release(runner: Runner) -> None:
-    """Lets go of a finished stage: its workers, model, log files and mmengine's global entries."""
+    """Frees what a finished stage holds: its workers, model, log files and mmengine's global instances."""
     for handler in list(runner.logger.handlers):
         handler.close()
     for instance in (runner.logger, runner.message_hub, runner.visualizer, runner.default_scope):
-        # A visualizer is noted twice, as mmseg's and as mmengine's.
+        # A visualizer is registered twice, by mmseg's class and by mmengine's.
         for manager in type(instance).__mro__:
             instances = vars(manager).get('_instance_dict', {})
-            # The last one stays: mmengine has no "no current logger".
+            # The last one is kept, because mmengine needs a current logger.
             if len(instances) > 1 or isinstance(instance, Visualizer):
                 instances.pop(instance.instance_name, None)
     runner.__dict__.clear()

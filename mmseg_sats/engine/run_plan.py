@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a run has before it: every stage's images and iterations, known before it is reached."""
+"""The plan of a run: the images and iterations of every stage, computed before the stage is reached."""
 
 import math
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class StagePlan:
 
     Args:
         index: number of the stage.
-        classes: names of the classes it learns.
-        images: its training images, without a memory's.
-        iterations: of its training.
+        classes: names of the classes that it learns.
+        images: number of its training images, without exemplars.
+        iterations: number of its training iterations.
     """
 
     index: int
@@ -37,10 +37,10 @@ class StagePlan:
 
 
 def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
-    """The stage's own images in a dataset that may have others wrapped around it."""
+    """Finds the :class:`IncrementalDataset` inside a dataset that may be wrapped by others; None if there is none."""
     while not isinstance(dataset, IncrementalDataset):
         inner = [
-            # Of mmengine's slice (num_batch_per_epoch), which passes all other names on.
+            # mmengine's slice for num_batch_per_epoch forwards every other attribute, so vars() is needed.
             vars(dataset).get('_dataset'),
             getattr(dataset, 'dataset', None),
             *getattr(dataset, 'datasets', ()),
@@ -53,14 +53,14 @@ def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
 
 
 def build_protocol(cfg: Config) -> Protocol:
-    """The protocol of a run's config, over the classes of its data set; no image is read.
+    """The protocol of a run's config for the classes of its data set. No image is read.
 
     Raises:
-        ValueError: an impossible protocol.
-        KeyError: the training data's config uses a word that is not defined.
+        ValueError: the protocol is impossible.
+        KeyError: the config of the training data uses a variable that is not defined.
     """
-    words = config_variables(cfg) | dict(stage=0)
-    dataset = resolve_variables(cfg.train_dataloader.dataset.to_dict(), words)
+    variables = config_variables(cfg) | dict(stage=0)
+    dataset = resolve_variables(cfg.train_dataloader.dataset.to_dict(), variables)
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 
@@ -72,7 +72,7 @@ def plan_run(
     Args:
         cfg: the run's config.
         dataset: the training images of any one of its stages.
-        work_dir: the run's.
+        work_dir: the run's work dir.
     """
     plans = []
     for stage in dataset.protocol.stages:
@@ -96,14 +96,14 @@ def _iterations(cfg: Config, images: int) -> int:
 def time_left(
     plans: Sequence[StagePlan], index: int, done: int, total: int, pace: float
 ) -> tuple[float, float]:
-    """Seconds of training left for the stage and, if its pace holds, for the run.
+    """Seconds of training left for the stage and, at the same speed, for the run.
 
     Args:
-        plans: all stages; may be empty, and then the run is this stage.
-        index: the present stage.
-        done: its iterations so far.
-        total: all of its iterations.
-        pace: seconds an iteration.
+        plans: all stages; if empty, the run is taken to be this stage alone.
+        index: the current stage.
+        done: how many of its iterations are done.
+        total: how many iterations it has.
+        pace: seconds per iteration.
     """
     stage = pace * (total - done)
     return stage, stage + pace * sum(plan.iterations for plan in plans if plan.index > index)

@@ -10,27 +10,28 @@ from typing import Any
 
 from mmengine.dist import is_distributed
 
-# What would make the process of the report take itself for a rank of the run.
+# Environment variables by which the report's process would take itself for a rank of the run.
 _RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def check_report(options: Mapping[str, Any] | None) -> None:
     """Raises ValueError for options that the report does not have, before anything is trained."""
     if options is not None:
-        # Here and below: matplotlib is not imported by those who want no report.
+        # Imported here and below, so that matplotlib is imported only for a run with a report.
         from mmseg_sats.visualization.report.page import check_report_options
 
         check_report_options(options)
 
 
 def report_at_end(work_dir: Path, options: Mapping[str, Any] | None) -> None:
-    """Writes ``WORK_DIR/report``; called by the main process alone.
+    """Writes ``WORK_DIR/report``. Only the main process calls this.
 
-    Reading data is an affair of all ranks, which have gone by now: in a distributed run a process
-    of its own writes the report. Whatever fails is a warning.
+    In a distributed run the report is written by a new process, because the data sets synchronise all
+    ranks when they read data and the other ranks have ended by now. An error in the report is only a
+    warning.
 
     Args:
-        work_dir: the run's work dir, with every stage done.
+        work_dir: the run's work dir, with all stages finished.
         options: the config's ``report``; None writes nothing.
     """
     if options is None:

@@ -1,9 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The parts of a method: what they are called with, and what they may ask of the segmentor.
+"""The base classes of a method's parts: how the segmentor calls them, and what they can request by flags.
 
-Each flag is a class attribute, or a property where it depends on an argument, with its default here and
-nowhere else. A part that inherits from one of the two base classes gets all of them; one that does not
-is read as if it had the defaults.
+A flag is a class attribute, or a property if it depends on an argument. All defaults are set here. A part
+that does not inherit from one of the two base classes is treated as if it had the default flags.
 """
 
 from abc import abstractmethod
@@ -20,26 +19,28 @@ class DistillationPart(nn.Module):
     """A loss beside the segmentation loss, one entry of the segmentor's ``distillation``."""
 
     needs_attention: ClassVar[bool] = False
-    """Whether the backbones of student and old model hand out their attention maps, ``attentions``."""
+    """Whether the part needs the attention maps of student and old model, ``attentions``."""
 
     needs_teacher: ClassVar[bool] = True
-    """Whether there must be an old model. A part without this takes part in stage 0, with teacher None."""
+    """Whether the part needs an old model. If False, it is used in stage 0 too, where ``teacher`` is None."""
 
     needs_prototypes: ClassVar[bool] = False
-    """Whether ``student.prototypes`` must be there, which the segmentor's option of that name gathers."""
+    """Whether the part needs ``student.prototypes``, which the segmentor computes if its ``prototypes`` is set."""
 
     reduces_over_ranks: ClassVar[bool] = False
-    """Whether the loss is that of the whole batch on several processes already. One without this is
-    taken for a mean over pixels or images, and averaged."""
+    """Whether the loss already is that of the whole batch in a distributed run. If False, it is taken to be
+    a mean over the pixels or images of one process, and is averaged over the processes."""
 
     hooks: ClassVar[Sequence[dict[str, Any]]] = ()
     """Configs of the hooks that the part needs; a run adds them to its own."""
 
     def prepare(self, teacher: SegmentorOutput | None, labels: Tensor, num_channels: int) -> None:
-        """Called before the student's forward pass, for what a GPU would have to be waited for later.
+        """Called before the student's forward pass; for computations whose results must be read from the GPU.
+
+        Such a read waits for all work queued on the GPU, which is least at this moment.
 
         Args:
-            teacher: the old model's output, None where there is no old model.
+            teacher: the old model's output, None if there is no old model.
             labels: (B, H, W) long, completed by the pseudo-labelers.
             num_channels: the student's channels, background included.
         """
@@ -48,60 +49,61 @@ class DistillationPart(nn.Module):
     def forward(
         self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor
     ) -> Tensor:
-        """The weighted loss, a scalar; labels (B, H, W) are those that ``prepare`` got."""
+        """Returns the weighted loss, a scalar; labels (B, H, W) are the tensor that ``prepare`` got."""
 
 
 class PseudoLabeler:
-    """What completes the labels of a stage's images, or of images from outside.
+    """Completes the labels of a stage's images, or of images from outside.
 
-    A plain object: nothing of it enters a model's ``state_dict``.
+    It is a plain object, not a module, so nothing of it enters a model's ``state_dict``.
     """
 
     needs_student: ClassVar[bool] = False
-    """Whether it is called with the student's logits too, as the third argument."""
+    """Whether the labeler is also called with the student's logits, as the third argument."""
 
     needs_pass: ClassVar[bool] = False
-    """Whether the old model must see the stage's images once before training: ``reset(num_old)``,
-    ``update(labels, teacher_logits)`` for every batch, ``histograms`` (summed over the processes),
-    ``compute()``; ``state_dict()`` and ``load_state_dict(state)`` keep what was found."""
+    """Whether the labeler needs a pass of the old model over the stage's images before training. It must then
+    have ``reset(num_old)``, ``update(labels, teacher_logits)`` for every batch, ``histograms`` (which are
+    summed over the processes) and ``compute()``; ``state_dict()`` and ``load_state_dict(state)`` save and
+    restore the result."""
 
     pixelwise: ClassVar[bool] = False
-    """Whether each pixel is labelled by itself, so that it may be called with any part of them."""
+    """Whether each pixel is labelled independently, so that the labeler may be called with some of the pixels."""
 
     hooks: ClassVar[Sequence[dict[str, Any]]] = (dict(type='PseudoLabelThresholdHook'),)
-    """Configs of the hooks that the labeler needs; a run adds them to its own. This one reads the old
-    model before training, and makes the pass of a labeler with ``needs_pass``."""
+    """Configs of the hooks that the labeler needs; a run adds them to its own. The default hook loads the
+    old model before training, and makes the pass for a labeler with ``needs_pass``."""
 
     @abstractmethod
     def __call__(self, labels: Tensor, teacher_logits: Tensor, *student_logits: Tensor) -> Tensor:
-        """The completed labels, a new tensor like ``labels``.
+        """Returns the completed labels, a new tensor like ``labels``.
 
         Args:
-            labels: (B, H, W) integers, 0 for background; left as they are.
-            teacher_logits: (B, K_o, H, W), the old model's at the labels' size.
-            *student_logits: (B, K, H, W), the student's, for a labeler with ``needs_student``.
+            labels: (B, H, W) integers, 0 for background; not modified.
+            teacher_logits: (B, K_o, H, W), the old model's logits at the labels' size.
+            *student_logits: (B, K, H, W), the student's logits, for a labeler with ``needs_student``.
         """
 
     def image_weights(self, labels: Tensor, completed: Tensor) -> Tensor | None:
-        """Factors (B,) of the images in the segmentation loss, or None for none.
+        """Returns the images' weights (B,) in the segmentation loss, or None to leave the loss unweighted.
 
         Args:
-            labels: (B, H, W), as ``__call__`` got them.
-            completed: what it returned.
+            labels: (B, H, W), the argument of ``__call__``.
+            completed: (B, H, W), its result.
         """
 
 
 def flag(part: object, name: str, base: type) -> Any:
-    """A flag of a part, or its default in the base class where the part does not inherit from that."""
+    """The flag of a part, or the default of the base class if the part does not have it."""
     return getattr(part, name, getattr(base, name))
 
 
 def check_flags(where: str, part: object, base: type) -> None:
-    """Refuses a part that asks for something by a name that nothing reads.
+    """Checks that the names of a part's flags ``needs_...`` are not misspelt.
 
     Args:
         where: the config's key, for the message.
-        part: of any class.
+        part: an object of any class.
         base: ``DistillationPart`` or ``PseudoLabeler``, whose flags it may have.
 
     Raises:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""In which precision losses and attention are computed, whatever autocast says."""
+"""The precision of losses and attention, which does not depend on autocast."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The tensors' common dtype, float32 at least."""
+    """The tensors' common dtype, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

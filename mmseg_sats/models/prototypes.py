@@ -28,20 +28,20 @@ def pixels_of(features: Tensor, where: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class ClassPrototypes:
-    """Mean features of the foreground classes, exact at any size of batch and number of ranks.
+    """Mean features of the foreground classes, exact for any batch size and number of ranks.
 
-    Background has none: in a stage's labels it stands for old and future classes too.
+    Background has no prototype, because in a stage's labels it also covers old and future classes.
 
-    A plain object, so nothing of it enters a model's ``state_dict``: ``PrototypeHook`` carries it to
-    the next stage and through a resumed run.
+    It is a plain object, so nothing of it enters a model's ``state_dict``. ``PrototypeHook`` saves it for
+    the next stage and for resuming.
 
     Args:
         num_channels: K, background included.
-        block: which of the encoder's feature maps; -1 is the last.
+        block: index of the encoder's block whose features are used; -1 is the last.
     """
 
     hooks = (dict(type='PrototypeHook'),)
-    """Configs of the hooks that it needs; a run adds them to its own."""
+    """Configs of the hooks that this class needs; a run adds them to its own."""
 
     def __init__(self, num_channels: int, block: int = -1) -> None:
         self.num_channels = num_channels
@@ -51,42 +51,42 @@ class ClassPrototypes:
 
     @property
     def known(self) -> Tensor:
-        """(K,) bool: the classes of which a pixel was seen."""
+        """(K,) bool: whether at least one pixel of the class has been seen."""
         return self._counts > 0
 
     @property
     def means(self) -> Tensor:
-        """(K, C) float32: the prototypes, 0 where there is none yet."""
+        """(K, C) float32: the prototypes, 0 for classes that have none yet."""
         return (self._sums / self._counts.clamp(min=1)[:, None]).float()
 
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], labels: Tensor) -> None:
-        """Takes in a batch, on all ranks together: :meth:`sums_of`, reduced, and :meth:`add`."""
+        """Adds a batch: :meth:`sums_of`, summed over all ranks, then :meth:`add`. All ranks must call this."""
         batch = self.sums_of(features, labels)
         all_reduce(batch)
         self.add(batch)
 
     @torch.no_grad()
     def sums_of(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """A batch's sum of features and number of pixels of each class.
+        """The sum of the features and the number of pixels of each class in a batch.
 
         Args:
-            features: the encoder's maps (B, C_j, h_j, w_j).
-            labels: (B, H, W) long; background and labels from K on (ignore) are left out.
+            features: the encoder's feature maps (B, C_j, h_j, w_j).
+            labels: (B, H, W) long; background and labels >= K (ignore) are left out.
 
         Returns:
-            (K, C + 1) float64, the number in the last column.
+            (K, C + 1) float64, with the number of pixels in the last column.
         """
         feature = features[self.block]
         labels = labels_on_grid(labels, feature.shape[2:])
         where = (labels > 0) & (labels < self.num_channels)
         one_hot = F.one_hot(labels[where], self.num_channels).double()
-        # A product in float64 gives the same sums each time, on a GPU too; and AMP lets it be.
+        # A matrix product in float64 is reproducible on a GPU too, and autocast leaves it in float64.
         sums = one_hot.T @ pixels_of(feature, where).double()
         return torch.cat([sums, one_hot.sum(0)[:, None]], 1)
 
     def add(self, sums: Tensor) -> None:
-        """Adds (K, C + 1) sums of :meth:`sums_of`."""
+        """Adds the sums (K, C + 1) that :meth:`sums_of` returned."""
         self._sums, self._counts = self._sums.to(sums.device), self._counts.to(sums.device)
         if not self._sums.shape[1]:
             self._sums = torch.zeros_like(sums[:, :-1])
@@ -98,10 +98,10 @@ class ClassPrototypes:
         return dict(sums=self._sums.cpu().clone(), counts=self._counts.cpu().clone())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from the values of :meth:`state_dict`, of this stage or of an earlier one.
+        """Loads the values of :meth:`state_dict`, of this stage or of an earlier one with fewer classes.
 
         Raises:
-            ValueError: it knows more classes than this object.
+            ValueError: the values are for more classes than this object has.
         """
         sums, counts = state['sums'].double(), state['counts'].double()
         missing = self.num_channels - counts.shape[0]

@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Bilinear resizing of a batch of logits a chunk at a time, and its adjoint.
+"""Bilinear resizing of a batch of logits chunk by chunk, and its gradient.
 
-A chunk is some whole images, which ``F.interpolate`` resizes, or, where one image is too large for a
-chunk, some of its rows. Each axis is a small matrix then, so that rows can be had from those source
-rows alone that they need. The gradient goes through the transposes of these matrices in both cases:
-it comes out the same every time, where that of ``F.interpolate`` on a GPU does not.
+A chunk consists of whole images, which ``F.interpolate`` resizes, or, if a single image is too large, of
+some rows of an image. Rows are resized by multiplying with a small matrix per axis, so that only the
+source rows that they depend on are needed. In both cases the gradient is computed with the transposed
+matrices, which is deterministic; that of ``F.interpolate`` on a GPU is not.
 """
 
 from abc import ABC, abstractmethod
@@ -18,21 +18,22 @@ from torch import Tensor
 
 from mmseg_sats.models.precision import working_dtype
 
-# How many entries of resized logits exist at a time, by device type: on a CPU what stays in its cache,
-# on an accelerator few and large kernels. A tile of rows shares what was done to its source rows.
+# How many entries of resized logits are computed at a time, by device type. On a CPU, a chunk should fit into
+# the cache; an accelerator needs few large kernels. A tile of rows has several chunks, which share the source
+# rows that were already resized along the width.
 CHUNK_ELEMENTS = {'cpu': 2**19}
 TILE_ELEMENTS = {'cpu': 2**22}
 DEFAULT_ELEMENTS = 2**24
 
 TileIndex = tuple[slice | int, slice]
-"""Where a tile lies in labels (B, H, W): several whole images, or some rows of one."""
+"""The place of a tile in labels (B, H, W): several whole images, or some rows of one image."""
 
 
 def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
-    """Logits (B, K, h, w) at the size of labels (B, H, W), bilinearly, corners not aligned.
+    """Resizes logits (B, K, h, w) bilinearly to the size of labels (B, H, W), with ``align_corners=False``.
 
     Raises:
-        ValueError: if they are not of these shapes.
+        ValueError: if they do not have these shapes.
     """
     if logits.dim() != 4 or labels.dim() != 3 or len(labels) != len(logits):
         raise ValueError(f'teacher_logits must be (B, K_o, h, w) and labels (B, H, W), '
@@ -43,12 +44,12 @@ def logits_for_labels(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 class ResizedLogits:
-    """Logits (B, K, h, w), resized to (H, W) as ``F.interpolate(mode='bilinear')`` does, by chunks.
+    """Logits (B, K, h, w), resized to (H, W) as by ``F.interpolate(mode='bilinear')``, but in chunks.
 
-    Where they are resized they must be finite: mask a class by a large negative number, not by -inf.
+    Logits that are resized must be finite: mask a class by a large negative number, not by -inf.
 
     Args:
-        logits: at any resolution.
+        logits: (B, K, h, w), of any resolution.
         size: (H, W).
         align_corners: as in ``F.interpolate``.
     """
@@ -81,7 +82,7 @@ class ResizedLogits:
                     yield image, rows
 
     def chunks(self, tile: TileIndex) -> Iterator[slice]:
-        """Cuts a tile into chunks, given by their rows; whole images are a chunk."""
+        """Cuts a tile into chunks and yields the rows of each. A tile of whole images is one chunk."""
         images, rows = tile
         if isinstance(images, slice):
             yield rows
@@ -89,14 +90,14 @@ class ResizedLogits:
             yield from self._cut(rows, CHUNK_ELEMENTS)
 
     def tile(self, index: TileIndex) -> 'Tile':
-        """A tile of ``tiles()``, also of those of other logits for the same images."""
+        """The tile at an index from ``tiles()``, which may be that of other logits for the same images."""
         images, rows = index
         if isinstance(images, slice):
             return _ImageTile(self, images)
         return _RowTile(self, images, rows)
 
     def zeros(self) -> Tensor:
-        """(B, K, h, w), for a gradient; neighbouring rows of an image are one matrix."""
+        """Zeros (B, K, h, w) for a gradient. In memory, neighbouring rows of an image form one matrix."""
         batch, channels, height, width = self.logits.shape
         zeros = self.logits.new_zeros(batch, height, channels, width, dtype=self.dtype)
         return zeros.transpose(1, 2)
@@ -107,17 +108,17 @@ class ResizedLogits:
     def _cut(self, rows: slice, elements: dict[str, int]) -> Iterator[slice]:
         most = max(1, self._limit(elements) // max(1, self.channels * self.size[1]))
         count = rows.stop - rows.start
-        even = -(-count // -(-count // most)) if count else 1  # no small rest at the end
+        even = -(-count // -(-count // most)) if count else 1  # equal sizes, without a small rest at the end
         for start in range(rows.start, rows.stop, even):
             yield slice(start, min(start + even, rows.stop))
 
 
 class Tile(ABC):
-    """Part of the resized logits, from which chunks are made."""
+    """A part of the resized logits, which is computed chunk by chunk."""
 
     @abstractmethod
     def rows(self, rows: slice) -> Tensor:
-        """A chunk: (n, K, W), rows of one image, or (n, K, H * W), whole images."""
+        """Computes a chunk: (n, K, W), rows of one image, or (n, K, H * W), whole images."""
 
     @abstractmethod
     def add_gradient(self, grad: Tensor, rows: slice) -> None:
@@ -125,15 +126,15 @@ class Tile(ABC):
 
     @abstractmethod
     def give_gradient(self, total: Tensor) -> None:
-        """Adds to ``total``, of ``zeros()``, what all the chunks' gradients are to the logits."""
+        """Adds the logits' gradient, from the gradients of all chunks, to ``total`` (from ``zeros()``)."""
 
 
 class _ImageTile(Tile):
-    """Whole images, a single chunk.
+    """A tile of whole images, which is a single chunk.
 
     Args:
-        logits: whose images these are.
-        images: which of them.
+        logits: the logits of the batch.
+        images: which of its images.
     """
 
     def __init__(self, logits: ResizedLogits, images: slice) -> None:
@@ -141,11 +142,11 @@ class _ImageTile(Tile):
         self.grad: Tensor | None = None
 
     def rows(self, rows: slice) -> Tensor:
-        """(n, K, H * W); ``rows`` are all there are."""
+        """Computes (n, K, H * W); ``rows`` must be all rows."""
         own = self.logits
-        # Contiguous: of channels-last logits, as heads give them, a GPU makes images at half the speed.
+        # Heads return channels-last logits, which a GPU resizes at half the speed of contiguous ones.
         small = own.logits[self.images].to(own.dtype).contiguous()
-        if own.down.same and own.across.same:  # left as they are, whatever they hold
+        if own.down.same and own.across.same:  # not resized, so they need not be finite
             return small.clone(memory_format=torch.contiguous_format).flatten(2)
         large = F.interpolate(small, own.size, mode='bilinear', align_corners=own.align_corners)
         return large.contiguous().flatten(2)
@@ -161,30 +162,30 @@ class _ImageTile(Tile):
         self.grad = grad
 
     def give_gradient(self, total: Tensor) -> None:
-        """Writes the logits' gradient."""
+        """Adds the images' gradient to ``total``."""
         total[self.images].add_(self.grad)
 
 
 class _RowTile(Tile):
-    """Source rows of an image, resized along the width, from which some of its rows are made.
+    """A tile of some rows of an image. Their source rows are resized along the width once for all chunks.
 
     Args:
-        logits: whose rows these are.
-        image: its number in the batch.
-        rows: the rows that will be asked for.
+        logits: the logits of the batch.
+        image: the image's index in the batch.
+        rows: the tile's rows.
     """
 
     def __init__(self, logits: ResizedLogits, image: int, rows: slice) -> None:
         self.logits, self.image = logits, image
         self.near = logits.down.near(rows)
-        # (h, K, w): neighbouring rows are one matrix.
+        # (h, K, w), so that neighbouring rows form one matrix.
         self.wide = logits.logits[image, :, self.near].transpose(0, 1).to(logits.dtype)
         if not logits.across.same:
             self.wide = self.wide @ logits.across.weights.mT
         self.grad: Tensor | None = None
 
     def rows(self, rows: slice) -> Tensor:
-        """The image's rows, (n, K, W)."""
+        """Computes some of the tile's rows, (n, K, W)."""
         down, own = self._sources(rows)
         if self.logits.down.same:
             return self.wide[own].clone()
@@ -201,13 +202,13 @@ class _RowTile(Tile):
             self.grad[own].flatten(1).addmm_(down.mT, grad.flatten(1))
 
     def _sources(self, rows: slice) -> tuple[Tensor, slice]:
-        """What these rows take (n, m) of m of the tile's source rows, and which those are."""
+        """The weights (n, m) of these n rows on m of the tile's source rows, and the slice of those."""
         near = self.logits.down.near(rows)
         own = slice(near.start - self.near.start, near.stop - self.near.start)
         return self.logits.down.weights[rows, near], own
 
     def give_gradient(self, total: Tensor) -> None:
-        """Adds what the tile's rows are to the image's gradient."""
+        """Adds the gradient of the tile's source rows to ``total``."""
         across = self.logits.across
         grad = self.grad if across.same else self.grad @ across.weights
         total[self.image, :, self.near].add_(grad.transpose(0, 1))
@@ -217,11 +218,11 @@ class _Axis(NamedTuple):
     """How an axis is resized.
 
     Args:
-        weights: (size, source), what each place takes of the source's.
-        same: whether the axis stays as it is; nothing is multiplied then, since a product with 0
-            makes NaN of what is not finite.
-        first: the first source place that each place takes anything of.
-        stop: the one behind the last.
+        weights: (size, source), the weight of each source position in each new position.
+        same: whether the axis keeps its size. Then nothing is multiplied, because 0 times a value that
+            is not finite is NaN.
+        first: for each new position, the first source position with a weight.
+        stop: for each new position, the source position after the last with a weight.
     """
 
     weights: Tensor
@@ -230,16 +231,16 @@ class _Axis(NamedTuple):
     stop: list[int]
 
     def near(self, places: slice) -> slice:
-        """The source places that some neighbouring places are made of."""
+        """The source positions that a range of new positions depends on."""
         return slice(self.first[places.start], self.stop[places.stop - 1])
 
 
-# A training asks for the same few axes in every step; making one anew would wait for the device.
+# Cached: every training step needs the same few axes, and computing one would wait for the device.
 @lru_cache(maxsize=32)
 def _axis(
     source: int, size: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> _Axis:
-    """By torch's own rule."""
+    """The weights of ``F.interpolate``, found by resizing an identity matrix."""
     with torch.inference_mode(False):
         unit = torch.eye(source, dtype=dtype)[None]
         weights = F.interpolate(unit, size, mode='linear', align_corners=align_corners)[0].mT
@@ -253,7 +254,7 @@ def _axis(
 
 
 def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[slice]:
-    """Ascending numbers as slices of neighbours, none longer than ``longest``."""
+    """Groups ascending numbers into slices of consecutive ones, none longer than ``longest``."""
     start = 0
     for stop in range(1, len(numbers) + 1):
         ends = stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a segmentor computed for a batch, as the losses and pseudo-labellers see it."""
+"""The output of a segmentor for a batch, which the losses and pseudo-labelers get."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from mmseg_sats.models.resizing import ResizedLogits
 
 
 class _NotAskedFor(tuple):
-    """In the place of attention maps that no part asked for: an empty tuple would go unnoticed."""
+    """Stands for attention maps that no part requested. Unlike an empty tuple, it raises an error when it is read."""
 
     def _refuse(self, *_: object) -> NoReturn:
         raise RuntimeError(
@@ -32,16 +32,16 @@ NOT_ASKED_FOR = _NotAskedFor()
 
 @dataclass(eq=False)
 class SegmentorOutput:
-    """Outputs of one model, student or old, for a batch of B images.
+    """The output of one model, the student or the old model, for a batch of B images.
 
     Args:
         logits: (B, K, h, w) at the head's resolution, K the model's channels, background included.
         features: one (B, C_j, h_j, w_j) per block of the backbone.
-        attentions: one map per block, empty where the backbone has none. In a segmentor of which no part
-            asked for them, reading them raises RuntimeError.
+        attentions: one map per block, empty if the backbone has none. If no part of the segmentor
+            requested them, reading them raises RuntimeError.
         align_corners: how the head's logits are resized.
-        unknown: (B, 1, h, w), logits of the unknown class, where the model has one.
-        prototypes: the classes' mean features, where the model gathers them.
+        unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
+        prototypes: the classes' mean features, or None if the model does not compute them.
     """
 
     logits: Tensor
@@ -54,14 +54,14 @@ class SegmentorOutput:
 
     @property
     def trained_logits(self) -> Tensor:
-        """All that the segmentation loss trains: (B, K, h, w), or K + 1 with the unknown class last."""
+        """All logits that the segmentation loss gets: (B, K, h, w), or K + 1 channels with the unknown class last."""
         return self.logits if self.unknown is None else torch.cat([self.logits, self.unknown], 1)
 
     def labelling_logits(self, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) at ``size`` for pseudo-labels.
 
-        A pixel that is unknown is none of the classes: background's channel holds the larger of
-        background's and the unknown class's logit.
+        An unknown pixel counts as background: channel 0 is the larger of the logits of background and
+        the unknown class.
         """
         logits = self.resized(size)
         if self.unknown is None:
@@ -74,12 +74,12 @@ class SegmentorOutput:
     def resized(self, size: tuple[int, int]) -> Tensor:
         """Logits resized bilinearly to ``size`` (H, W): (B, K, H, W), computed once per size.
 
-        Logits that already have the size are returned themselves.
+        Logits that already have this size are returned unchanged.
         """
         size = (int(size[0]), int(size[1]))
         if tuple(self.logits.shape[2:]) == size:
             return self.logits
-        # A tensor made without a graph must not be served to a loss that wants the gradient.
+        # A tensor computed without gradients must not be returned to a loss that needs them.
         key = (size, torch.is_grad_enabled())
         if key not in self._resized:
             self._resized[key] = F.interpolate(
@@ -91,16 +91,16 @@ class SegmentorOutput:
 def labelling_chunks(
     labels: Tensor, outputs: Sequence[SegmentorOutput], images: Iterable[int]
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """The labels and the models' ``labelling_logits`` a chunk at a time, without gradients.
+    """Yields the labels and the models' ``labelling_logits`` chunk by chunk, without gradients.
 
     Args:
         labels: (B, H, W).
-        outputs: of the models, for the same B images.
-        images: which of them, in ascending order.
+        outputs: the outputs of the models for the same B images.
+        images: the indices of the images to use, in ascending order.
 
     Yields:
-        Views of the labels and each model's logits: (n, H, W) and (n, K, H, W) of whole images, or
-        (n, 1, W) and (n, K, 1, W), n pictures of one row.
+        Views of the labels, and each model's logits: (n, H, W) and (n, K, H, W) for n whole images, or
+        (n, 1, W) and (n, K, 1, W) for n rows of an image.
     """
     size = labels.shape[1:]
     logits = [
@@ -127,5 +127,5 @@ def labelling_chunks(
 
 
 def _with_unknown(logits: Tensor) -> Tensor:
-    """Logits (B, K, ...) of (B, K + 1, ...), the unknown class last."""
+    """Merges the unknown class, which is last, into background: from (B, K + 1, ...) to (B, K, ...)."""
     return torch.cat([torch.maximum(logits[:, :1], logits[:, -1:]), logits[:, 1:-1]], dim=1)

@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What all parts of the package stand on: files, random numbers, messages, and the table of config keys."""
+"""Helpers that every other part of the package may use: files, random numbers, messages, the table of config keys."""

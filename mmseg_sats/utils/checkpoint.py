@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Files that a later stage depends on: written whole or not at all, read without running code."""
+"""Reads and writes files that a later stage depends on: written completely or not at all, read without running code."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
         write: called with the open binary file.
 
     Raises:
-        OSError: it could not be written. What stood at ``path`` before still does.
+        OSError: the file could not be written. A file that was at ``path`` before is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}{_TEMPORARY}')
@@ -49,14 +49,14 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], objec
 
 
 def remove_temporary(folder: str | os.PathLike) -> None:
-    """Removes what interrupted writes left in ``folder`` and the folders directly in it."""
+    """Removes the temporary files of interrupted writes from ``folder`` and the folders directly in it."""
     for pattern in (f'.*{_TEMPORARY}', f'*/.*{_TEMPORARY}'):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` outlast a power cut, where the file system can."""
+    """Makes sure that a rename in ``folder`` survives a power cut, where the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +72,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically. NaN is refused: absent numbers are null."""
+    """Writes ``value`` as indented JSON, atomically. NaN raises ValueError: a missing number is written as null."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
@@ -80,20 +80,20 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        ValueError: it is cut off or no JSON.
+        FileNotFoundError: there is no file at ``path``.
+        ValueError: the file is cut off or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as error:  # both of JSON and of UTF-8
+    except ValueError as error:  # raised for invalid JSON and for invalid UTF-8
         raise ValueError(f'{path} is cut off or no JSON file: {error}') from error
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically, and its checksum before it.
+    """Writes a checkpoint and its checksum, each atomically.
 
-    The checksum stands in ``<name>.sha256`` beside it, as ``sha256sum --check`` reads it. A whole
-    checkpoint thus never lacks its own.
+    The checksum is written first, to ``<name>.sha256`` beside the checkpoint, in the format of
+    ``sha256sum --check``. So a complete checkpoint always has its checksum.
     """
     path = Path(path)
     buffer = io.BytesIO()
@@ -140,7 +140,7 @@ def _checksum_file(path: Path) -> Path:
 
 
 class _History:
-    """Stands in for mmengine's log history while a file is read: keeps the numbers alone."""
+    """Replaces mmengine's log history while a file is read: it takes over only the numbers."""
 
     def __init__(self, *args: Any) -> None:
         self.buffer = HistoryBuffer()
@@ -153,11 +153,11 @@ class _History:
 
 
 def _no_attribute(owner: Any, name: str) -> None:
-    """Stands in for ``getattr``, through which a file could reach any function."""
+    """Replaces ``getattr``, with which a file could reach any function."""
 
 
 def _harmless_globals() -> list[Any]:
-    """What a checkpoint of mmengine may name, the two names that reach further replaced."""
+    """The classes and functions that a checkpoint of mmengine may name; the two that are not safe are replaced."""
     allowed = [item for item in get_torch_safe_globals() if item not in (getattr, HistoryBuffer)]
     return [
         *allowed,
@@ -166,7 +166,7 @@ def _harmless_globals() -> list[Any]:
     ]
 
 
-# What reading a cut-off or foreign file was seen to raise.
+# Errors that were observed while reading files that are cut off or of another kind.
 _READ_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -183,10 +183,10 @@ _READ_ERRORS = (
 
 
 def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU without ever running code out of it.
+    """Reads a checkpoint onto the CPU without ever running code that it contains.
 
-    mmengine's loader falls back to full unpickling when the safe read fails; a file from somewhere
-    else must never get there.
+    mmengine's loader falls back to full unpickling when the safe read fails, which is dangerous for
+    files from other people.
 
     Args:
         path: a checkpoint of mmengine, or a bare state dict.
@@ -195,8 +195,8 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
         The checkpoint as a dict with at least ``state_dict`` and ``meta``.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        ValueError: the file is cut off, damaged (``check_checksum``), not a checkpoint, or carries
+        FileNotFoundError: there is no file at ``path``.
+        ValueError: the file is cut off, damaged (see ``check_checksum``), not a checkpoint, or contains
             code.
     """
     if not Path(path).is_file():

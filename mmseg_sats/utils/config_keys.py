@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The top-level keys of a run's config: one row for each, from which every list of keys is made. Pure Python.
+"""The table of the top-level keys of a run's config, from which every list of keys in the package is made. Pure Python.
 
-What a part of the package needs of the table, :func:`names` picks out by the columns.
+:func:`names` selects keys by the values of their columns.
 """
 
 import re
@@ -13,21 +13,23 @@ class Key(NamedTuple):
 
     Attributes:
         name: the key.
-        read_by: ``'mmengine'`` (its Runner and hooks), ``'package'`` (this one; ``--cfg-options`` may add it to a
-            config that lacks it), or ``'config'``: only other values of a config, by ``'$name'``.
-        meaning: what it says.
-        scope: who may say it: ``'stage'``, a stage may have its own; ``'run'``, it is the same in all stages;
-            ``'runner'``, the same, and left out of the stages' configs; ``'part'``, a dict of values that is
-            merged into the configs of some stages and left out of them.
-        identity: how it tells runs apart; empty for keys that results.json does not begin with. ``'value'``: a
-            run's label in the report has the value where runs differ; ``'named'``: the value behind the key's name;
-            ``'unlabelled'``: not a part of the label's end.
-        compared: what it decides of a stage, where two configs are compared by what they come to:
-            ``'training'``, ``'evaluation'`` or ``'validation'``.
-        harmless: it changes no number that a run leaves, so it may change between a run and its ``--resume``.
-        reported: the report's table of differences shows it.
-        least: it must be a whole number from here on.
-        or_none: beside a whole number it may be None.
+        read_by: who reads the key. ``'mmengine'``: its Runner and hooks. ``'package'``: this package;
+            ``--cfg-options`` may set the key even in a config that lacks it. ``'config'``: only other values of
+            the config use it, as the variable ``'$name'``.
+        meaning: what the key sets.
+        scope: where the key may be set. ``'stage'``: a stage may have its own value. ``'run'``: all stages have
+            the same value. ``'runner'``: as ``'run'``, and the key is left out of the stages' configs. ``'part'``:
+            the value is a dict that is merged into the configs of some stages; the key itself is left out of them.
+        identity: how the key identifies a run; empty for keys that are not at the beginning of results.json. A run's
+            label in the report ends with the values in which runs differ: just the value of a ``'value'`` key, the
+            key's name and the value of a ``'named'`` key, nothing of an ``'unlabelled'`` key.
+        compared: which part of a stage the key affects, for comparing two runs' configs: ``'training'``,
+            ``'evaluation'`` or ``'validation'``.
+        harmless: whether the key has no effect on the numbers of a run, so that it may change between a run and
+            its ``--resume``.
+        reported: whether the report's table of differences shows the key.
+        least: the value must be a whole number that is not smaller than this; None: no such limit.
+        or_none: whether None is allowed beside a whole number.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Key(NamedTuple):
 
 
 KEYS = (
-    # What makes a run another one than its neighbours, in the order of results.json.
+    # Keys that identify a run, in the order of results.json.
     Key('method', 'package', "the method's name; by default that of the config's folder", 'run', 'unlabelled'),
     Key('memory', 'package', 'how many exemplars are kept, 0 for none', 'run', 'named'),
     Key('dataset', 'package', "the data set's name", 'run', 'value'),
@@ -52,7 +54,7 @@ KEYS = (
     Key('setting', 'package', 'overlapped, disjoint or sequential', identity='value'),
     Key('class_order', 'package', 'a permutation of the foreground ids', 'run', 'unlabelled'),
     Key('seed', 'package', 'the seed of everything random', identity='named', least=0, or_none=True),
-    # What a stage is trained, evaluated and validated with.
+    # Keys that set how a stage is trained, evaluated and validated.
     Key('model', 'mmengine', 'the segmentor', compared='training'),
     Key('train_dataloader', 'mmengine', 'the training data', compared='training'),
     Key('optim_wrapper', 'mmengine', 'the optimizer', compared='training'),
@@ -89,7 +91,7 @@ KEYS = (
     Key('work_dir', 'mmengine', 'where the run writes', 'run', harmless=True, reported=False),
     Key('resume', 'mmengine', 'goes on with the run in the work dir', 'run', harmless=True, reported=False),
     Key('launcher', 'mmengine', 'what started the processes', 'runner', harmless=True, reported=False),
-    # The stages.
+    # Keys for the stages and the run as a whole.
     Key('runner_type', 'package', 'IncrementalRunner', 'runner'),
     Key('base', 'package', 'a checkpoint that stage 0 is taken from', 'runner', reported=False),
     Key('method_initial_stage', 'package', "a method's values for stage 0", 'part'),
@@ -107,7 +109,7 @@ KEYS = (
     Key('report', 'package', 'how many pictures the report shows; None writes no report', 'run', harmless=True,
         reported=False),
     Key('device', 'package', "cuda, cpu, or None for what there is", 'run', harmless=True),
-    # What the rest of a config is made of.
+    # Keys whose values the rest of a config uses.
     Key('data_root', 'package', "the data's folder"),
     Key('epochs', 'package', 'epochs of a stage', least=1),
     Key('lr', 'package', 'the learning rate'),
@@ -156,14 +158,17 @@ KEYS = (
 
 
 def names(**columns: Any) -> tuple[str, ...]:
-    """The keys that have these values in these columns, in the table's order: ``names(compared='training')``."""
+    """The names of the keys that have the given values in the given columns, e.g. ``names(compared='training')``.
+
+    They are in the order of the table.
+    """
     return tuple(key.name for key in KEYS if all(getattr(key, name) == value for name, value in columns.items()))
 
 
-# What results.json begins with.
+# The keys at the beginning of results.json.
 IDENTITY = tuple(key.name for key in KEYS if key.identity)
 STAGE_PARTS = names(scope='part')
-# Of a data loader, wherever it stands: who loads does not change what is loaded.
+# Options of every data loader that do not change what is loaded, only how.
 LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
 _HARMLESS = re.compile(
     rf'({"|".join(names(harmless=True))})(\..*)?'
@@ -173,5 +178,5 @@ _HARMLESS = re.compile(
 
 
 def is_harmless(path: str) -> bool:
-    """Whether a value of a config, by its dotted path, changes no number that a run leaves."""
+    """Whether the config value at this dotted path has no effect on the numbers of a run."""
     return _HARMLESS.fullmatch(path) is not None

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Names of earlier versions: each works, with a warning, until the version after it was renamed."""
+"""Warnings for names of earlier versions, which keep working for one more version after they were renamed."""
 
 import warnings
 

@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Random numbers that depend on where a run stands and on nothing that came before.
+"""Random numbers that depend only on the position in a run, not on what was drawn before.
 
-A draw is made from a key such as (seed, stage, epoch, index). A run that goes on after an
-interruption, or loads its images with another number of workers, meets the same keys and so draws
-the same numbers; no generator's state has to be kept, on any rank.
+Random numbers are derived from a key such as (seed, stage, epoch, index). A run that is resumed, or
+that loads its images with another number of workers, uses the same keys and so draws the same
+numbers. The state of a generator need not be saved on any rank.
 """
 
 import random
@@ -15,8 +15,8 @@ import torch
 
 
 def _words(key: tuple[int, ...]) -> np.ndarray:
-    """Eight well-mixed 32-bit words of a key of whole numbers from 0."""
-    # The length in front: to NumPy zeros at the end of a key are as good as none.
+    """Eight well-mixed 32-bit words from a key of non-negative whole numbers."""
+    # The length comes first, because NumPy ignores zeros at the end of a key.
     return np.random.SeedSequence((len(key), *key)).generate_state(8)
 
 
@@ -34,8 +34,7 @@ def seed_all(*key: int) -> None:
     """Sets the generators of Python, NumPy and torch (every device's) from ``key``.
 
     Args:
-        key: whole numbers from 0, e.g. seed, stage, iteration; none of them has the same effect
-            in another's place.
+        key: non-negative whole numbers, e.g. seed, stage, iteration. Their order matters.
     """
     words = _words(key)
     _seed_cpu(words)
@@ -44,7 +43,7 @@ def seed_all(*key: int) -> None:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Within the block, Python, NumPy and torch on the CPU draw from ``key``; then as before it.
+    """Seeds Python, NumPy and torch (CPU) from ``key`` inside a ``with`` block and restores their states after it.
 
     Args:
         key: see :func:`seed_all`.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What the parts of a run need alike, e.g. the list of its images, made once and shared."""
+"""Values that several parts of a run need, e.g. the list of its images: computed once and shared."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,10 +10,10 @@ _open: list[list[tuple[Any, Any]]] = []
 
 
 class Sharing:
-    """While it is entered, :func:`once` makes every value once; entered again, it has them still.
+    """A context in which :func:`once` computes every value only once; the values are kept when it is entered again.
 
-    Ranks of a distributed run share alike, since all of them ask for the same values in the same
-    order: what one of them does not make, none makes.
+    All ranks of a distributed run ask for the same values in the same order. So a value that is
+    already known on one rank is known on all of them, and they stay in step.
     """
 
     def __init__(self) -> None:
@@ -27,16 +27,18 @@ class Sharing:
         _open.pop()
 
     def forget(self) -> None:
-        """Lets go of all values."""
+        """Drops all values."""
         self._made.clear()
 
 
 def once(key: Any, make: Callable[[], Value]) -> Value:
-    """What ``make()`` gives, or gave for an equal key; without a :class:`Sharing`, always anew.
+    """The result of ``make()``, or its earlier result for an equal key.
+
+    Outside of a :class:`Sharing`, ``make()`` is called every time.
 
     Args:
-        key: what the value depends on, compared by ``==``; kept as long as the value.
-        make: makes the value, which nobody may change.
+        key: everything that the value depends on, compared by ``==`` and kept as long as the value.
+        make: computes the value. Callers must not modify it, since it is shared.
     """
     if not _open:
         return make()

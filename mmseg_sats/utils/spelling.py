@@ -15,7 +15,7 @@ def near_match(name: object, choices: Collection[str]) -> str:
 
 
 def check_choice(option: str, value: object, choices: Collection[str]) -> None:
-    """Raises ValueError naming ``option``, its value, the choices and the nearest one."""
+    """Raises ValueError if ``value`` is none of ``choices``; the message names ``option`` and the nearest choice."""
     if value not in choices:
         raise ValueError(
             f'{option}={value!r} is unknown{near_match(value, choices)}; expected one of {list(choices)}'
@@ -23,13 +23,13 @@ def check_choice(option: str, value: object, choices: Collection[str]) -> None:
 
 
 def choose(option: str, name: object, choices: Mapping[str, T]) -> T:
-    """``choices[name]``, or the error of :func:`check_choice`."""
+    """Returns ``choices[name]``; raises the error of :func:`check_choice` if there is none."""
     check_choice(option, name, choices)
     return choices[name]
 
 
 def one_slip(one: str, other: str) -> bool:
-    """One letter more, less or another, or two neighbours exchanged."""
+    """Whether two names differ by one letter (added, missing or replaced) or by two swapped neighbouring letters."""
     if abs(len(one) - len(other)) > 1:
         return False
     start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)

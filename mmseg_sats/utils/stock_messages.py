@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Imports mmseg without its remarks that ask for nothing, and read like errors.
+"""Imports mmseg without three messages that look like errors but need no action.
 
-Its datasets print 'Could not import OneDL' (a service of the fork's makers), mmcv's transformers warn
-that mmcv-lite has no deformable attention, which nothing here uses, and its cross-entropy names at
-every stage a default that the configs leave as it is.
+mmseg's datasets print 'Could not import OneDL' (a service of the fork's makers). mmcv's transformers
+warn that mmcv-lite has no deformable attention, which this package does not use. mmseg's cross-entropy
+warns at every stage about the default of ``avg_non_ignore``, which the configs keep on purpose.
 """
 
 import io

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A backbone's attention is asked for once before stage 0 is trained, not first in stage 1."""
+"""Checks a backbone's attention before stage 0 is trained, although it is first needed in stage 1."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,21 +14,21 @@ from mmseg_sats.models.backbones.check_maps import check_maps
 from mmseg_sats.models.losses import CRPDistillationLoss
 from mmseg_sats.models.parts import DistillationPart, flag
 
-SMALL = 128  # pixels a side
+SMALL = 128  # pixels on a side
 
 
-def check_handed_out(cfg: Config, model: nn.Module) -> None:
-    """Asks the backbone for the attention of one random image, where a part of ``distillation`` will.
+def check_backbone_attention(cfg: Config, model: nn.Module) -> None:
+    """Runs the backbone on a random image and checks its attention maps, if a part of ``distillation`` needs them.
 
-    Shapes, grids and a few rows are looked at; :func:`mmseg_sats.models.check_attention` looks at more.
+    Only shapes, grids and a few rows are checked; :func:`mmseg_sats.models.check_attention` checks more.
 
     Args:
         cfg: a stage's config.
-        model: the stage's, just built, without an old model.
+        model: the stage's newly built model, without an old model.
 
     Raises:
-        ValueError: the backbone cannot give it, or gives something else; ``model.backbone`` and, where one
-            is at fault, the block are named. ``blocks`` of a part that there are not.
+        ValueError: the backbone cannot compute attention maps or its maps are wrong (the message names
+            ``model.backbone`` and the wrong block), or a part's ``blocks`` do not exist.
     """
     parts = getattr(model, 'distillation', {}).items()
     wanting = {name: part for name, part in parts if flag(part, 'needs_attention', DistillationPart)}
@@ -45,7 +45,7 @@ def check_handed_out(cfg: Config, model: nn.Module) -> None:
 
 
 def _first_that_works(backbone: nn.Module, images: Iterator[Tensor]) -> Sequence[BaseAttentionMap]:
-    """The maps of the first image for which nothing is wrong; raises what is wrong with the last."""
+    """The maps of the first image that passes the checks; raises the error of the last image if none does."""
     for image in images:
         try:
             return _maps(backbone, image)
@@ -55,16 +55,16 @@ def _first_that_works(backbone: nn.Module, images: Iterator[Tensor]) -> Sequence
 
 
 def _images(cfg: Config, backbone: nn.Module) -> Iterator[Tensor]:
-    """Random images (1, C, H, W): a small one, which is soon done, and one of the size that the run trains with."""
+    """Random images (1, C, H, W): first a small one, which is fast, then one of the training crop's size."""
     size = cfg.get('crop_size') or getattr(backbone, 'img_size', None) or 512
     whole = (size, size) if isinstance(size, int) else tuple(size)
     mean = (cfg.model.get('data_preprocessor') or {}).get('mean') or ()
     channels = len(mean) if len(mean) > 1 else cfg.model.backbone.get('in_channels', 3)
     generator = torch.Generator().manual_seed(0)
-    # Not every backbone takes a small one.
+    # The larger one is for backbones that do not accept small images.
     for height, width in dict.fromkeys([tuple(min(side, SMALL) for side in whole), whole]):
         yield torch.randn(1, channels, height, width, generator=generator)
-    # What is made empty and filled by init_weights may have been anything so far.
+    # Parameters that only init_weights fills may have held arbitrary values so far, so it is tried once more.
     if hasattr(backbone, 'init_weights'):
         backbone.init_weights()
         yield torch.randn(1, channels, *whole, generator=generator)
@@ -82,7 +82,7 @@ def _maps(backbone: nn.Module, image: Tensor) -> Sequence[BaseAttentionMap]:
 
 
 def _ask(backbone: nn.Module, image: Tensor) -> Any:
-    """What ``forward_with_attention`` returns in eval mode, on a CPU or else on the device of the run."""
+    """Calls ``forward_with_attention`` in eval mode on the CPU and, if that fails, on the device of the run."""
     training, errors = backbone.training, []
     backbone.eval()
     try:
@@ -90,7 +90,7 @@ def _ask(backbone: nn.Module, image: Tensor) -> Any:
             try:
                 with torch.no_grad():
                     return backbone.to(device).forward_with_attention(image.to(device))
-            except Exception as error:  # whatever it is, the run would meet it
+            except Exception as error:  # any error here would also stop the run
                 errors.append(error)
     finally:
         backbone.to('cpu').train(training)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What can be known to be wrong before the first iteration: options, numbers, device, data, base."""
+"""Checks before the first iteration: options, numbers, device, data, and the checkpoint for stage 0."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,27 +22,27 @@ from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
 
 DEVICES = (None, 'cuda', 'cpu')
 _TABLE = {key.name for key in KEYS}
-# Keys that are read by name; the others of the table mean something only in a config that uses them as $name.
+# Keys that are read by their name. The table's other keys have an effect only if a config uses them as $name.
 _READ = _TABLE - set(names(read_by='config'))
-# What no stage can have of its own.
+# Keys that cannot have another value in some stages.
 _RUN_WIDE = _TABLE - set(names(scope='stage'))
 
 
 def known_keys(cfg: Config) -> set[str]:
-    """Top-level keys that an option may override: the config's own, and those that a run reads."""
+    """The top-level keys that ``--cfg-options`` may set: those of the config, and those that a run reads."""
     return {*cfg.keys(), *_READ}
 
 
 def check_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Refuses a ``--cfg-options`` word that the config does not have and nothing reads.
+    """Checks that every option of ``--cfg-options`` sets a key that the config has or that a run reads.
 
     Args:
         cfg: the config before the options are merged in.
         options: dotted key to value.
 
     Raises:
-        KeyError: with a near match.
-        ValueError: an option without a value.
+        KeyError: there is no such key; the message suggests a near match.
+        ValueError: an option has no value.
     """
     known = known_keys(cfg)
     for option in options:
@@ -59,12 +59,12 @@ def check_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def check_config(cfg: Config) -> None:
-    """Checks what the run's config says at its top level and for the later stages.
+    """Checks the top-level keys of a run's config and the values that it sets for some stages only.
 
     Raises:
-        KeyError: a key that nothing reads and that is nearly one that is read.
-        ValueError: an impossible number or device.
-        TypeError: a part of the config is of the wrong kind.
+        KeyError: a key is not read, and is probably a misspelling of one that is.
+        ValueError: a number or the device is impossible.
+        TypeError: a value of the config has the wrong type.
     """
     content = cfg._cfg_dict.to_dict()
     _check_keys(content)
@@ -90,7 +90,7 @@ def check_config(cfg: Config) -> None:
 def _check_keys(content: Mapping[str, Any]) -> None:
     known = {*_TABLE, *_variables_in(content)}
     for key in content:
-        # Other unread keys may be values that a config file uses for itself.
+        # Other keys that are not read may be helper values of the config file, so they are allowed.
         if key not in known and _close(key, _TABLE):
             raise KeyError(
                 f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
@@ -98,7 +98,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
 
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Of some stages' own values no slip is left unread, and what belongs to the run is not among them."""
+    """Checks the values that only some stages have: no key is misspelt or must be the same for the whole run."""
     read = {*_READ, *content, *_variables_in(content)}
     for option in inner:
         key = option.split('.')[0]
@@ -106,18 +106,18 @@ def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any])
             raise ValueError(
                 f'{part}.{key}: all stages of a run have the same {key}, expected it at the top level'
             )
-        # As at the top level: others may be values that a hook of the user's reads.
+        # As at the top level, other keys are allowed: a user's hook may read them.
         if key not in read and _close(key, read):
             raise KeyError(f'{part}.{key} is read by nothing{near_match(key, read)}: correct it or take it out')
 
 
 def _close(key: str, read: Collection[str]) -> bool:
-    """Whether one slip of the pen leads from ``key`` to a name that is read; ``crop2`` and ``order_b`` are none."""
+    """Whether ``key`` is one typing error away from a key that is read; ``crop2`` and ``order_b`` are no errors."""
     return re.sub(r'_[a-z]$|[0-9_]+$', '', key) not in read and any(one_slip(key, other) for other in read)
 
 
 def _variables_in(value: Any) -> Iterator[str]:
-    """The names behind every ``'$name'`` in a config."""
+    """The names of all variables (``'$name'``) that a config uses."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _variables_in(item)
@@ -172,7 +172,7 @@ def _check_device(device: Any) -> None:
 
 
 def check_data(stages: Sequence[Config], first: int = 0) -> None:
-    """Reads the lists and masks of a run, and sees that the stages of its protocol have images.
+    """Reads the lists and masks of a run, and checks that every stage of its protocol has images.
 
     Args:
         stages: the stages' configs.
@@ -180,12 +180,12 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
 
     Raises:
         FileNotFoundError: a list, image or mask does not exist.
-        ValueError: a mask with impossible labels, an image and a mask of different size, a path
-            that leaves the data root, a stage without images, a file that is no image, or a class
-            that no held-out image shows; a last batch of one image that the model cannot be trained
-            with; loaders or stages that do not name the same classes.
+        ValueError: a mask has impossible labels, an image and its mask differ in size, a path leaves
+            the data root, a file is not an image, a stage has no images, no held-out image shows some
+            class, the last batch has one image and the model cannot be trained with it, or the
+            loaders or stages have different classes.
     """
-    # The last stage's transforms may be others; lists and masks are read once.
+    # The last stage is checked too, since its transforms may differ. Lists and masks are read only once.
     cfgs = [stages[first], *stages[first + 1 :][-1:]]
     parts = ('train_dataloader', 'test_dataloader', 'val_dataloader')
     known: IncrementalDataset | None = None
@@ -210,7 +210,7 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
 
 
 def _check_classes(part: str, dataset: IncrementalDataset, known: IncrementalDataset) -> None:
-    """A channel has one name: data in another order would be measured under each other's names."""
+    """Checks that all data name the classes in the same order; otherwise IoUs would be given to wrong classes."""
     for what, found, expected in (
         ('classes', dataset.class_names, known.class_names),
         ('stages', *([list(stage.new) for stage in one.protocol.stages] for one in (dataset, known))),
@@ -223,14 +223,14 @@ def _check_classes(part: str, dataset: IncrementalDataset, known: IncrementalDat
 
 
 def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -> None:
-    """A batch of one image ends a training whose model has norms behind a pooling to one pixel."""
+    """Checks that no last batch has one image if the model has a norm after pooling to 1 x 1, which then fails."""
     for cfg, stage in zip(stages, dataset.protocol.stages[-len(stages) :], strict=True):
         loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
         sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
         if replayed or not sampled or not size or get_world_size() > 1:
-            continue  # batches of another make
+            continue  # the sizes of these batches are not known here
         reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
         if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
             raise ValueError(
@@ -241,7 +241,7 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
 
 
 def _check_held_out(dataset: IncrementalDataset) -> None:
-    """An epoch must not be chosen as if a class were not there: the best would be one that forgets it."""
+    """Checks that the held-out images show every class; the best epoch could otherwise be one that forgot a class."""
     stages = dataset.protocol.stages
     shown = dataset.class_index.presence[dataset.rows_of(stages[-1])].any(axis=0)
     absent = [dataset.class_names[c] for c in stages[-1].seen if not shown[c]]
@@ -253,14 +253,14 @@ def _check_held_out(dataset: IncrementalDataset) -> None:
 
 
 def check_base(cfg: Config, base: Path) -> None:
-    """Sees that stage 0 can be taken from a checkpoint.
+    """Checks that stage 0 can be taken from a checkpoint.
 
     Args:
         cfg: the config of stage 0.
         base: the checkpoint.
 
     Raises:
-        FileNotFoundError: it does not exist.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: it cannot be read safely, or has other classes or another model.
     """
     if not base.is_file():

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Building what a stage is trained and measured with, and throwing it away: errors come before any training."""
+"""Builds the model, optimizer and metrics of a stage on trial, so that errors appear before any training."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 from torch import nn
 
-from mmseg_sats.engine.checks.attention import check_handed_out
+from mmseg_sats.engine.checks.attention import check_backbone_attention
 from mmseg_sats.evaluation import IncrementalIoUMetric
 from mmseg_sats.utils.spelling import near_match, one_slip
 
@@ -29,40 +29,40 @@ STAGE_MOMENTS = ('before_stage', 'before_snapshot', 'after_stage')
 
 
 def check_model(cfg: Config) -> nn.Module:
-    """Builds the model of a stage, its weights at random, and asks its backbone for attention where it is needed.
+    """Builds the model of a stage with random weights, and checks the backbone's attention maps if they are needed.
 
     Returns:
         The model, without an old model.
 
     Raises:
-        KeyError: a type that is not registered, with a near match.
-        TypeError: an argument that a part does not have, with a near match; a head that cannot grow.
-        ValueError: whatever else the model's parts refuse, activation checkpointing that would do
-            nothing, or attention that is none.
+        KeyError: a type is not registered; the message suggests a near match.
+        TypeError: a part does not have an argument (the message suggests a near match), or a head cannot grow.
+        ValueError: a part of the model refuses its arguments, activation checkpointing would have no
+            effect, or the attention maps are wrong.
     """
     model = build_model(cfg)
     names = [name for name in cfg.get('activation_checkpointing') or () if 'backbone' in name]
-    # mmengine wraps the layers' forward, and layers that give their attention are not called by it.
+    # mmengine wraps the forward of layers, which backbones with forward_with_attention do not call.
     if names and hasattr(model.backbone, 'forward_with_attention'):
         raise ValueError(
             f'activation_checkpointing={names} does not reach the layers of '
             f'{type(model.backbone).__name__}: expected model.backbone.with_cp=True in its place'
         )
-    check_handed_out(cfg, model)
+    check_backbone_attention(cfg, model)
     return model
 
 
 def check_training(cfg: Config, model: nn.Module) -> None:
-    """Builds optimizer and schedulers of a stage as mmengine's ``Runner`` will, and looks at its hooks' arguments.
+    """Builds the optimizer and schedulers of a stage as mmengine's ``Runner`` will, and checks its hooks' arguments.
 
     Args:
         cfg: the stage's config.
-        model: the stage's, from :func:`check_model`.
+        model: the stage's model, from :func:`check_model`.
 
     Raises:
-        KeyError: a type that is not registered, with a near match where it is an optimizer's.
-        TypeError: an argument that a part does not have.
-        ValueError: whatever else the parts refuse. Every message names the config's key.
+        KeyError: a type is not registered; for an optimizer or a hook the message suggests a near match.
+        TypeError: an optimizer, scheduler or hook does not have an argument.
+        ValueError: they refuse their arguments otherwise. Every message names the config's key.
     """
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and isinstance(wrapper.get('optimizer'), dict):
@@ -73,7 +73,7 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             with _named('param_scheduler'):
                 options = copy.deepcopy(dict(scheduler))
-                # mmengine's default is the end of training.
+                # By default, mmengine ends a schedule at the end of training.
                 limits = cfg.get('train_cfg') or {}
                 last = limits.get('max_epochs') or limits.get('max_iters') or 1
                 options.setdefault('end', max(options.get('begin', 0) + 1, last))
@@ -104,7 +104,7 @@ def check_moments(hook: type) -> None:
 
 
 def _check_hook(key: str, hook: dict[str, Any]) -> type:
-    """Looks at type and arguments; the hook is not built, since it may look for what only a run has."""
+    """Checks a hook's type and arguments without building it, since building may need things that only a run has."""
     options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
     kind = hook.get('type')
     if kind is None:
@@ -123,15 +123,15 @@ def _check_hook(key: str, hook: dict[str, Any]) -> type:
 
 
 def check_evaluator(cfg: Config) -> None:
-    """Sees that the evaluation of a stage gives the figures that results are made of, and no two of one name.
+    """Checks that a stage's evaluation has the metric that the results need, and that no two metrics share a key.
 
     Args:
         cfg: a stage's config.
 
     Raises:
-        KeyError: a metric that is not registered, with a near match.
-        TypeError: an argument that a metric does not have.
-        ValueError: no ``IncrementalIoUMetric``, or two metrics that give the same key.
+        KeyError: a metric is not registered; the message suggests a near match.
+        TypeError: a metric does not have an argument.
+        ValueError: there is no ``IncrementalIoUMetric``, or two metrics return the same key.
     """
     given = cfg.test_evaluator
     try:
@@ -140,7 +140,7 @@ def check_evaluator(cfg: Config) -> None:
     except KeyError as error:
         name = str(error.args[0]).split(' ')[0]
         raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
-    # A metric of the user's own may give the same keys.
+    # Metrics of other classes may be a user's own with the keys that the results need, so they are accepted.
     if all(isinstance(metric, IoUMetric) for metric in metrics):
         names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
         raise ValueError(
@@ -158,14 +158,14 @@ def check_evaluator(cfg: Config) -> None:
 
 
 def _known_keys(metric: BaseMetric) -> Sequence[str]:
-    """Of what a metric returns, the keys by which metrics of this package and mmseg may collide."""
+    """Those keys of a metric's result that metrics of this package and of mmseg may both use."""
     if isinstance(metric, IncrementalIoUMetric):
         return ['mIoU']
     return ['aAcc', *metric.metrics] if isinstance(metric, IoUMetric) else []
 
 
 def trains_on_one_image(cfg: Config) -> bool:
-    """Whether the stage's model can be trained with a single image: norms behind a pooling to one pixel cannot."""
+    """Whether the stage's model can be trained on a single image. A batch norm after pooling to 1 x 1 cannot."""
     model = revert_sync_batchnorm(build_model(cfg)).train()
     size = cfg.get('crop_size', 512)
     height, width = (size, size) if isinstance(size, int) else size
@@ -177,13 +177,13 @@ def trains_on_one_image(cfg: Config) -> bool:
             for head in heads:
                 head(features)
     except Exception as error:
-        # Any other error (no GPU here, images of other channels) says nothing about that.
+        # Any other error (e.g. no GPU, or another number of image channels) has another cause.
         return 'more than 1 value per channel' not in str(error)
     return True
 
 
 def _check_registered(key: str, name: Any, registry: Registry) -> None:
-    """mmengine's constructor of optimizers says only that None is no callable."""
+    """Checks that an optimizer is registered. mmengine's own message would only be that None is not callable."""
     with registry.switch_scope_and_registry(None) as found:
         if isinstance(name, str) and found.get(name) is None:
             close = near_match(name, [*registry.module_dict])
@@ -206,8 +206,8 @@ def _named(key: str) -> Iterator[None]:
 
 @contextmanager
 def _in_silence(level: int = logging.INFO) -> Iterator[None]:
-    """What mmengine logs up to ``level`` (a line for every parameter's options) it will say again."""
-    # Not by logging.disable: mmengine's loggers would remember its answer for good.
+    """Hides mmengine's messages up to ``level``, such as a line for every parameter; the run logs them again."""
+    # logging.disable cannot be used: mmengine's loggers cache which levels are enabled.
     logger = MMLogger.get_current_instance()
     before = logger.level
     logger.setLevel(max(before, level + 1))
@@ -218,11 +218,11 @@ def _in_silence(level: int = logging.INFO) -> Iterator[None]:
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """A stage's model without pretrained weights and without an old model.
+    """Builds a stage's model without pretrained weights and without an old model.
 
     Raises:
-        KeyError: a type that is not registered, with a near match.
-        TypeError: an argument that a part does not have, with a near match.
+        KeyError: a type is not registered; the message suggests a near match.
+        TypeError: a part does not have an argument; the message suggests a near match.
     """
     model = cfg.model.to_dict() | dict(old_model=None)
     model['backbone'] = model['backbone'] | dict(init_cfg=None)
@@ -245,7 +245,7 @@ def _not_registered(message: str) -> str:
 
 
 def _near_argument(message: str) -> str:
-    """The argument that is nearest to the one in Python's message."""
+    """A hint at the argument that is nearest to the one in Python's message, or ''."""
     match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
     part = MODELS.get(match[1]) if match else None
     return near_match(match[2], inspect.signature(part).parameters) if part else ''

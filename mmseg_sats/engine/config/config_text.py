@@ -1,27 +1,27 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A config whose text is laid out once, however many files and logs it goes into."""
+"""The text of a config, which is formatted only once for all files and logs that it is written to."""
 
 from functools import lru_cache
 
 from mmengine.config import Config
 from yapf.yapflib.yapf_api import FormatCode
 
-# mmengine's own, see its Config.pretty_text.
+# The style of mmengine's Config.pretty_text.
 _STYLE = dict(
     based_on_style='pep8',
     blank_line_before_nested_class_or_def=True,
     split_before_expression_after_opening_paren=True,
 )
-# The text of the last config asked for, by its content.
+# The text of the config that was formatted last, by its content.
 _LAST: dict[str, str] = {}
 
 
 class StageConfig(Config):
-    """mmengine's ``Config``, with the same text sooner.
+    """mmengine's ``Config``, with a faster ``pretty_text`` that returns the same text.
 
     mmengine's Runner asks for a config's text about seven times, and yapf takes a third of a second
-    for each. Here the values of the top level are laid out one by one and remembered: a stage then
-    costs what differs from the stage before.
+    for each. Here the top-level values are formatted one by one and cached, so that for the next stage
+    only those that differ are formatted.
     """
 
     @property
@@ -31,7 +31,7 @@ class StageConfig(Config):
 
 
 def config_text(cfg: Config) -> str:
-    """What ``cfg.pretty_text`` is in mmengine."""
+    """The same text as mmengine's ``cfg.pretty_text``."""
     content = cfg._cfg_dict.to_dict()
     key = repr(content)
     if key not in _LAST:

@@ -1,19 +1,19 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Configs that an earlier version wrote, brought to the names of this one, so that its runs can be resumed."""
+"""Converts configs that an earlier version wrote to the names of this version, so that its runs can be resumed."""
 
 from typing import Any
 
 from mmseg_sats.engine.config.variables import RENAMED_VARIABLES
 
-# Every config used to list them. Now the parts that need them bring them along.
+# Every config used to list these hooks. Now they are added by the parts of a method that need them.
 _LISTED_BY_ALL = ({'type': 'PseudoLabelThresholdHook'}, {'type': 'PrototypeHook'})
 
 
 def in_current_names(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run's config in the names of this version.
+    """A copy of a run's config with the names of this version.
 
     Args:
-        content: the config as a plain dict; one of this version comes back as it is.
+        content: the config as a plain dict. A config of this version is returned unchanged.
     """
     renamed = {
         f'${old}': f'${new}' for old, new in RENAMED_VARIABLES.items() if old not in content

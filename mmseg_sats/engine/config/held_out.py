@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Choosing a stage's best epoch on training images that are held out, in place of taking the last."""
+"""Chooses a stage's best epoch on held-out training images, instead of taking the last epoch."""
 
 import copy
 
@@ -9,15 +9,17 @@ from mmseg_sats.datasets.held_out import check_share
 
 
 def add_held_out(cfg: Config) -> None:
-    """Has a stage validated after every epoch on images that it is not trained with, in place.
+    """Changes a stage's config, in place, so that each epoch is validated on images that are not trained on.
 
-    Images and masks are those of the training data, transforms and metric those of the evaluation.
+    The images are held out from the training data; transforms and metric are those of the evaluation.
 
     Args:
-        cfg: the stage's config, its words resolved; ``held_out`` is the share, None for none.
+        cfg: the stage's config, its variables resolved. ``held_out`` is the share of the images; None: no
+            images are held out.
 
     Raises:
-        ValueError: an impossible share, training data or a loop of another kind, or a validation besides.
+        ValueError: the share is impossible, the training data are no ``IncrementalDataset``, the training
+            loop does not run by epochs, or the config has a validation of its own.
     """
     share = cfg.get('held_out')
     check_share(share)
@@ -40,13 +42,13 @@ def add_held_out(cfg: Config) -> None:
             f'{dict(cfg.train_cfg)}'
         )
     train.held_out = loader.dataset.held_out = share
-    # Transforms of the evaluation, whichever of the two names them.
+    # The transforms of the evaluation are set either on the wrapper or on the data set inside.
     loader.dataset.setdefault('pipeline', loader.dataset.dataset.get('pipeline'))
     loader.dataset.dataset = copy.deepcopy(train.dataset)
     cfg.val_dataloader = loader
     cfg.val_cfg = dict(type='ValLoop')
     cfg.val_evaluator = copy.deepcopy(cfg.test_evaluator)
-    # Else the epoch would be taken for the iteration on the axis of the curves.
+    # Otherwise the curves would have the epoch where the axis shows iterations.
     if cfg.get('default_hooks', {}).get('logger'):
         cfg.default_hooks.logger.log_metric_by_epoch = False
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='BestEpochHook')]

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a method brings along beside its losses: modules to be imported, and hooks."""
+"""What a method needs besides its losses: modules to import, and hooks."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -13,17 +13,17 @@ from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
 
 
 def import_method(cfg: Config) -> None:
-    """Imports what ``method_imports`` names, and adds it to ``custom_imports``, in place.
+    """Imports the modules that ``method_imports`` names and adds them to ``custom_imports``, in place.
 
-    A method's file cannot have ``custom_imports`` of its own, since mmengine allows no key in two of a
-    config's bases.
+    A method's file cannot set ``custom_imports`` itself, because mmengine does not allow the same key in two
+    bases of a config.
 
     Args:
         cfg: a run's config.
 
     Raises:
         ValueError: a module is not found, or cannot be imported.
-        TypeError: ``method_imports`` is no list of names.
+        TypeError: ``method_imports`` is not a list of names.
     """
     names = cfg.pop('method_imports', None) or []
     if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
@@ -60,13 +60,13 @@ def _import(name: str) -> None:
 def add_method_hooks(cfg: Config) -> None:
     """Adds the hooks of ``method_hooks`` and of the model's parts to ``custom_hooks``, in place.
 
-    A part's hook is left out where a hook of its class is there already.
+    A part's hook is not added if the config already has a hook of the same class.
 
     Args:
         cfg: a stage's config, its variables resolved.
 
     Raises:
-        TypeError: ``method_hooks`` is no list of hooks.
+        TypeError: ``method_hooks`` is not a list of hooks.
     """
     hooks = cfg.pop('method_hooks', None) or []
     if not isinstance(hooks, list | tuple):
@@ -83,7 +83,7 @@ def add_method_hooks(cfg: Config) -> None:
 
 
 def hook_class(hook: Any) -> type | None:
-    """The class of a hook or of its config; None where it is not registered."""
+    """The class of a hook or of a hook's config; None if it is not registered."""
     kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
     return HOOKS.get(kind) if isinstance(kind, str) else kind
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Which options of a part's config are this package's, and which class of mmseg the part extends."""
+"""Which arguments of a model's part are added by this package, and which class of mmseg the part extends."""
 
 import inspect
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ _PACKAGE = 'mmseg_sats'
 
 
 def own_class(name: Any) -> type | None:
-    """The class behind a registered name if it is one of this package's."""
+    """The class registered under a name if it belongs to this package, else None."""
     found = MODELS.get(name) if isinstance(name, str) else None
     return found if found is not None and found.__module__.split('.')[0] == _PACKAGE else None
 
 
 def own_options(name: Any) -> set[str]:
-    """The arguments that only our class has, and its parent of mmseg's has not."""
+    """The arguments that a class of this package adds to those of the mmseg class it extends."""
     own = own_class(name)
     if own is None:
         return set()
@@ -35,7 +35,7 @@ def _own_bases(own: type) -> Iterator[type]:
 
 
 def stock_parent(own: type) -> type:
-    """The nearest class above ours that mmseg registers."""
+    """The nearest base class that mmseg registers."""
     for cls in own.__mro__:
         if own_class(cls.__name__) is None and MODELS.get(cls.__name__) is cls:
             return cls

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a run replays: checked before it starts, put into a stage's config, kept after a stage."""
+"""Replay of exemplars and outside images: checks before a run, changes to a stage's config, the choice of exemplars."""
 
 import copy
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ SHARE = 0.5
 
 
 def check_replay(cfg: Config, protocol: Protocol) -> None:
-    """Finds out before training whether a run can replay what it asks for.
+    """Checks before training that the run's options for replay are possible.
 
     Args:
         cfg: the run's config: ``memory``, ``memory_selection``, ``replay_share``,
@@ -37,10 +37,11 @@ def check_replay(cfg: Config, protocol: Protocol) -> None:
         protocol: its protocol.
 
     Raises:
-        TypeError: ``memory`` is no whole number.
-        ValueError: a negative memory, one too small to hold every class seen before the last stage,
-            one without a later stage, or outside images without a labeler or the other way round.
-        KeyError: an unknown ``memory_selection``.
+        TypeError: ``memory`` is not a whole number.
+        ValueError: ``memory`` is negative, smaller than the number of classes seen before the last
+            stage, or set for a protocol with a single stage; or only one of ``outside_dataset`` and
+            ``outside_labeler`` is set.
+        KeyError: ``memory_selection`` is unknown.
     """
     memory, last = cfg.memory, protocol.stages[-1]
     if isinstance(memory, bool) or not isinstance(memory, int):
@@ -62,10 +63,10 @@ def check_replay(cfg: Config, protocol: Protocol) -> None:
 
 
 def build_memory(cfg: Config) -> ExemplarMemory:
-    """The selection that ``memory_selection``, ``memory`` and ``seed`` ask for.
+    """Builds the selection of exemplars from ``memory_selection``, ``memory`` and ``seed``.
 
     Raises:
-        KeyError: an unknown type; the message has the nearest one.
+        KeyError: the type is unknown; the message suggests a near match.
     """
     selection = dict(cfg.get('memory_selection') or SELECTION)
     if TASK_UTILS.get(selection['type']) is None:
@@ -88,28 +89,28 @@ def _check_outside(cfg: Config) -> None:
 
 
 def check_outside_folder(cfg: Config) -> None:
-    """Finds out before training whether the outside images are there.
+    """Checks before training that the outside images exist.
 
     Args:
-        cfg: a stage's config, its words resolved.
+        cfg: a stage's config, its variables resolved.
 
     Raises:
-        ValueError: no folder of outside images is named, or it is empty.
-        FileNotFoundError: it does not exist.
+        ValueError: no folder of outside images is set, or it is empty.
+        FileNotFoundError: the folder does not exist.
     """
     if cfg.get('outside_dataset'):
         DATASETS.build(dict(copy.deepcopy(cfg.outside_dataset), lazy_init=True))
 
 
 def add_replay(cfg: Config, previous: str | Path) -> None:
-    """Puts exemplars and outside images into the config of a later stage, in place.
+    """Adds exemplars and outside images to the training data in a later stage's config, in place.
 
     Args:
-        cfg: the stage's config, its words resolved.
-        previous: the folder of the stage before.
+        cfg: the stage's config, its variables resolved.
+        previous: the folder of the previous stage.
 
     Raises:
-        ValueError: a batch is too small for what it shall hold.
+        ValueError: the batch size is too small to hold images of every source.
     """
     outside, memory = cfg.get('outside_dataset'), cfg.get('memory')
     if not (outside or memory):
@@ -133,26 +134,26 @@ def add_replay(cfg: Config, previous: str | Path) -> None:
 
 
 def _outside_cfg(outside: Mapping[str, Any], stage_images: Mapping[str, Any]) -> dict[str, Any]:
-    """The outside images, through the transforms that the stage's own go through."""
+    """The config of the outside images, with the same transforms as the stage's own images."""
     pipeline = stage_images.get('pipeline') or stage_images['dataset']['pipeline']
     return dict(type='OutsideDataset', dataset=outside, pipeline=pipeline)
 
 
 def keep_exemplars(cfg: Config, stage: Stage, folder: Path, previous: Path) -> None:
-    """Writes the stage's ``exemplars.json``: an empty list where the run has no memory.
+    """Chooses the exemplars and writes the stage's ``exemplars.json``; the list is empty if the run has no memory.
 
-    Candidates are the stage's training images and the exemplars of the stage before, each once. In a
+    Candidates are the stage's training images and the exemplars of the previous stage, each once. In a
     distributed run all ranks must call this.
 
     Args:
         cfg: the stage's config.
-        stage: which stage.
+        stage: the stage that was just trained.
         folder: its folder.
-        previous: the folder of the stage before; not read at stage 0.
+        previous: the folder of the previous stage; not read at stage 0.
 
     Raises:
-        ValueError: the memory of the stage before is of another budget or data set.
-        FileNotFoundError: there is none.
+        ValueError: the exemplars of the previous stage are of another memory size or data set.
+        FileNotFoundError: the previous stage has no ``exemplars.json``.
     """
     memory = build_memory(cfg)
     kept = _empty(memory, stage)

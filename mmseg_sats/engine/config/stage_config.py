@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""From one config to a config per stage: an ordinary mmseg config that any mmseg tool can run."""
+"""Builds a config per stage from a run's config: an ordinary mmseg config that any mmseg tool can run."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.config_keys import STAGE_PARTS, names
 
-# Position tables, which ViT and Swin interpolate to the model's image and window while they load.
+# Position tables, which ViT and Swin interpolate to the model's image or window size while loading.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
 
 
@@ -33,29 +33,29 @@ def stage_dir(work_dir: str | Path, index: int) -> Path:
 def build_stage_config(
     cfg: Config, protocol: Protocol, stage: Stage, work_dir: str | Path
 ) -> Config:
-    """The config of one stage.
+    """Builds the config of one stage.
 
-    Partial configs are merged in first: ``method_initial_stage`` or ``method_later_stages``, which a
-    method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets (mmengine
-    allows no key in two of a config's bases). Then variables are resolved, then come the things that only
-    the stage knows: the heads' sizes, the method's loss for auxiliary heads with plain cross-entropy, the
-    old model, where weights start, the hooks that the method's parts need, what is held out and what
-    replayed, names and folders. An optimizer
-    without a constructor gets ``GroupedOptimWrapperConstructor``.
+    First, partial configs are merged in: ``method_initial_stage`` or ``method_later_stages``, which a
+    method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets. (There are two
+    pairs because mmengine does not allow the same key in two bases of a config.) Second, variables are
+    resolved. Third, the values that depend on the stage are set: the sizes of the heads, the method's loss
+    for auxiliary heads with plain cross-entropy, the old model, the initial weights, the hooks that the
+    method's parts need, held-out and replayed images, names and folders. An optimizer without a constructor
+    gets ``GroupedOptimWrapperConstructor``.
 
     Args:
         cfg: the run's config.
         protocol: its protocol.
-        stage: which stage.
-        work_dir: the run's work dir; the stage's is ``stage_k`` in it.
+        stage: the stage.
+        work_dir: the run's work dir; the stage's work dir is ``stage_k`` in it.
 
     Returns:
         A config for ``mmengine.Runner`` and every mmseg tool.
 
     Raises:
-        KeyError: an undefined variable.
-        ValueError: a module of ``method_imports`` cannot be imported, a batch has no room for what is
-            replayed, or ``held_out`` is impossible.
+        KeyError: a variable is not defined.
+        ValueError: a module of ``method_imports`` cannot be imported, the batch size is too small for
+            replay, or ``held_out`` is impossible.
     """
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
     import_method(merged)
@@ -72,11 +72,11 @@ def build_stage_config(
         result.pop(key, None)
     for loader in (result.get('train_dataloader'), result.get('test_dataloader')):
         if loader and loader.get('num_workers') == 0:
-            loader.persistent_workers = False  # torch refuses to keep workers that there are not
-    # mmengine's own makes every parameter a group with paramwise_cfg: a GPU then updates them one by one.
+            loader.persistent_workers = False  # torch refuses persistent workers if there are no workers
+    # With paramwise_cfg, mmengine's constructor makes a group of every parameter, which a GPU updates one by one.
     if isinstance((result.get('optim_wrapper') or {}).get('optimizer'), dict):
         result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
-    # The run's --resume is not the stage's: a stage without a checkpoint of its own starts afresh.
+    # The run's --resume does not apply to each stage: a stage without checkpoints starts from its beginning.
     result.resume = False
     _set_model(result.model, stage, work_dir)
     _set_names(result, stage, work_dir)
@@ -96,12 +96,12 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     loss = model.decode_head.get('loss_decode')
     for head in heads:
         own = head.get('loss_decode')
-        # Plain cross-entropy beside a loss made for old classes in the background would teach the backbone
-        # that they are background.
+        # If the method's loss accounts for old classes in the background, plain cross-entropy in an auxiliary
+        # head would still teach the backbone that they are background.
         if _is_plain(own) and _is_ours(loss):
             head.loss_decode = dict(copy.deepcopy(loss), loss_weight=own.get('loss_weight', 1.0))
     pretrained = model.backbone.get('init_cfg') or {}
-    # Later stages take all weights from the snapshot; a null checkpoint asks for a random start.
+    # Later stages take all weights from the snapshot; checkpoint=None means random initial weights.
     if stage.index > 0 or ('checkpoint' in pretrained and pretrained['checkpoint'] is None):
         model.backbone.init_cfg = None
     if stage.index > 0:
@@ -112,7 +112,7 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
 
 
 def _is_ours(loss: Any) -> bool:
-    """Whether it is a method's loss of this package; whoever brings a loss says where it acts."""
+    """Whether the loss is one of this package. A user's own loss is not copied to auxiliary heads."""
     kind = MODELS.get(loss['type']) if isinstance(loss, dict) else None
     return kind is not None and kind.__module__.startswith('mmseg_sats.')
 
@@ -122,7 +122,7 @@ def _is_plain(loss: Any) -> bool:
 
 
 def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
-    """A name of its own for every stage, or a later stage logs into the folder of an earlier one."""
+    """Gives every stage its own names; otherwise a later stage would log into the folder of an earlier one."""
     cfg.work_dir = str(stage_dir(work_dir, stage.index))
     cfg.experiment_name = f'{Path(work_dir).name}_stage_{stage.index}'
     if cfg.get('visualizer'):
@@ -130,16 +130,16 @@ def _set_names(cfg: Config, stage: Stage, work_dir: str | Path) -> None:
 
 
 def check_pretrained(cfg: Config) -> None:
-    """Finds out before training whether the encoder's weights are there and fit.
+    """Checks before training that the encoder's pretrained weights exist and fit.
 
-    mmengine would read whatever the file holds and go on with random weights where names differ.
+    mmengine would load any file and silently keep random weights where names differ.
 
     Args:
         cfg: the config of stage 0. Weights from a URL or a model zoo (``open-mmlab://resnet101_v1c``)
-            are left to mmengine.
+            are not checked.
 
     Raises:
-        FileNotFoundError: no such file; the message names the command that makes it.
+        FileNotFoundError: the file does not exist; the message names the command that makes it.
         ValueError: the file cannot be read safely, has another model's names or shapes, or is an
             original SegFormer checkpoint that was not converted.
     """
@@ -183,7 +183,7 @@ def check_pretrained(cfg: Config) -> None:
 
 
 def _misfits(state_dict: dict[str, Tensor], backbone: nn.Module) -> list[str]:
-    """Tensors of other shapes, and where most are missing, the missing ones."""
+    """Describes why the weights do not fit: tensors of another shape, or most tensors missing. Empty if they fit."""
     wrong = [
         line
         for line in shape_mismatches(state_dict, backbone)
@@ -191,7 +191,7 @@ def _misfits(state_dict: dict[str, Tensor], backbone: nn.Module) -> list[str]:
     ]
     own = backbone.state_dict()
     missing = [key for key in own if key not in state_dict]
-    # Some backbones add tensors of their own to published weights; most must be there.
+    # Some backbones have more tensors than published weights, so only most of them must be there.
     if wrong or 2 * len(missing) > len(own):
         return [*wrong, *(f'{key}: missing' for key in missing)]
     return []

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The model of a run out of the mmseg config that a checkpoint was trained with."""
+"""Takes the model of a run from the mmseg config that a checkpoint was trained with."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +13,18 @@ SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
 
 
 def take_trained_model(cfg: Config) -> None:
-    """Puts the model of ``cfg.model_config`` under ``cfg.model``, in place.
+    """Merges ``cfg.model`` into the model of the config that ``cfg.model_config`` names, in place.
 
-    ``cfg.model`` then needs to hold only what differs from the trained model: the segmentor of the
-    stages, its losses. Without ``model_config`` nothing happens.
+    So ``cfg.model`` needs to set only what differs from the trained model, e.g. the type of the segmentor
+    and its losses. Without ``model_config`` nothing happens.
 
     Args:
-        cfg: a run's config; ``model_config`` is the path of an mmseg config or a stage's own.
+        cfg: a run's config; ``model_config`` is the path of an mmseg config or of a stage's config.
 
     Raises:
-        FileNotFoundError: no such config.
-        ValueError: it has no model, one that is not an ``EncoderDecoder``, or one with an auxiliary head whose
-            channels are not the classes.
+        FileNotFoundError: the config does not exist.
+        ValueError: the config has no model, its model is not an ``EncoderDecoder``, or an auxiliary head has
+            another number of channels than the decode head.
     """
     path = cfg.get('model_config')
     if path is None:
@@ -36,7 +36,7 @@ def take_trained_model(cfg: Config) -> None:
     merged.merge_from_dict(dict(model=dict(cfg.get('model') or {})))
     cfg.model = merged.model
     _check_heads(cfg.model, path)
-    # What registers the model's parts must come along into every stage's config.
+    # The modules that register the model's parts must be imported by every stage's config too.
     imports = (trained.get('custom_imports') or {}).get('imports') or []
     if imports:
         own = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
@@ -45,7 +45,7 @@ def take_trained_model(cfg: Config) -> None:
 
 
 def _check_heads(model: Mapping[str, Any], path: Path) -> None:
-    """An auxiliary head for something else than the classes cannot grow with them."""
+    """Raises ValueError if an auxiliary head has other channels than the classes, since it cannot grow with them."""
     heads, channels = model.get('auxiliary_head') or [], model['decode_head'].get('num_classes')
     for head in heads if isinstance(heads, list) else [heads]:
         if head.get('num_classes', channels) != channels:
@@ -57,10 +57,10 @@ def _check_heads(model: Mapping[str, Any], path: Path) -> None:
 
 
 def note_on_sizes(cfg: Config) -> str | None:
-    """What to tell somebody whose model was tested on images of another size than the run's, or None.
+    """A note for the log if the trained model was tested on images of another size than the run tests on, or None.
 
     Args:
-        cfg: a stage's config, its words resolved.
+        cfg: a stage's config, its variables resolved.
     """
     path = cfg.get('model_config')
     if path is None:
@@ -92,10 +92,10 @@ def _model_of(trained: Config, path: Path) -> dict[str, Any]:
             f'model_config {path}: expected a model of type EncoderDecoder (one backbone, one '
             f'decode head on BaseDecodeHead), found {found}'
         )
-    # A config of ours says things of a stage and a method, which the next run says anew.
+    # A stage's config has options for its stage and method, which this run sets itself.
     own = own_options(model.type)
     model = {key: value for key, value in model.to_dict().items() if key not in own}
-    # mmengine takes it from the top level where the model has none of its own.
+    # As in mmengine, a top-level data_preprocessor is used if the model has none.
     if not model.get('data_preprocessor'):
         model['data_preprocessor'] = dict(trained.get('data_preprocessor') or {})
     if not model['data_preprocessor']:

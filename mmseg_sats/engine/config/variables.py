@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Variables of a config: a string ``'$name'`` anywhere in it stands for a value.
+"""Variables of a config: a string ``'$name'`` anywhere in it is replaced by a value.
 
-The value is one of the config's own top-level values (``data_root``, ``epochs``, ``crop_size``,
-``batch_size``, ``seed``, ``protocol`` and any other that a config defines), or one that only the stage
-knows (``STAGE_VARIABLES``). So one ``--cfg-options epochs=3`` reaches schedule, data and model of every
-stage.
+The value is that of a top-level key of the config (``data_root``, ``epochs``, ``crop_size``,
+``batch_size``, ``seed``, ``protocol`` or any other that the config defines), or one that depends on the
+stage (``STAGE_VARIABLES``). So a single ``--cfg-options epochs=3`` changes the schedule, data and model of
+every stage.
 """
 
 import re
@@ -22,13 +22,13 @@ STAGE_VARIABLES = {
     'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
     'crop_wh': 'the crop as (w, h), which CenterCrop wants',
 }
-# What earlier versions called them.
+# Names of variables in earlier versions, and their names now.
 RENAMED_VARIABLES = {'num_classes': 'num_channels', 'num_old_classes': 'num_old'}
 _VARIABLE = re.compile(r'^\$(\w+)$')
 
 
 def config_variables(cfg: Config) -> dict[str, Any]:
-    """The top-level values of ``cfg``, all of which may be used as variables, ``crop_size`` as (h, w)."""
+    """The values of the top-level keys of ``cfg``, all of which are variables; ``crop_size`` is made (h, w)."""
     variables = dict(cfg._cfg_dict.to_dict())
     size = variables.get('crop_size')
     if isinstance(size, int):
@@ -48,12 +48,12 @@ def resolve_variables(
 
     Args:
         value: any nesting of dicts, lists, tuples and plain values.
-        variables: what the variables stand for.
-        path: where ``value`` stands in the config, for messages.
-        seen: the variables that led here, so that a circle is found.
+        variables: the value of each variable.
+        path: the dotted path of ``value`` in the config, for messages.
+        seen: the variables that are being resolved, so that one that refers to itself is found.
 
     Raises:
-        KeyError: a variable that is not defined, with the key it stands at.
+        KeyError: a variable is not defined or refers to itself; the message has its path.
     """
     if isinstance(value, dict):
         return {

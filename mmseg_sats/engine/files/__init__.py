@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a run leaves in its work dir: snapshots, results, and whose folder it is."""
+"""The files of a work dir: snapshots, results, and the checks that a work dir belongs to the run."""

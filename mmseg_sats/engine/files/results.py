@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What a run reports: results.json, results.csv and the tables a person reads."""
+"""The results of a run: results.json, results.csv and the tables in the log."""
 
 import csv
 import io
@@ -26,8 +26,8 @@ def stage_results(
     Args:
         stage: index of the stage.
         new_classes: names of the classes learned in it.
-        images: number of training images; None where the stage was taken from a checkpoint.
-        metrics: what ``IncrementalIoUMetric`` returned, percent, NaN where absent.
+        images: number of training images; None if the stage was taken from a checkpoint.
+        metrics: the results of ``IncrementalIoUMetric`` in percent, NaN for an absent class.
         classes: names of background and all seen classes.
     """
     means = {key: _number(metrics[f'mIoU_{key}']) for key in ('base', 'new', 'all')}
@@ -42,14 +42,14 @@ def stage_results(
 
 
 def run_results(identity: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The whole of results.json.
+    """The contents of results.json.
 
     Args:
         identity: method, memory, dataset, protocol, setting, class_order, seed.
         stages: the finished stages' entries, in order.
 
     Returns:
-        The contract's dict: percent, not rounded, null where there is no number.
+        The dict that is written to results.json: values in percent, not rounded, None where there is no number.
     """
     last = stages[-1]
     ious = [stage['iou'] for stage in stages]
@@ -93,7 +93,7 @@ def stage_table(results: Mapping[str, Any]) -> PrettyTable:
 
 
 def forgetting_table(results: Mapping[str, Any]) -> PrettyTable:
-    """Per class: the stage that taught it, best IoU at an earlier stage, final IoU, what was forgotten."""
+    """One row per class: its stage, its best IoU at an earlier stage, its final IoU, and the difference."""
     stages = results['stages']
     ious = [stage['iou'] for stage in stages]
     lost = forgetting_per_class(
@@ -109,7 +109,7 @@ def forgetting_table(results: Mapping[str, Any]) -> PrettyTable:
 
 
 def comparison_table(runs: Sequence[Mapping[str, Any]]) -> PrettyTable:
-    """One row per run: its final base, new, all and hIoU, the average over stages and what was forgotten."""
+    """One row per run: its final base, new, all and hIoU, the average of all over the stages, and its forgetting."""
     table = PrettyTable(['method', 'base', 'new', 'all', 'hIoU', 'average', 'forgetting'])
     for run in runs:
         table.add_row(

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Snapshots: the weights a stage leaves, for the next stage, for evaluation and for everybody else."""
+"""Snapshots: a stage's final weights, which the next stage, the evaluation and other mmseg tools load."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 
-# Tensors that versions of torch and mmseg keep or leave out, and that no model needs.
+# Tensors that only some versions of torch and mmseg save, and that need not be loaded.
 _BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')
 
 
@@ -30,14 +30,14 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def trained_weights(runner: Runner) -> dict[str, Any]:
-    """The model's weights (the averaged ones where EMA runs), ``state_dict``, and its classes, ``meta``.
+    """The model's weights as ``state_dict`` (the averaged ones if EMA is used), and its classes as ``meta``.
 
     Args:
         runner: the stage's runner, in or after training.
     """
     meta = dict(dataset_meta=plain_meta(runner.train_dataloader.dataset.metainfo), seed=runner.seed)
     checkpoint = dict(meta=meta, state_dict=weights_of(runner.model))
-    # EMAHook exchanges the averaged weights into `state_dict` here.
+    # In this call EMAHook puts the averaged weights into `state_dict`.
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
     return dict(meta=checkpoint['meta'], state_dict=dict(checkpoint['state_dict']))
 
@@ -56,15 +56,15 @@ def plain_meta(metainfo: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(path: Path, state_dict: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes ``dict(meta, state_dict)`` and its checksum; nothing in it needs code to be read."""
+    """Writes ``dict(meta, state_dict)`` and its checksum. The file can be read without running code."""
     write_checkpoint(path, dict(meta=meta, state_dict=dict(state_dict)))
 
 
 def load_snapshot(model: nn.Module, path: Path) -> None:
-    """Loads a snapshot strictly: every tensor, in its shape.
+    """Loads a snapshot strictly: names and shapes of all tensors must agree.
 
     Raises:
-        ValueError: tensors are missing, unknown, or of another shape.
+        ValueError: a tensor is missing, unknown, or of another shape.
     """
     model = unwrap(model)
     state_dict = load_checkpoint_safely(path)['state_dict']
@@ -80,26 +80,27 @@ def load_snapshot(model: nn.Module, path: Path) -> None:
 def adopt_base(
     model: nn.Module, head_names: Sequence[str], checkpoint: Path, classes: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The weights for stage 0 out of a checkpoint that was trained elsewhere.
+    """Takes the weights of stage 0 from a checkpoint that was trained elsewhere.
 
     Args:
         model: the stage-0 model, for the shapes.
         head_names: its heads, e.g. ``['decode_head']``.
         checkpoint: another run's ``stage_0/snapshot.pth``, or any mmseg checkpoint with the base classes.
-            One without a background channel gets a new one (``add_background``).
+            A checkpoint without a background channel gets one (``add_background``).
         classes: names of background and base classes, in channel order.
 
     Returns:
-        The state dict, complete and of the model's shapes.
+        The complete state dict, with the model's shapes.
 
     Raises:
-        ValueError: other classes, another order of classes, another model, or weights that are not finite.
+        ValueError: the checkpoint has other classes, another order of classes, or another model, or some
+            of its weights are not finite.
     """
     loaded = load_checkpoint_safely(checkpoint)
     model = unwrap(model)
     own = model.state_dict()
     state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
-    # mmseg before version 1 called them CLASSES.
+    # Checkpoints of mmseg before version 1 store the names as CLASSES.
     names = (loaded['meta'].get('dataset_meta') or {}).get('classes') or loaded['meta'].get('CLASSES')
     rows = state_dict.get('decode_head.conv_seg.weight', torch.empty(0)).shape[0]
     without_background = rows == len(classes) - 1
@@ -119,7 +120,8 @@ def adopt_base(
             level=logging.WARNING,
         )
     problems = [f'{key}: missing' for key in own if key not in state_dict]
-    # A whole part, e.g. an auxiliary head, may be left out; less of one would make another model of it.
+    # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
+    # module that it has: then it would be another model.
     parts = {key.split('.')[0] for key in own}
     problems += [
         f'{key}: not in the model'
@@ -142,7 +144,7 @@ def adopt_base(
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a snapshot at ``path`` that agrees with its checksum."""
+    """Whether there is a snapshot at ``path`` and its checksum is right."""
     if not path.exists():
         return False
     try:
@@ -154,9 +156,9 @@ def is_whole(path: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The one of mmengine's checkpoints in a stage's folder that got furthest, or None.
+    """The latest of mmengine's checkpoints in a stage's folder, or None.
 
-    Files that cannot be read are passed over: an earlier checkpoint leads to the same end.
+    Files that cannot be read are skipped, because resuming from an earlier checkpoint gives the same result.
     """
     found = []
     for path in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]:

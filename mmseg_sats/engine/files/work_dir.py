@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A work dir that is in use: what stands there, and whether a run may go on with it."""
+"""Checks of a work dir: whether it can be written to, is in use, and belongs to the run that is resumed."""
 
 import os
 import tempfile
@@ -16,20 +16,20 @@ from mmseg_sats.utils.config_keys import is_harmless
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None
 
 _SHOWN = 8
-# Loaders' workers outlive a killed process by some seconds, and its lock with them.
+# Seconds to wait for the lock: the workers of a killed process live some seconds longer and hold its lock.
 PATIENCE = 10.0
 
 
 class WorkDirBusyError(ValueError):
-    """Another process trains in the work dir."""
+    """Raised if another process is training in the work dir."""
 
 
 def check_writable(work_dir: Path) -> None:
-    """Finds out whether files can be made in ``work_dir`` or in what it will be made in.
+    """Checks that files can be created in ``work_dir`` or, if it does not exist, in its nearest existing parent.
 
     Raises:
         OSError: they cannot.
@@ -47,10 +47,10 @@ def check_writable(work_dir: Path) -> None:
 
 
 def check_unused(work_dir: Path) -> None:
-    """Refuses a work dir that a run has left something in.
+    """Checks that no run has left stages in a work dir.
 
     Raises:
-        ValueError: what stands there, and what to do.
+        ValueError: there are stages; the message lists them and says what to do.
     """
     found = [
         f'{folder.name} ({what})'
@@ -66,12 +66,13 @@ def check_unused(work_dir: Path) -> None:
 
 @contextmanager
 def locked(work_dir: Path) -> Iterator[None]:
-    """Within it no other process may train in the folder; where the file system knows no locks, nothing happens.
+    """A context that locks the work dir, so that no other process trains in it.
 
-    It is the folder that the kernel locks, until the process and its workers have ended: nothing is written.
+    The kernel locks the folder itself until the process and its workers have ended; no file is written. On
+    a file system without locks it does nothing.
 
     Raises:
-        WorkDirBusyError: another process trains there.
+        WorkDirBusyError: another process is training in the work dir.
     """
     descriptor = os.open(work_dir, os.O_RDONLY)
     try:
@@ -82,7 +83,7 @@ def locked(work_dir: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError, AttributeError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # else workers that still live would keep it
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # otherwise workers that still run would keep the lock
         os.close(descriptor)
 
 
@@ -96,16 +97,16 @@ def _take(descriptor: int, until: float) -> bool:
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.2)
-    return True  # e.g. NFS, which locks no folders
+    return True  # the file system, e.g. NFS, cannot lock folders
 
 
 def check_own_config(work_dir: Path, filename: str | None) -> None:
-    """Refuses a work dir in which the run's ``config.py`` would take the place of the user's own.
+    """Checks that the run's ``config.py`` in the work dir would not overwrite the config that the user gave.
 
-    The one that a run has kept there is the same again, and may be given with ``--resume``.
+    If the work dir has stages, its ``config.py`` was written by a run, and may be given with ``--resume``.
 
     Raises:
-        ValueError: what would be overwritten.
+        ValueError: the user's config would be overwritten.
     """
     kept = work_dir / 'config.py'
     used = any(work_dir.glob('stage_*'))
@@ -124,15 +125,15 @@ def _state(folder: Path) -> str:
 
 
 def check_same_run(work_dir: Path, cfg: Config) -> None:
-    """Refuses to go on with a run under a config that would have made another one of it.
+    """Checks that a run is resumed with the config that it was started with.
 
     Args:
-        work_dir: with the run's ``config.py``, if it got that far.
-        cfg: the config now.
+        work_dir: the run's work dir; if the run was stopped very early, ``config.py`` may be missing.
+        cfg: the config that the run is resumed with.
 
     Raises:
-        FileNotFoundError: stages without the config that they were made with.
-        ValueError: that config cannot be read, or the two differ where it matters.
+        FileNotFoundError: there are stages, but not the config that they were trained with.
+        ValueError: that config cannot be read, or the two differ in a value that changes results.
     """
     path = work_dir / 'config.py'
     if not path.exists():
@@ -160,7 +161,7 @@ def _plain(cfg: Config) -> dict[str, Any]:
 
 
 def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
-    """``path: a there, b in the config`` for every value that differs and matters."""
+    """Describes every value that differs and changes results, as ``path: a there, b in the config``."""
     if is_harmless(path):
         return
     if isinstance(there, dict) and isinstance(now, dict):
@@ -172,7 +173,7 @@ def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as lists: a config file and the command line spell them differently."""
+    """Turns tuples into lists, because a config file and the command line write them differently."""
     if isinstance(value, list | tuple):
         return [_listed(item) for item in value]
     if isinstance(value, dict):
@@ -181,7 +182,7 @@ def _listed(value: Any) -> Any:
 
 
 def _same_file(there: Any, now: Any) -> bool:
-    """Whether two texts, e.g. a relative and an absolute path, lead to one file or folder."""
+    """Whether two strings, e.g. a relative and an absolute path, are paths of the same file or folder."""
     if not (isinstance(there, str) and isinstance(now, str) and there and now):
         return False
     return os.path.exists(now) and os.path.realpath(there) == os.path.realpath(now)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Hooks of mmengine's runner."""
+"""Hooks for mmengine's Runner."""
 
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""mmengine's checkpoints, written whole or not at all, by epoch and by iteration."""
+"""mmengine's checkpoints, written completely or not at all, by epoch and by iteration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ PATTERNS = ('epoch_*.pth', 'iter_*.pth')
 
 
 class AtomicBackend(LocalBackend):
-    """Local files that appear under their name only once all their bytes are on the disk."""
+    """Local files that get their name only when all their bytes are on the disk."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Writes ``obj`` to ``filepath``, through a temporary file beside it."""
@@ -32,15 +32,15 @@ register_backend(BACKEND, AtomicBackend, force=True)
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """Checkpoints after every epoch and, if wanted, every so many iterations.
+    """Saves a checkpoint after every epoch and, if ``iters`` is set, every ``iters`` iterations.
 
-    Each is written to a temporary file, fsynced and renamed; only then are older ones removed. Where
-    a step of the optimizer collects the gradients of several iterations, those collected so far are
-    kept too. Before the run is stopped by a signal, one more is written (``before_stop``).
+    Each checkpoint is written to a temporary file, fsynced and renamed; only then are older ones
+    removed. If the optimizer accumulates the gradients of several iterations, the gradients so far are
+    saved too. When a signal stops the run, one more checkpoint is saved (``before_stop``).
 
     Args:
-        iters: iterations from one checkpoint to the next within an epoch; None: only by epoch.
-        max_keep_ckpts: how many checkpoints to keep, the newest ones.
+        iters: iterations between two checkpoints within an epoch; None: only by epoch.
+        max_keep_ckpts: how many of the newest checkpoints to keep.
         options: as in mmengine's ``CheckpointHook``, ``interval`` in epochs.
 
     Raises:
@@ -54,7 +54,7 @@ class AtomicCheckpointHook(CheckpointHook):
                 raise ValueError(
                     f'AtomicCheckpointHook: {name}={value!r}, expected a whole number from 1'
                 )
-        # mmengine removes the old before it writes the new; here it keeps no count.
+        # mmengine would remove old checkpoints before it writes the new one, so its own counting is off (-1).
         super().__init__(max_keep_ckpts=-1, backend_args=dict(backend=BACKEND), **options)
         self.iters = iters
         self.keep = max_keep_ckpts
@@ -72,11 +72,11 @@ class AtomicCheckpointHook(CheckpointHook):
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def before_stop(self, runner: Runner) -> None:
-        """Saves the state behind the iteration at which the loop stops."""
+        """Saves the state after the iteration at which the loop stops."""
         self._save(runner, runner.iter)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Adds the gradients of an optimizer's step that is not complete."""
+        """Adds the accumulated gradients if the optimizer has not made its step with them yet."""
         wrapper = getattr(runner, 'optim_wrapper', None)
         if getattr(wrapper, '_accumulative_counts', 1) > 1 and not wrapper.should_update():
             checkpoint['gradients'] = {
@@ -86,14 +86,14 @@ class AtomicCheckpointHook(CheckpointHook):
             }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Puts those gradients back."""
+        """Restores those gradients when the run is resumed."""
         gradients = checkpoint.get('gradients', {})
         for name, parameter in unwrap(runner.model).named_parameters():
             if name in gradients and runner._resume:
                 parameter.grad = gradients[name].to(parameter)
 
     def _save(self, runner: Runner, done: int) -> None:
-        """Saves within an epoch, ``done`` iterations of the run behind us."""
+        """Saves a checkpoint within an epoch, after ``done`` iterations of the stage."""
         runner.logger.info(f'Saving checkpoint at {done} iterations')
         self._write(runner, f'iter_{done}.pth', dict(epoch=runner.epoch, iter=done))
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Keeps the weights of the epoch that validates best."""
+"""Keeps the weights of the epoch with the best validation score."""
 
 import math
 from collections.abc import Mapping
@@ -19,20 +19,21 @@ BEST = 'best.pth'
 
 @HOOKS.register_module()
 class BestEpochHook(Hook):
-    """Keeps the weights of the best validated epoch, which become the stage's snapshot.
+    """Keeps the weights of the epoch with the best validation score, which become the stage's snapshot.
 
-    The best so far stands in ``best.pth``, with averaged weights where EMA runs, and the score of
-    every epoch in ``held_out.json`` of the stage's work dir. Of epochs that are alike the first wins.
-    A run that was stopped between an epoch and the end of its validation validates it once resumed.
+    In the stage's work dir, ``best.pth`` holds the best weights so far (the averaged ones if EMA is used)
+    and ``held_out.json`` the score of every epoch. Of epochs with equal scores, the first is kept. If a
+    run is stopped between an epoch and the end of its validation, the validation is made when the run is
+    resumed.
 
-    What is no weight, SDR's prototypes, say, stays that of the last epoch.
+    Only weights are kept: other state, such as SDR's prototypes, is that of the last epoch.
 
     Args:
-        metric: one of ``IncrementalIoUMetric``'s, of which more is better.
+        metric: a key of ``IncrementalIoUMetric``'s result, of which higher is better.
         file_name: name of the file with the scores, ``{epoch: percent}``.
     """
 
-    priority = 'LOWEST'  # averaged weights are back in their place, and all else is resumed
+    priority = 'LOWEST'  # runs after EMA has swapped the weights back and after all other state is resumed
 
     def __init__(self, metric: str = 'mIoU_all', file_name: str = 'held_out.json') -> None:
         self.metric = metric
@@ -40,7 +41,7 @@ class BestEpochHook(Hook):
         self.scores: dict[str, float | None] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Takes up what a resumed stage has validated already."""
+        """Reads the scores of a resumed stage, and validates its last epoch if that was not done."""
         path = Path(runner.work_dir) / self.file_name
         if runner.epoch and path.exists():
             self.scores = read_json(path)
@@ -51,16 +52,16 @@ class BestEpochHook(Hook):
     def after_val_epoch(
         self, runner: Runner, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Notes the epoch's score, and keeps its weights if it is the best."""
+        """Records the epoch's score, and keeps its weights if it is the best."""
         score = own_metrics(metrics)[self.metric]
-        number = None if math.isnan(score) else float(score)  # JSON knows no NaN
+        number = None if math.isnan(score) else float(score)  # JSON has no NaN
         known = [value for value in self.scores.values() if value is not None]
         best = not known or (number is not None and number > max(known))
         if best:
             weights = trained_weights(runner)
             if is_main_process():
                 write_checkpoint(Path(runner.work_dir) / BEST, weights)
-        # An epoch may come again behind an older checkpoint; the weights kept are those of the higher.
+        # After resuming from an older checkpoint an epoch is repeated; its better score and weights are kept.
         if best or str(runner.epoch) not in self.scores:
             self.scores[str(runner.epoch)] = number
         if is_main_process():
@@ -72,7 +73,7 @@ class BestEpochHook(Hook):
 
 
 def _is_validated(runner: Runner) -> bool:
-    """Whether mmengine's loop validates behind the epoch that was the last one."""
+    """Whether mmengine's loop validates after the epoch that was finished last."""
     loop = runner.train_loop
     due = runner.epoch % loop.val_interval == 0 or runner.epoch == loop.max_epochs
     return runner.epoch >= loop.val_begin and due

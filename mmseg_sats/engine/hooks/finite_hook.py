@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Stops a run whose loss or gradient is no longer a number, before it spoils weights or checkpoint."""
+"""Stops a run when a loss or gradient is infinite or NaN, before weights or checkpoints are damaged."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +19,18 @@ _NAMED = 5
 
 @HOOKS.register_module()
 class FiniteHook(Hook):
-    """Raises on a loss or gradient that is infinite or NaN, naming stage, iteration, loss and images.
+    """Raises an error if a loss or gradient is infinite or NaN; it names stage, iteration, loss and images.
 
-    Gradients are looked at right before the optimizer's step, which is then not done: the weights, and
-    the last checkpoint, stay as they were before the iteration. With a loss scaler (mixed precision in
-    float16) steps that it skips because scaled gradients overflow are normal; they are counted in
-    ``train/skipped_steps`` of the log.
+    Gradients are checked right before the optimizer's step, which is then skipped: the weights and the
+    last checkpoint stay as they were before the iteration. With a loss scaler (mixed precision in
+    float16), it is normal that the scaler skips some steps because scaled gradients overflow; these are
+    counted in ``train/skipped_steps`` of the log.
 
     Args:
-        max_skipped: so many skipped steps in a row are an error after all: no scale helps.
+        max_skipped: this many skipped steps in a row are an error, because then no scale helps.
     """
 
-    priority = 'HIGH'  # before EMA, schedulers and checkpoints take notice of the iteration
+    priority = 'HIGH'  # runs before EMA, schedulers and checkpoints use the iteration's result
 
     def __init__(self, max_skipped: int = 50) -> None:
         self.max_skipped = max_skipped
@@ -39,7 +39,7 @@ class FiniteHook(Hook):
         self._scale: float | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Watches the optimizer's steps."""
+        """Registers the check of gradients before each of the optimizer's steps."""
         self._scale = _scale(runner)
         model = unwrap(runner.model)
         runner.optim_wrapper.optimizer.register_step_pre_hook(
@@ -66,10 +66,11 @@ class FiniteHook(Hook):
         data_batch: Mapping[str, Any] | None = None,
         outputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Raises if the iteration gave anything that is not finite.
+        """Checks the losses and gradients of the iteration.
 
         Raises:
-            FloatingPointError: with stage, iteration, losses, parameters and the batch's files.
+            FloatingPointError: a loss or gradient is not finite, or ``max_skipped`` steps in a row were
+                skipped. The message names stage, iteration, losses, parameters and the batch's files.
         """
         losses = {
             name: float(value)
@@ -83,7 +84,7 @@ class FiniteHook(Hook):
     def _count_skipped(self, runner: Runner) -> None:
         if self._scale is None:
             return
-        # torch's scaler lowers its scale when, and only when, it has left a step out.
+        # torch's scaler lowers its scale if and only if it has skipped a step.
         before, self._scale = self._scale, _scale(runner)
         if self._scale < before:
             self.skipped += 1

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""How far a run is: a display in a terminal, plain lines in a file."""
+"""Shows the progress of a run: a display in a terminal, plain lines in a file."""
 
 import atexit
 import datetime
@@ -34,25 +34,25 @@ from mmseg_sats.engine.run_plan import (
 from mmseg_sats.protocol import Stage
 from mmseg_sats.utils.shared_values import once
 
-_REFRESH = 0.5  # seconds between two drawings of the display
-_SHOWN_STAGES = 10  # rows of the table, so that all fits 24 lines
+_REFRESH = 0.5  # seconds between two updates of the display
+_SHOWN_STAGES = 10  # rows of the table, so that the display fits into 24 lines
 
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Tells which stage of how many runs, what it learns, its losses by part, and the time left.
+    """Shows the current stage, the classes that it learns, its losses by part, and the time left.
 
-    In a terminal a display stands below whatever else is printed; mmengine's lines go to the log
-    file alone meanwhile, warnings excepted. Elsewhere, and in the log file always, a plain line
-    says the same every ``interval`` seconds. Times are those of training: evaluation comes on top.
+    In a terminal this is a display below all other output; meanwhile mmengine's messages go only to the
+    log file, except warnings. The log file, and an output that is not a terminal, get a plain line with
+    the same information every ``interval`` seconds. Times are those of training, without evaluation.
 
     Args:
         interval: seconds between plain lines.
-        terminal: whether to draw the display; None draws it where the output is a terminal, or
-            where rich's own console has been given one (``rich.reconfigure(file=...)``).
+        terminal: whether to draw the display. None draws it if the output is a terminal, or if rich's
+            console was set to one (``rich.reconfigure(file=...)``).
     """
 
-    priority = 'LOW'  # after the losses of an iteration were noted
+    priority = 'LOW'  # runs after the losses of an iteration are logged
 
     def __init__(self, interval: float = 60.0, terminal: bool | None = None) -> None:
         self.interval = interval
@@ -62,7 +62,7 @@ class ProgressHook(Hook):
         self._quiet: list[tuple[logging.StreamHandler, int, Any]] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Finds out what there is to do, and begins to tell of it."""
+        """Collects the plan of the run, and starts the display or logs the first line."""
         dataset = find_incremental_dataset(runner.train_dataloader.dataset)
         self.index = 0 if dataset is None else dataset.stage.index
         self.plans = [] if dataset is None else _plans(runner, dataset)
@@ -82,7 +82,7 @@ class ProgressHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Tells the losses and the time left, now and then."""
+        """Updates the display, and logs the losses and the time left every ``interval`` seconds."""
         if not is_main_process():
             return
         now = time.perf_counter()
@@ -102,11 +102,11 @@ class ProgressHook(Hook):
             )
 
     def after_train(self, runner: Runner) -> None:
-        """Takes the display away."""
+        """Removes the display."""
         self._close()
 
     def after_stage(self, runner: Runner, stage: Stage, metrics: Mapping[str, float]) -> None:
-        """Says how good the stage has become."""
+        """Logs the mIoU of the stage."""
         if is_main_process():
             values = {key: metrics[f'mIoU_{key}'] for key in ('base', 'new', 'all')}
             told = ', '.join(f'{k} {v:.2f}' for k, v in values.items() if not math.isnan(v))
@@ -125,7 +125,7 @@ class ProgressHook(Hook):
 
     def _left(self, runner: Runner) -> tuple[str, str]:
         done = runner.iter + 1
-        # The first iteration starts the workers, too: it counts where there is no other.
+        # The first iteration also starts the workers, so it counts only as long as it is the only one.
         counted = done - self._first - 1
         start = self._warm if counted else self._started
         pace = (time.perf_counter() - start) / max(1, counted)
@@ -134,7 +134,7 @@ class ProgressHook(Hook):
         return stage, run
 
     def _display(self, runner: Runner) -> RenderableType:
-        """At most 20 lines of at most 80 columns."""
+        """The display, at most 20 lines of at most 80 columns."""
         left = ''
         if runner.iter > self._first:
             left = '   left: {} for the stage, about {} for the run'.format(*self._left(runner))
@@ -160,15 +160,15 @@ class ProgressHook(Hook):
             redirect_stderr=shares_screen,
         )
         self._live.start(refresh=True)
-        # An error ends training without after_train: the cursor must come back all the same.
+        # If an error ends training, after_train is not called, but the cursor must be restored.
         atexit.register(self._close)
         if not shares_screen:
             return
         for handler in runner.logger.handlers:
-            if type(handler) is logging.StreamHandler:  # a FileHandler is one too
+            if type(handler) is logging.StreamHandler:  # not isinstance, since a FileHandler is a subclass
                 self._quiet.append((handler, handler.level, handler.stream))
                 handler.setLevel(max(handler.level, logging.WARNING))
-                # What is printed now must go through the display, which makes room for it.
+                # Output must now pass through the display, which moves down to make space for it.
                 handler.setStream(sys.stdout)
 
     def _close(self) -> None:
@@ -184,8 +184,8 @@ class ProgressHook(Hook):
 
 
 def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
-    """The run's stages; none where the stage is run on its own, or on another rank than the first."""
-    dataset.full_init()  # every rank: reading masks is an affair of all of them
+    """The plans of the run's stages; empty if the stage is run on its own, and on all ranks but the first."""
+    dataset.full_init()  # on every rank, because ranks are synchronised when masks are read
     work_dir = Path(runner.work_dir).resolve().parent
     path = work_dir / 'config.py'
     if not (is_main_process() and path.is_file()):
@@ -201,7 +201,7 @@ def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
 
 
 def _losses(runner: Runner) -> dict[str, float]:
-    """The parts of the loss, means of the last iterations, the sum last."""
+    """The parts of the loss and, last, their sum; each is the mean of the last 10 iterations."""
     scalars = runner.message_hub.log_scalars
     names = [name for name in scalars if name.startswith('train/') and 'loss' in name]
     names.sort(key=lambda name: name == 'train/loss')
@@ -220,14 +220,14 @@ def _epoch(runner: Runner) -> str:
 
 
 def _bar(done: int, total: int) -> Table:
-    """A bar on a line of its own; a bare one would not end its line."""
+    """A progress bar on its own line. A bare ``ProgressBar`` would not end its line."""
     line = Table.grid()
     line.add_row(ProgressBar(total=total, completed=done, width=60))
     return line
 
 
 def _stages_so_far(folder: Path) -> list[Sequence[str]]:
-    """Stage, classes learned, base, new and all of the last stages before."""
+    """One row for each of the last finished stages: stage, classes learned, mIoU of base, new and all."""
     name = folder.resolve().name.removeprefix('stage_')
     number = int(name) if name.isdigit() else 0
     rows = []

@@ -21,17 +21,17 @@ KEY = 'prototypes'
 
 @HOOKS.register_module()
 class PrototypeHook(Hook):
-    """Keeps a model's :class:`ClassPrototypes` beside its snapshots, which stay those of mmseg.
+    """Saves a model's :class:`ClassPrototypes` in a file beside its snapshots, which stay ordinary mmseg checkpoints.
 
-    A stage begins with the prototypes that the previous one left in ``prototypes.npz`` beside its
-    snapshot, and leaves its own there. mmengine's checkpoints hold them under a key of their own, so
-    that a resumed run goes on with what it had. A stage that was not trained but taken from a
-    checkpoint has none: they are gathered in one pass of its model over the stage's training images.
+    A stage starts with the prototypes that the previous stage saved in ``prototypes.npz`` beside its
+    snapshot, and saves its own in the same way. mmengine's checkpoints contain them under an additional
+    key, for resuming. A stage 0 that was taken from a checkpoint has no prototypes, so they are computed
+    in one pass of its model over the stage's training images.
 
     Does nothing for a model without prototypes.
 
     Args:
-        file_name: name of that file.
+        file_name: name of the file with the prototypes.
     """
 
     def __init__(self, file_name: str = 'prototypes.npz') -> None:
@@ -39,13 +39,13 @@ class PrototypeHook(Hook):
         self._resumed = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Puts the prototypes into mmengine's checkpoint."""
+        """Adds the prototypes to mmengine's checkpoint."""
         prototypes = self._prototypes(runner)
         if prototypes is not None:
             checkpoint[KEY] = prototypes.state_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Takes them out again when a run is resumed."""
+        """Restores the prototypes when a run is resumed."""
         prototypes = self._prototypes(runner)
         if prototypes is not None and KEY in checkpoint:
             prototypes.load_state_dict(checkpoint[KEY])
@@ -66,13 +66,13 @@ class PrototypeHook(Hook):
         prototypes.load_state_dict(_read(path))
 
     def after_train(self, runner: Runner) -> None:
-        """Leaves the prototypes for the next stage."""
+        """Saves the prototypes for the next stage."""
         prototypes = self._prototypes(runner)
         if prototypes is not None and is_main_process():
             _write(Path(runner.work_dir) / self.file_name, prototypes)
 
     def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
-        """Gathers the prototypes of a stage that was not trained."""
+        """Computes the prototypes of a stage that was not trained."""
         prototypes = self._prototypes(runner)
         if prototypes is not None and not (Path(runner.work_dir) / self.file_name).exists():
             self._gather(runner, prototypes)
@@ -86,7 +86,7 @@ class PrototypeHook(Hook):
             data = model.data_preprocessor(batch, False)
             labels = torch.stack([sample.gt_sem_seg.data for sample in data['data_samples']])
             total += prototypes.sums_of(model.backbone(data['inputs']), labels.squeeze(1).long())
-        # Once, since ranks may have one image more or less.
+        # Reduced once at the end, not per batch, since ranks may differ by one image.
         all_reduce(total)
         prototypes.add(total)
         runner.logger.info('prototypes gathered in one pass over the training images')

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Finds the pseudo-labeler's thresholds at the start of a stage."""
+"""Computes the pseudo-labeler's thresholds at the start of a stage."""
 
 import copy
 from pathlib import Path
@@ -21,21 +21,21 @@ from mmseg_sats.utils.checkpoint import read_json, write_json
 
 @HOOKS.register_module()
 class PseudoLabelThresholdHook(Hook):
-    """One inference pass of the old model over the stage's training images before training.
+    """Runs the old model once over the stage's training images before training, to find the thresholds.
 
     The images go through the config's ``test_pipeline``, without augmentation, so that the thresholds
-    depend on nothing but the stage, and are the same on any number of ranks. They are kept in
-    ``pseudo_label_thresholds.json`` of the stage's work dir, from which a resumed run takes them.
+    depend only on the stage and are the same for any number of ranks. They are saved in
+    ``pseudo_label_thresholds.json`` in the stage's work dir, from which a resumed run reads them.
 
     Args:
-        file_name: name of that file.
+        file_name: name of the file with the thresholds.
     """
 
     def __init__(self, file_name: str = 'pseudo_label_thresholds.json') -> None:
         self.file_name = file_name
 
     def before_train(self, runner: Runner) -> None:
-        """Sets the thresholds of the model's pseudo-labeler, if it has an old model to label with."""
+        """Sets the thresholds of the model's pseudo-labeler, if there is an old model and the labeler needs them."""
         model = unwrap(runner.model)
         labeler = getattr(model, 'pseudo_labeler', None)
         if labeler is None or model.old_model is None or not flag(labeler, 'needs_pass', PseudoLabeler):
@@ -53,7 +53,7 @@ class PseudoLabelThresholdHook(Hook):
 
     @torch.no_grad()
     def find(self, runner: Runner, model: IncrementalEncoderDecoder) -> None:
-        """Sets the thresholds of the model's pseudo-labeler; of ``runner`` only ``cfg`` is read."""
+        """Computes and sets the thresholds of the model's pseudo-labeler; only ``cfg`` of ``runner`` is used."""
         labeler = model.pseudo_labeler
         labeler.reset(model.old_model.model.num_classes)
         device = next(model.parameters()).device
@@ -62,7 +62,7 @@ class PseudoLabelThresholdHook(Hook):
             labels = torch.stack(
                 [sample.gt_sem_seg.data for sample in data['data_samples']]
             ).squeeze(1)
-            # As in training, unknown pixels count as background here.
+            # Unknown pixels count as background here, as they do in training.
             labels, _ = model.without_unknown(labels)
             output = model.old_model(data['inputs'])
             labels = labels.to(device).long()
@@ -73,8 +73,8 @@ class PseudoLabelThresholdHook(Hook):
 
 
 def training_images_once(runner: Runner) -> dict[str, Any]:
-    """Config of a loader of the stage's training images, each once, as evaluation would see them."""
-    # Exemplars keep their labels and outside images have a labeler of their own.
+    """The config of a loader of the stage's training images: each once, with the transforms of the evaluation."""
+    # Only the stage's own images: exemplars keep their labels, and outside images have another labeler.
     dataset = copy.deepcopy(stage_dataset_cfg(runner.cfg.train_dataloader.dataset))
     dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
     train = runner.cfg.train_dataloader
@@ -85,6 +85,6 @@ def training_images_once(runner: Runner) -> dict[str, Any]:
         sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     )
     if train.get('num_batch_per_epoch'):
-        # mmengine then trains on the first so many images alone.
+        # mmengine then trains only on that many images, so only these are used here.
         cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
     return cfg

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Self-attention as a value, and the class regions that it is pooled over."""
+"""Attention maps as objects that are computed on demand, and the class regions that they are pooled over."""
 
 from mmseg_sats.models.attention.attention_map import AttentionMap
 from mmseg_sats.models.attention.base import BaseAttentionMap

@@ -1,11 +1,11 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Self-attention as a value: a layer's queries and keys, the map computed only when asked.
+"""An attention map that holds a layer's queries and keys and computes the attention only on demand.
 
-A dense map of MiT's first stage at a 512 crop has 128^2 x 256 entries per head and image.
+A dense map of MiT's first block at a 512 crop has 128^2 x 256 entries per head and image.
 Self-attention transfer needs only its mean over each class region, eq. (1) of Qiu et al., *SATS:
-Self-Attention Transfer for continual semantic Segmentation* (Pattern Recognition 2023), so the rows
-of a region are computed in chunks, averaged, and computed once more in the backward pass instead of
-being stored.
+Self-Attention Transfer for continual semantic Segmentation* (Pattern Recognition 2023). So the rows of
+the regions are computed in chunks and averaged. They are not stored but computed again in the backward
+pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ from mmseg_sats.models.attention.base import BaseAttentionMap, Measure, attend
 from mmseg_sats.models.attention.class_regions import ClassRegions
 from mmseg_sats.models.precision import full_precision, working_dtype
 
-# How many entries of the map exist at a time, by device type. A CPU wants a chunk that stays in its
-# cache; an accelerator wants few and large kernels. Backward holds three such arrays.
+# How many entries of the map are computed at a time, by device type. On a CPU, a chunk should fit into the
+# cache; an accelerator needs few large kernels. The backward pass needs three arrays of this size.
 CHUNK_ELEMENTS = {'cpu': 2**17}
 DEFAULT_CHUNK_ELEMENTS = 2**25
 
@@ -35,15 +35,15 @@ DEFAULT_CHUNK_ELEMENTS = 2**25
 class AttentionMap(BaseAttentionMap):
     """The attention of one layer, softmax(query key^T * scale), before attention dropout.
 
-    Everything computed from it is float32, or float64 where the inputs are; autocast has no say.
+    All results are float32, or float64 if the inputs are; autocast has no effect.
 
     Args:
         query: (B, heads, L, d) projected queries.
         key: (B, heads, S, d) projected keys.
-        scale: the factor of the dot products, d ** -0.5 in the usual attention.
+        scale: the factor of the dot products, usually d ** -0.5.
         query_hw: (h, w) of the query grid, L = h * w.
         key_hw: (h, w) of the key grid, S = extra_keys + h * w.
-        extra_keys: how many keys stand before those of the grid and lie on no place of the image, e.g.
+        extra_keys: how many keys come before those of the grid and have no position in the image, e.g.
             1 for a class token.
 
     Raises:
@@ -64,7 +64,7 @@ class AttentionMap(BaseAttentionMap):
                 'query must be (B, heads, L, d) and key (B, heads, S, d) with the same B, heads'
                 f' and d, got {query} and {key}'
             )
-        for name in ('query_hw', 'key_hw'):  # lists would not do as keys of a dict
+        for name in ('query_hw', 'key_hw'):  # grids are used as keys of a dict, so they cannot be lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, length, (height, width) in (
             ('query', query[2], self.query_hw),
@@ -84,24 +84,24 @@ class AttentionMap(BaseAttentionMap):
         return self.query, self.key
 
     def detach(self) -> 'AttentionMap':
-        """The same map, cut off from the graph."""
+        """The same map, detached from the graph."""
         return replace(self, query=self.query.detach(), key=self.key.detach())
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The map's rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
+        """Computes the rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
         return attend(self.query[:, :, start:stop], self.key, self.scale)
 
     def pool_regions(self, regions: ClassRegions) -> Tensor:
-        """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
+        """Computes the means of ``pool`` by image and slot, (B, heads, width, S); 0 for slots without a region."""
         fused = _fused_kernels(self.query.device)
         if fused and fused.can_fuse(self.query, self.key, regions):
             return fused.FusedRegionMean.apply(self.query, self.key, self.scale, regions)
         return _RegionMean.apply(self.query, self.key, self.scale, regions)
 
     def mean_row_distance(self, other: 'AttentionMap', measure: Measure) -> Tensor:
-        """(B, heads): the mean over all positions of the measure of the two maps' difference of rows.
+        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads).
 
-        A few rows are computed at a time, and once more in backward.
+        Rows are computed in chunks, and computed again in the backward pass.
         """
 
         def row_distance(new: Tensor, old: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class AttentionMap(BaseAttentionMap):
         batch, heads, length, keys = self.shape
         size = max(1, chunk_elements(self.query) // max(1, batch * heads * keys))
         chunks = zip(self.query.split(size, 2), other.query.split(size, 2), strict=True)
-        # split, not slices: the gradients of all the pieces are joined once.
+        # split instead of slices, so that the gradients of all chunks are joined only once.
         sums = [
             checkpoint(row_distance, new, old, use_reentrant=False, preserve_rng_state=False)
             for new, old in chunks
@@ -121,7 +121,7 @@ class AttentionMap(BaseAttentionMap):
 
 @lru_cache
 def _fused_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels for an NVIDIA GPU of the Ampere generation or later, None for other devices."""
+    """The Triton kernels for an NVIDIA GPU of the Ampere generation or later; None for other devices."""
     if device.type != 'cuda' or not torch.version.cuda or not find_spec('triton'):
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -131,22 +131,28 @@ def _fused_kernels(device: torch.device) -> ModuleType | None:
 
 
 def chunk_elements(tensor: Tensor) -> int:
-    """How many entries of a map may exist at a time on the tensor's device."""
+    """How many entries of a map may be computed at a time on the tensor's device."""
     return CHUNK_ELEMENTS.get(tensor.device.type, DEFAULT_CHUNK_ELEMENTS)
 
 
 class _Chunk(NamedTuple):
-    """Part of the foreground rows: some images, and one range of ordered positions in each."""
+    """A part of the foreground's rows: some images, and the same range of ordered positions in each of them."""
 
     images: slice
     rows: slice
 
 
 def _chunks(rows: Sequence[int], row_elements: int, limit: int, padded: bool) -> Iterator[_Chunk]:
-    """Cover all images' rows by chunks of at most ``limit`` elements (or of a single row).
+    """Divides all images' rows into chunks of at most ``limit`` elements (or of a single row).
 
-    Neighbouring images share a chunk as long as they fit, with the rows of the longest where they may be
-    ``padded`` and with as many rows each where not; an image too large for one chunk has several to itself.
+    Consecutive images are put into one chunk if they fit. They must have the same number of rows unless
+    they may be ``padded`` to that of the longest. An image that is too large gets several chunks.
+
+    Args:
+        rows: the number of rows of each image.
+        row_elements: the number of elements of a row.
+        limit: the largest number of elements of a chunk.
+        padded: whether images with fewer rows may be padded.
     """
     size = max(1, limit // row_elements)
     start = 0
@@ -163,15 +169,14 @@ def _chunks(rows: Sequence[int], row_elements: int, limit: int, padded: bool) ->
 
 
 class _ForegroundRows:
-    """The foreground's rows of a batch of attention maps, chunk by chunk."""
+    """Computes the foreground's rows of a batch of attention maps chunk by chunk."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, regions: ClassRegions) -> None:
         self.batch, self.heads, self.length, self.dim = query.shape
         self.dtype = working_dtype(query, key)
-        # (B * L, heads, d): a view for queries that come out of a linear layer, and fast to gather
-        # from.
+        # (B * L, heads, d): a view if the queries come from a linear layer, and fast to gather from.
         self.query = query.transpose(1, 2).flatten(0, 1)
-        # Written anew, since products of what is not contiguous would copy it each time.
+        # A contiguous copy is made once, since every product would copy keys that are not contiguous.
         self.key = torch.empty(key.shape, dtype=self.dtype, device=key.device).copy_(key).mul_(scale)
         self.positions = regions.positions
         self.pads = regions.pads
@@ -180,39 +185,39 @@ class _ForegroundRows:
 
     def chunks(self) -> Iterator[_Chunk]:
         row_elements = max(1, self.heads * self.key.shape[2])
-        # An accelerator would rather compute rows of zeros than launch kernels for every image.
+        # On an accelerator, computing some padded rows is faster than launching kernels for every image.
         padded = self.query.device.type not in CHUNK_ELEMENTS
         return _chunks(self.rows, row_elements, chunk_elements(self.query), padded)
 
     def flat_positions(self, chunk: _Chunk) -> Tensor:
-        """Flat positions (n * P,) of the chunk's rows in the batch."""
+        """The flat positions (n * P,) of the chunk's rows in the batch."""
         return self.positions[chunk.images, chunk.rows].reshape(-1)
 
     def queries(self, chunk: _Chunk) -> Tensor:
-        """(n, heads, P, d)"""
+        """The queries of the chunk's rows, (n, heads, P, d)."""
         count = chunk.images.stop - chunk.images.start
         rows = self.query.index_select(0, self.flat_positions(chunk)).view(count, -1, self.heads, self.dim)
-        # What background holds must not come in, be it multiplied by 0.
+        # Padding rows are background, which must have no effect even if it is not finite: 0 * inf is NaN.
         rows.masked_fill_(self.pads[chunk.images, chunk.rows, None, None], 0)
         return rows.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
 
     def attention(self, queries: Tensor, chunk: _Chunk) -> Tensor:
-        """(n, heads, P, S)"""
+        """The attention of these queries, (n, heads, P, S)."""
         return (queries @ self.key[chunk.images].mT).softmax(-1)
 
     def shares(self, chunk: _Chunk) -> Tensor:
-        """(n, 1, width, P): what the rows are to the means; nothing where a row only pads."""
+        """The weights of the rows in the means, (n, 1, width, P); 0 for padding rows."""
         return self.weights[chunk.images, :, chunk.rows].unsqueeze(1)
 
 
 class _RegionMean(torch.autograd.Function):
-    """Region means of the attention; saves queries, keys and positions alone."""
+    """Region means of the attention. Only queries, keys and positions are saved for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, scale: float, regions: ClassRegions
     ) -> Tensor:
-        """Means (B, heads, width, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
+        """Computes means (B, heads, width, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
         ctx.save_for_backward(query, key)
         ctx.scale, ctx.regions = scale, regions
         with full_precision(query):
@@ -226,7 +231,7 @@ class _RegionMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients like queries and keys, from that of the means (B, heads, width, S)."""
+        """Computes the gradients of queries and keys from that of the means (B, heads, width, S)."""
         query, key = ctx.saved_tensors
         with full_precision(query):
             rows = _ForegroundRows(query, key, ctx.scale, ctx.regions)

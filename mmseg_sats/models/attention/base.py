@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What every attention map offers to the losses and to the viewer, however it is computed."""
+"""The interface of all attention maps, which the losses and the visualization use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from torch import Tensor
 from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions
 from mmseg_sats.models.precision import full_precision, working_dtype
 
-# From differences (..., S) to numbers (...), in which entries that are 0 count nothing.
+# A function from differences (..., S) to distances (...). Entries that are 0 must not contribute.
 Measure = Callable[[Tensor], Tensor]
 
 
 class BaseAttentionMap(ABC):
-    """The attention of one layer before attention dropout: L rows, each over S keys, which sum to 1.
+    """The attention of one layer before attention dropout: L rows over S keys; each row sums to 1.
 
-    Everything computed from it is float32, or float64 where the inputs are; autocast has no say.
+    All results are float32, or float64 if the inputs are; autocast has no effect.
 
     Attributes:
         query_hw: (h, w) of the query grid, L = h * w.
         key_hw: (h, w) of the key grid, S = extra_keys + h * w.
-        extra_keys: how many keys stand before those of the grid and lie on no place of the image.
+        extra_keys: how many keys come before those of the grid and have no position in the image.
     """
 
     query_hw: Grid
@@ -36,23 +36,23 @@ class BaseAttentionMap(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the map is computed from, queries first."""
+        """The tensors that the map is computed from, queries first."""
 
     @abstractmethod
     def detach(self) -> 'BaseAttentionMap':
-        """The same map, cut off from the graph."""
+        """The same map, detached from the graph."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """The map's rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
+        """Computes the rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
 
     @abstractmethod
     def pool_regions(self, regions: ClassRegions) -> Tensor:
-        """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free."""
+        """Computes the means of ``pool`` by image and slot, (B, heads, width, S); 0 for slots without a region."""
 
     @abstractmethod
     def mean_row_distance(self, other: 'BaseAttentionMap', measure: Measure) -> Tensor:
-        """(B, heads): the mean over all positions of the measure of the two maps' difference of rows."""
+        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads)."""
 
     @property
     def num_heads(self) -> int:
@@ -60,7 +60,7 @@ class BaseAttentionMap(ABC):
         return self.shape[1]
 
     def describe(self) -> str:
-        """Kind, shape and grid; two maps can be compared when these are equal."""
+        """The kind, shape and grid as text; two maps can be compared if these are equal."""
         return f'attention {self.shape} on grid {self.query_hw}'
 
     def dense(self) -> Tensor:
@@ -68,7 +68,7 @@ class BaseAttentionMap(ABC):
         return self.rows(0, self.shape[2])
 
     def pool(self, labels: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean attention of each class region, eq. (1) of SATS, without building the map.
+        """Computes the mean attention of each class region, eq. (1) of SATS, without building the map.
 
         Args:
             labels: (B, h, w) integer labels on the query grid; 0 is background.
@@ -76,11 +76,10 @@ class BaseAttentionMap(ABC):
 
         Returns:
             The means (R, heads, S), the image (R,) and the class (R,) of each region, ordered by
-            image and class. R is 0 where no image has a class; the result still belongs to the
-            graph then.
+            image and class. R is 0 if no image has a class; even then the result is part of the graph.
 
         Raises:
-            ValueError: if the labels do not lie on the query grid or are not integers.
+            ValueError: if the labels are not on the query grid or are not integers.
         """
         expected = (self.shape[0], *self.query_hw)
         if tuple(labels.shape) != expected:
@@ -95,7 +94,7 @@ class BaseAttentionMap(ABC):
 
 
 def attend(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(query key^T * scale + bias), (..., P, S), of queries (..., P, d) and keys (..., S, d)."""
+    """Computes softmax(query key^T * scale + bias), (..., P, S), from queries (..., P, d) and keys (..., S, d)."""
     with full_precision(query):
         dtype = working_dtype(query, key)
         scores = query.to(dtype) @ (key.to(dtype) * scale).mT

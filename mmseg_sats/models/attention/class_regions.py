@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Where the foreground classes of a batch of labels lie, on one grid or several at once.
+"""The positions of the foreground classes of a batch of labels, on one grid or several at once.
 
-A GPU computes in the background until its results are asked for. How many positions a class has
-decides the sizes of what follows, so it must be asked for; once for all the grids of a backbone.
+The number of positions of each class determines the sizes of later tensors, so it must be read from the
+GPU. Such a read waits for the GPU, so it is made only once for all grids of a backbone.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,22 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class ClassRegions:
-    """The class regions of a batch of label maps: each foreground class's positions in each image.
+    """The class regions of a batch of label maps: the positions of each foreground class in each image.
 
-    Those of an image have the slots 0, 1, ... in the order of their classes.
+    The regions of an image are numbered 0, 1, ... in the order of their classes; this number is a
+    region's slot.
 
     Args:
-        slots: (B, L) long, for each position the slot of its region, -1 on background and ignore.
-        order: (B, L) long, each image's positions, those of the foreground first; image b's are
-            counted from b * L.
+        slots: (B, L) long, the slot of the region of each position, -1 for background and ignore.
+        order: (B, L) long, the positions of each image, those of the foreground first. Positions of
+            image b are counted from b * L.
         ordered_slots: (B, L) long, the slots in that order.
-        shares: (B, width) float64, what a position of each region is to the region's mean: 1 / its
-            number of positions, or 0 where the image has fewer regions.
+        shares: (B, width) float64, the weight of a position in the mean of each region: 1 / the region's
+            number of positions, or 0 for slots without a region.
         presence: (B, K) bool, on the CPU, which foreground labels below K each image has.
         table: (4, R) long, on the CPU: image, class, slot and number of positions of each region,
             ordered by image, then class.
-        rows: for each image, its number of foreground positions.
+        rows: the number of foreground positions of each image.
     """
 
     slots: Tensor
@@ -46,7 +47,7 @@ class ClassRegions:
 
     @property
     def width(self) -> int:
-        """The slots of an image."""
+        """The number of slots of an image."""
         return self.shares.shape[1]
 
     @cached_property
@@ -56,16 +57,16 @@ class ClassRegions:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(B, longest): the foreground's part of ``order``; images with less go on in background."""
+        """(B, longest): the foreground positions of ``order``; shorter images are padded with background positions."""
         return self.order[:, : max(self.rows, default=0)].contiguous()
 
     @cached_property
     def pads(self) -> Tensor:
-        """(B, longest) bool: which of ``positions`` are background that only pads a row."""
+        """(B, longest) bool: which of ``positions`` are padding, i.e. background."""
         return self.ordered_slots[:, : self.positions.shape[1]] < 0
 
     def weights(self, dtype: torch.dtype) -> Tensor:
-        """(B, width, longest): each of ``positions`` in the means of the image's regions."""
+        """(B, width, longest): the weight of each of ``positions`` in the means of the image's regions."""
         if dtype not in self._weights:
             slots = self.ordered_slots[:, : self.positions.shape[1]].unsqueeze(1)
             number = _numbers(self.width, slots.device).unsqueeze(1)
@@ -78,15 +79,15 @@ class ClassRegions:
 def find_regions(
     labels: Tensor, ignore_index: int = 255, num_labels: int | None = None
 ) -> ClassRegions:
-    """The class regions of label maps, background (0) and ``ignore_index`` left out.
+    """Finds the class regions of label maps, without background (0) and ``ignore_index``.
 
     Args:
         labels: (B, h, w) integer labels.
         ignore_index: the label that belongs to no class.
-        num_labels: an upper bound of the labels, where known; spares a device synchronisation.
+        num_labels: a number that all labels are below, if known; saves a device synchronisation.
 
     Raises:
-        ValueError: if a label other than ``ignore_index`` is negative, or not under the bound.
+        ValueError: if a label other than ``ignore_index`` is negative or not below ``num_labels``.
     """
     flat = labels.flatten(1).long()
     if num_labels is None:
@@ -97,9 +98,9 @@ def find_regions(
 def find_regions_on_grids(
     labels: Tensor, grids: Sequence[Grid], ignore_index: int = 255, num_labels: int | None = None
 ) -> dict[Grid, ClassRegions]:
-    """The same on several grids (h, w), to which labels (B, H, W) are brought by nearest neighbour.
+    """Finds the regions on several grids (h, w), to which labels (B, H, W) are resized by nearest neighbour.
 
-    With a bound, those labels alone are looked at that a grid takes.
+    With ``num_labels``, only the labels that are used on a grid are checked.
     """
     if num_labels is None:
         num_labels = _count_labels(labels.long(), ignore_index)
@@ -113,7 +114,7 @@ def find_regions_on_grids(
 def _find(
     labels: Tensor, lengths: tuple[int, ...], ignore_index: int, num_labels: int
 ) -> list[ClassRegions]:
-    """The regions of (B, P) long labels, in which the grids' positions stand one grid after the other.
+    """The regions of (B, P) long labels, which are the positions of all grids, one grid after the other.
 
     Raises:
         ValueError: if a label other than ``ignore_index`` is not in 0..num_labels - 1.
@@ -122,18 +123,18 @@ def _find(
     batch, device = len(labels), labels.device
     layout = _layout(batch, lengths, device)
     foreground = (labels != 0) & (labels != ignore_index)
-    # Label `num_labels` stands for all that are out of range: -1 is so in remainders.
+    # All labels out of range become `num_labels`; for -1 this is done by the remainder.
     known = labels.where(foreground, 0).clamp(-1, num_labels) % cells
     cell = known + layout.grid * cells
     counts = labels.new_zeros(batch, len(lengths) * cells)
     counts.scatter_add_(1, cell, foreground.long())
-    # What needs no answer is asked of the device before it is waited for.
+    # Work that does not depend on the counts is queued on the device before waiting for them.
     slots = ((counts > 0).view(batch, len(lengths), cells).cumsum(2) - 1).flatten(1).gather(1, cell)
     slots.masked_fill_(~foreground, -1)
     place = layout.foreground_first(foreground)
     order = torch.empty_like(place).scatter_(1, place, layout.position.expand_as(place))
     ordered_slots = torch.empty_like(place).scatter_(1, place, slots)
-    # One copy to the host tells every size that is needed there.
+    # A single copy to the CPU provides all sizes.
     host = counts.cpu().view(batch, len(lengths), cells).transpose(0, 1)
     if host[..., num_labels].any():
         wrong = labels[known == num_labels].unique().tolist()
@@ -150,7 +151,7 @@ def _find(
     width = int(slot.max()) + 1 if len(slot) else 0
     shares = torch.zeros(*host.shape[:2], width, dtype=torch.float64)
     shares[grid, image, slot] = count.double().reciprocal()
-    # One copy to the device, and the rest are views of it.
+    # A single copy to the device; each grid gets a view of it.
     shares = shares.to(device, non_blocking=True)
     return [
         ClassRegions(*parts)
@@ -168,7 +169,7 @@ def _find(
 
 
 def _count_labels(labels: Tensor, ignore_index: int) -> int:
-    """The largest of the long labels plus one, ``ignore_index`` aside; one device synchronisation.
+    """The largest label except ``ignore_index``, plus one. This synchronises with the device once.
 
     Raises:
         ValueError: if a label other than ``ignore_index`` is negative.
@@ -183,13 +184,14 @@ def _count_labels(labels: Tensor, ignore_index: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Several grids' positions in a row, P in all, for B images.
+    """The positions of several grids one after the other, P in all, for B images.
 
     Args:
-        grid: (P,) long, the grid of each position.
-        start: (P,) long, where that grid starts.
-        last: (grids,) long, where each grid ends.
-        position: (B, P) long, the number within the grid, image b's counted from b times its length.
+        grid: (P,) long, the index of each position's grid.
+        start: (P,) long, the first position of that grid.
+        last: (grids,) long, the last position of each grid.
+        position: (B, P) long, each position's index within its grid. Those of image b are counted from b
+            times the grid's length.
     """
 
     grid: Tensor
@@ -198,7 +200,7 @@ class _Layout:
     position: Tensor
 
     def foreground_first(self, foreground: Tensor) -> Tensor:
-        """The place (B, P) of each position once the foreground's stand first in each grid."""
+        """The new index (B, P) of each position if, in each grid, the foreground positions are moved to the front."""
         ahead = foreground.cumsum(1)
         until = F.pad(ahead.index_select(1, self.last), (1, 0))
         before = (until[:, :-1].index_select(1, self.grid), until[:, 1:].index_select(1, self.grid))
@@ -222,7 +224,7 @@ def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layo
 
 @lru_cache(maxsize=16)
 def _nearest(size: Grid, grids: tuple[Grid, ...], device: torch.device) -> Tensor:
-    """For each position of the grids, which of H * W pixels it takes, by torch's own rule."""
+    """The index of the pixel, of H * W, that ``F.interpolate(mode='nearest')`` takes for each position of the grids."""
     with torch.inference_mode(False):
         flat = [
             _nearest_places(size[0], grid[0])[:, None] * size[1] + _nearest_places(size[1], grid[1])
@@ -232,7 +234,7 @@ def _nearest(size: Grid, grids: tuple[Grid, ...], device: torch.device) -> Tenso
 
 
 def _nearest_places(source: int, size: int) -> Tensor:
-    """(size,): the place that each takes of an axis, in float32, in which labels would be resized."""
+    """(size,): the source index for each position along an axis, found by resizing the indices in float32."""
     axis = torch.arange(source, dtype=torch.float32).view(1, 1, source, 1)
     return F.interpolate(axis, (size, 1), mode='nearest').flatten().long()
 

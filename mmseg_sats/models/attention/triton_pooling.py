@@ -1,10 +1,11 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Region means of attention on a GPU, in four Triton kernels in place of some forty launches.
+"""Region means of attention on a GPU, in four Triton kernels instead of about forty kernel launches.
 
-The same sums as ``attention._RegionMean``, whose chunks a GPU finishes sooner than the processor can
-ask for them. Forward finds each foreground row's log of the sum of exponentials, then the means; of a
-row nothing else is kept. Backward computes the scores anew, once for the queries' gradients and once
-for the keys'. Nothing is added up in an order that could change from run to run.
+This computes the same sums as ``attention_map._RegionMean``, whose kernels a GPU finishes faster than the
+CPU can launch them. Forward computes for each foreground row the log of the sum of exponentials, which
+is all that is saved of a row, and then the means. Backward computes the scores again, once for the
+gradients of the queries and once for those of the keys. The order of all sums is fixed, so the results
+are the same in every run.
 
 With A = softmax(Q K^T * scale), rows m, keys n, share s_m of a row in its region's mean r(m) and G the
 gradient of the means: dA_mn = s_m G_r(m)n, dS = A * (dA - sum_n A dA), dQ = scale dS K, dK = scale dS^T Q.
@@ -22,17 +23,17 @@ from torch.autograd.function import once_differentiable
 
 from mmseg_sats.models.attention.class_regions import ClassRegions, find_regions
 
-# About as many as keep a large GPU busy: where keys and images are few, the rows are split among them.
+# About as many programs as keep a large GPU busy. If there are few keys and images, the rows are split too.
 PROGRAMS = 256
-# What a program has room for.
+# The largest head dimension and number of slots that a program has memory for.
 LARGEST_DIM, LARGEST_WIDTH = 128, 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Arguments that Triton makes no kernel of its own for: rows and width are others in every batch.
+# Arguments whose values Triton must not specialise kernels for: rows and width change with every batch.
 CHANGING = ['slots_b', 'items', 'heads', 'rows', 'length', 'width']
 
 
 def can_fuse(query: Tensor, key: Tensor, regions: ClassRegions) -> bool:
-    """Whether the kernels are made for these queries (B, heads, L, d) and keys (B, heads, S, d)."""
+    """Whether the kernels support these queries (B, heads, L, d) and keys (B, heads, S, d)."""
     return (
         query.dtype in DTYPES
         and key.dtype in DTYPES
@@ -42,12 +43,12 @@ def can_fuse(query: Tensor, key: Tensor, regions: ClassRegions) -> bool:
 
 
 def kernels_run(device: torch.device) -> bool:
-    """Whether Triton can make kernels for the device; it says in the log why it cannot."""
+    """Whether Triton can compile and run the kernels on the device; if not, the reason is logged."""
     regions = find_regions(torch.ones(1, 4, 4, dtype=torch.long, device=device))
     query = torch.zeros(1, 1, 16, 16, device=device)
     try:
         FusedRegionMean.apply(query, query, 1.0, regions)
-    except Exception as error:  # a compiler or a driver is missing, say
+    except Exception as error:  # e.g. a missing compiler or driver
         print_log(
             f'Triton makes no kernels for {device}, so attention is pooled in chunks, which takes '
             f'longer: {error}',
@@ -60,7 +61,7 @@ def kernels_run(device: torch.device) -> bool:
 
 @triton.jit
 def _scores(query, key, scale, keys, num_keys, FLOAT: tl.constexpr):
-    """(BM, BN) scaled products, -inf beyond the last key."""
+    """The scaled dot products (BM, BN), -inf beyond the last key."""
     if FLOAT:
         query, key = query.to(tl.float32), key.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), input_precision='tf32x3')
@@ -74,7 +75,7 @@ def _load_rows(
     query, query_b, query_h, query_l, query_d, positions, slots, slots_b,
     image, head, start, rows, length, dim, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A block's queries (BM, BD), slots (BM,) with -1 beyond the last row, and places (BM,)."""
+    """The queries (BM, BD), slots (BM,), -1 beyond the last row, and positions (BM,) of BM rows."""
     row = start + tl.arange(0, BM)
     slot = tl.load(slots + image * slots_b + row, mask=row < rows, other=-1)
     place = tl.load(positions + image * rows + row, mask=slot >= 0, other=0) - image * length
@@ -90,7 +91,7 @@ def _load_rows(
 def _load_keys(
     key, key_b, key_h, key_s, key_d, image, head, keys, num_keys, dim, BD: tl.constexpr
 ):
-    """(BN, BD)"""
+    """The keys (BN, BD), 0 beyond the last key."""
     column = tl.arange(0, BD)
     pointers = key + image * key_b + head * key_h + keys[:, None] * key_s + column[None, :] * key_d
     return tl.load(pointers, mask=(keys < num_keys)[:, None] & (column < dim)[None, :], other=0.0)
@@ -98,7 +99,7 @@ def _load_keys(
 
 @triton.jit
 def _shares(shares, slot, image, width, BW: tl.constexpr):
-    """(BM, BW): a row's share in each of the image's means."""
+    """The weight of each row in each of the image's means, (BM, BW)."""
     number = tl.arange(0, BW)
     share = tl.load(shares + image * width + number, mask=number < width, other=0.0)
     return tl.where(slot[:, None] == number[None, :], share.to(tl.float32)[None, :], 0.0)
@@ -110,7 +111,7 @@ def _log_sums_kernel(
     positions, slots, slots_b, log_sums, scale, heads, rows, length, num_keys, dim,
     FLOAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """log sum_n exp(score) of each row, (B, heads, rows)."""
+    """Writes log sum_n exp(score) of each row, (B, heads, rows)."""
     item = tl.program_id(1).to(tl.int64)
     image, head = item // heads, item % heads
     start = tl.program_id(0) * BM
@@ -138,7 +139,7 @@ def _means_kernel(
     scale, items, heads, rows, length, num_keys, dim, width,
     FLOAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Some keys of the means, of every so many blocks of rows: (splits, B, heads, width, S)."""
+    """Writes the means for BN keys, summed over one split of the rows: (splits, B, heads, width, S)."""
     item = tl.program_id(2).to(tl.int64)
     image, head = item // heads, item % heads
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -162,7 +163,7 @@ def _means_kernel(
 
 @triton.jit
 def _load_gradient(grad, item, width, keys, num_keys, BW: tl.constexpr):
-    """(BW, BN) of the means' gradient."""
+    """The gradient of the means for BN keys, (BW, BN)."""
     number = tl.arange(0, BW)
     pointers = grad + (item * width + number[:, None]) * num_keys + keys[None, :]
     mask = (number < width)[:, None] & (keys < num_keys)[None, :]
@@ -176,7 +177,7 @@ def _grad_query_kernel(
     scale, heads, rows, length, num_keys, dim, width,
     FLOAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """The rows' gradients, into (B, L, heads, d), and sum_n A dA of each row, (B, heads, rows)."""
+    """Writes the gradients of the queries, (B, L, heads, d), and sum_n A dA of each row, (B, heads, rows)."""
     item = tl.program_id(1).to(tl.int64)
     image, head = item // heads, item % heads
     start = tl.program_id(0) * BM
@@ -216,7 +217,7 @@ def _grad_key_kernel(
     scale, items, heads, rows, length, num_keys, dim, width,
     FLOAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Some keys' gradients from every so many blocks of rows: (splits, B, heads, S, d)."""
+    """Writes the gradients of BN keys, summed over one split of the rows: (splits, B, heads, S, d)."""
     item = tl.program_id(2).to(tl.int64)
     image, head = item // heads, item % heads
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -242,7 +243,7 @@ def _grad_key_kernel(
 
 
 class _Call:
-    """The sizes and arguments that the kernels share."""
+    """The sizes and arguments that all kernels get."""
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, regions: ClassRegions) -> None:
         self.batch, self.heads, self.length, self.dim = query.shape
@@ -251,7 +252,7 @@ class _Call:
         self.items = self.batch * self.heads
         columns = max(16, triton.next_power_of_2(self.dim))
         itemsize = max(query.element_size(), key.element_size())
-        # Blocks of 128 bytes a row leave room in the shared memory of smaller GPUs too.
+        # Rows of at most 128 bytes in blocks of 64 also fit into the shared memory of smaller GPUs.
         block = 64 if columns * itemsize <= 128 else 32
         self.blocks = triton.cdiv(self.rows, block), triton.cdiv(self.keys, block)
         self.splits = max(1, min(self.blocks[0], PROGRAMS // max(1, self.items * self.blocks[1])))
@@ -272,23 +273,23 @@ class _Call:
 
     @property
     def by_rows(self) -> tuple[int, int]:
-        """The programs that have some rows each."""
+        """The launch grid of kernels in which each program has some of the rows."""
         return self.blocks[0], self.items
 
     @property
     def by_keys(self) -> tuple[int, int, int]:
-        """The programs that have some keys each."""
+        """The launch grid of kernels in which each program has some of the keys."""
         return self.blocks[1], self.splits, self.items
 
 
 class FusedRegionMean(torch.autograd.Function):
-    """Region means of the attention; saves queries, keys, positions and a number for each row."""
+    """Region means of the attention. Saves queries, keys, positions and one number per row for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, scale: float, regions: ClassRegions
     ) -> Tensor:
-        """Means (B, heads, width, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
+        """Computes means (B, heads, width, S) from queries (B, heads, L, d) and keys (B, heads, S, d)."""
         call = _Call(query, key, scale, regions)
         log_sums = query.new_empty(call.items, call.rows, dtype=torch.float32)
         means = query.new_empty(
@@ -309,7 +310,7 @@ class FusedRegionMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients like queries and keys, from that of the means (B, heads, width, S)."""
+        """Computes the gradients of queries and keys from that of the means (B, heads, width, S)."""
         query, key, log_sums = ctx.saved_tensors
         call = _Call(query, key, ctx.scale, ctx.regions)
         grad = grad.contiguous()

@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Self-attention within windows, and with a bias on the scores, as a value.
+"""The attention map of a layer that attends within windows, with an optional bias on the scores.
 
-A row of such a layer is a row over all the image's keys that is 0 outside its window. That is what
-eq. (1) of SATS takes its means of, so a region's mean holds, in the keys of each window, the sum of the
-region's rows in that window divided by all the region's positions. Each key is in one window, so
-windows are pooled side by side at the cost of L * tokens, not L * S.
+A row of such a map is a row over all keys of the image that is 0 outside the row's window. Eq. (1) of SATS
+takes the means of these rows. So for the keys of a window, a region's mean is the sum of the region's rows
+in that window divided by the number of all positions of the region. Since each key is in one window, the
+windows are pooled separately, which costs L * tokens instead of L * S.
 """
 
 from collections.abc import Callable
@@ -26,17 +26,17 @@ from mmseg_sats.models.precision import full_precision, working_dtype
 class WindowAttentionMap(BaseAttentionMap):
     """softmax(query key^T * scale + bias) in each window, before attention dropout.
 
-    L is the number of places of the grid, and S that of all tokens. Tokens without a place (padding, extra
-    tokens) ask nothing, so the map has no rows for them; as keys they stay, since the softmax of their window
-    counts them, in front of those of the grid (``extra_keys``).
+    L is the number of positions of the grid, and S that of all tokens. Tokens without a position (padding
+    and extra tokens) are not among the queries, so the map has no rows for them. They are among the keys,
+    since the softmax of their window includes them, and come before those of the grid (``extra_keys``).
 
     Args:
         query: (B, windows.count, heads, windows.tokens, d) projected queries.
         key: (B, windows.count, heads, windows.tokens, d) projected keys.
         scale: the factor of the dot products.
-        windows: how the grid is cut.
-        bias: what is added to the scores, e.g. a learned relative position bias and a mask: a shape that
-            expands to (windows.count, heads, windows.tokens, windows.tokens), or None.
+        windows: how the grid is cut into windows.
+        bias: added to the scores, e.g. a learned relative position bias and a mask; its shape must expand to
+            (windows.count, heads, windows.tokens, windows.tokens). None: no bias.
 
     Raises:
         ValueError: if the shapes do not agree.
@@ -74,7 +74,7 @@ class WindowAttentionMap(BaseAttentionMap):
 
     @property
     def extra_keys(self) -> int:
-        """How many keys lie on no place of the image."""
+        """How many keys have no position in the image."""
         return self.windows.extra_keys
 
     @property
@@ -89,20 +89,20 @@ class WindowAttentionMap(BaseAttentionMap):
         return (self.query, self.key) if self.bias is None else (self.query, self.key, self.bias)
 
     def describe(self) -> str:
-        """Kind, shape, grid and windows."""
+        """The kind, shape, grid and windows as text."""
         return f'{super().describe()} in windows {self.windows.size} shifted by {self.windows.shift}'
 
     def detach(self) -> 'WindowAttentionMap':
-        """The same map, cut off from the graph."""
+        """The same map, detached from the graph."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, query=self.query.detach(), key=self.key.detach(), bias=bias)
 
     def in_windows(self) -> Tensor:
-        """The attention of every token to its window's, (B, windows.count, heads, tokens, tokens)."""
+        """The attention between the tokens of each window, (B, windows.count, heads, tokens, tokens)."""
         return attend(self.query, self.key, self.scale, self.bias)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The map's rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
+        """Computes the rows of the query positions ``start:stop``, (B, heads, stop - start, S)."""
         device, tokens = self.query.device, self.windows.tokens
         slots = self.windows.slots(device)[self.extra_keys :][start:stop]
         window, token = slots // tokens, slots % tokens
@@ -114,12 +114,12 @@ class WindowAttentionMap(BaseAttentionMap):
         return own.new_zeros(*own.shape[:3], self.shape[3]).scatter(3, keys, own)
 
     def pool_regions(self, regions: ClassRegions) -> Tensor:
-        """The means of ``pool`` by image and slot, (B, heads, width, S); 0 where a slot is free.
+        """Computes the means of ``pool`` by image and slot, (B, heads, width, S); 0 for slots without a region.
 
-        Some windows are computed at a time, and once more in backward.
+        Windows are computed in chunks, and computed again in the backward pass.
         """
         device, windows = self.query.device, self.windows
-        # A region's slot, of which -1 means none, is another thing than a token's.
+        # `region` holds the slot of each token's region (-1: none). This is not the token's slot in `windows`.
         region = F.pad(regions.slots, (self.extra_keys, 0), value=-1)
         region = region.index_select(1, windows.keys(device).flatten())
         region = region.unflatten(1, (windows.count, windows.tokens))
@@ -127,23 +127,23 @@ class WindowAttentionMap(BaseAttentionMap):
         shares = regions.shares.to(working_dtype(self.query, self.key))[:, None, :, None]
 
         def means(query: Tensor, key: Tensor, bias: Tensor, region: Tensor) -> Tensor:
-            # What background holds must not come in, be it multiplied by 0.
+            # Background must have no effect even if it is not finite: 0 * inf is NaN.
             query = query.masked_fill((region < 0)[:, :, None, :, None], 0)
             weights = torch.where(region.unsqueeze(2) == number, shares, 0).unsqueeze(2)
             return weights @ attend(query, key, self.scale, bias)
 
         with full_precision(self.query):
-            parts = self._by_chunks(means, *self._split(), self._pieces(region, 1))
+            parts = self._by_chunks(means, *self._split(), self._chunks(region, 1))
             by_window = torch.cat(parts, 1).permute(0, 2, 3, 1, 4).flatten(3)
             return by_window.index_select(3, windows.slots(device))
 
     def mean_row_distance(self, other: 'WindowAttentionMap', measure: Measure) -> Tensor:
-        """(B, heads): the mean over all positions of the measure of the two maps' difference of rows.
+        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads).
 
-        Some windows are computed at a time, and once more in backward.
+        Windows are computed in chunks, and computed again in the backward pass.
 
         Raises:
-            ValueError: if the other map's windows are not the same.
+            ValueError: if the other map has other windows.
         """
         if not isinstance(other, WindowAttentionMap) or other.windows != self.windows:
             raise ValueError(
@@ -157,28 +157,28 @@ class WindowAttentionMap(BaseAttentionMap):
             return torch.where(own[6].unsqueeze(1), measure(difference), 0).sum((1, 3))
 
         with full_precision(self.query):
-            parts = self._by_chunks(distances, *self._split(), *other._split(), self._pieces(placed, 0))
+            parts = self._by_chunks(distances, *self._split(), *other._split(), self._chunks(placed, 0))
             return torch.stack(parts).sum(0) / self.shape[2]
 
     def _full_bias(self) -> Tensor:
-        """(windows.count, heads, tokens, tokens)"""
+        """The bias, or zeros if there is none, (windows.count, heads, tokens, tokens)."""
         bias = self.query.new_zeros(1) if self.bias is None else self.bias
         tokens = self.windows.tokens
         return bias.expand(self.windows.count, self.num_heads, tokens, tokens)
 
-    def _pieces(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """What has the windows along ``dim``, in pieces of as many windows as make a chunk."""
-        # Of the shape alone, so that two maps of the same shape are cut alike.
+    def _chunks(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Splits a tensor, whose windows are along ``dim``, into chunks of several windows."""
+        # This depends only on the shape, so that two maps of the same shape are split in the same way.
         elements = self.shape[0] * self.num_heads * self.windows.tokens**2
-        # split, not slices: the gradients of all the pieces are joined once.
+        # split instead of slices, so that the gradients of all chunks are joined only once.
         return tensor.split(max(1, chunk_elements(self.query) // max(1, elements)), dim)
 
     def _split(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Queries, keys and bias in pieces."""
+        """Queries, keys and bias, each split into chunks."""
         return (
-            self._pieces(self.query, 1),
-            self._pieces(self.key, 1),
-            self._pieces(self._full_bias(), 0),
+            self._chunks(self.query, 1),
+            self._chunks(self.key, 1),
+            self._chunks(self._full_bias(), 0),
         )
 
     @staticmethod

@@ -11,26 +11,26 @@ from torch import Tensor
 
 from mmseg_sats.models.attention.class_regions import Grid
 
-# What Swin adds to the score of two tokens which only the cyclic shift made neighbours.
+# Swin adds this to the score of two tokens that are in one window only because of the cyclic shift.
 APART = -100.0
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A grid, padded below and at the right to whole windows, shifted, and cut into windows.
+    """A grid that is padded at the bottom and right to whole windows, shifted, and cut into windows.
 
-    A window's tokens are its extra tokens, then its places row by row; the windows follow each other
-    row by row. All windows' tokens in a row are the slots, ``count * tokens`` of them.
+    The tokens of a window are its extra tokens, then its positions row by row. Windows are ordered row by
+    row. The tokens of all windows, one window after the other, are the ``count * tokens`` slots.
 
     Args:
         hw: (h, w) of the grid.
         size: (height, width) of a window.
         shift: by how much the padded grid is rolled up and to the left before it is cut.
-        extra_tokens: how many tokens without a place stand first in each window; 1 for the class token of
-            a layer with a single window, ``size`` being ``hw``.
+        extra_tokens: how many tokens without a position come first in each window; e.g. 1 for the class
+            token of a layer with a single window, whose ``size`` is ``hw``.
 
     Raises:
-        ValueError: a number that is impossible.
+        ValueError: a number is impossible.
     """
 
     hw: Grid
@@ -39,7 +39,7 @@ class Windows:
     extra_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ('hw', 'size', 'shift'):  # lists would not do as keys of a dict
+        for name in ('hw', 'size', 'shift'):  # they are used as keys of a dict, so they cannot be lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         fits = all(0 <= by < side for by, side in zip(self.shift, self.size, strict=True))
         if min(*self.hw, *self.size) < 1 or not fits or self.extra_tokens < 0:
@@ -66,13 +66,14 @@ class Windows:
 
     @property
     def extra_keys(self) -> int:
-        """The number of slots without a place: padding and extra tokens."""
+        """The number of slots without a position: padding and extra tokens."""
         return self.count * self.tokens - self.hw[0] * self.hw[1]
 
     def keys(self, device: torch.device) -> Tensor:
-        """(count, tokens) long: the key that each slot is.
+        """(count, tokens) long: the index of each slot among the keys of the map.
 
-        Slots without a place come first, in their own order; then the places of the grid row by row.
+        The keys are first the slots without a position, in their order, then the positions of the grid row
+        by row.
         """
         return _layout(self, device).keys
 
@@ -81,9 +82,9 @@ class Windows:
         return _layout(self, device).slots
 
     def mask(self, device: torch.device) -> Tensor | None:
-        """(count, 1, tokens, tokens): Swin's addition to the scores of a shifted grid, None where it has no shift.
+        """(count, 1, tokens, tokens): what Swin adds to the scores of a shifted grid; None if there is no shift.
 
-        -100 for two tokens of a window that are not neighbours on the padded grid.
+        It is -100 for two tokens of a window that come from opposite ends of the padded grid, otherwise 0.
         """
         return _layout(self, device).mask if any(self.shift) else None
 
@@ -117,7 +118,7 @@ def _layout(windows: Windows, device: torch.device) -> _Layout:
 
 
 def _band(shifted: Tensor, windows: Windows, axis: int) -> Tensor:
-    """Which of three bands of the rolled grid a coordinate is in: the last was rolled from the other end."""
+    """Which of three bands of the rolled grid a coordinate is in; the last band was rolled in from the other end."""
     side, shift = windows.padded_hw[axis], windows.shift[axis]
     if not shift:
         return torch.zeros_like(shifted)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Backbones that name their queries and keys."""
+"""mmseg's transformer backbones, which also return their attention maps."""
 
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
 from mmseg_sats.models.backbones.attention_swin import AttentionSwinTransformer

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The Mix Transformer of SegFormer (arXiv:2105.15203), handing out its self-attention too."""
+"""The Mix Transformer of SegFormer (arXiv:2105.15203), which also returns its attention maps."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ from mmseg_sats.utils.spelling import check_choice
 
 @MODELS.register_module()
 class AttentionMixVisionTransformer(MixVisionTransformer):
-    """mmseg's ``MixVisionTransformer``, same parameters and features, plus its attention.
+    """mmseg's ``MixVisionTransformer`` with the same parameters and features, plus its attention maps.
 
     Args:
-        attention_layers: which layers' attention ``forward_with_attention`` returns: ``'last'`` of
-            each stage, or ``'all'``.
-        *args: the arguments of mmseg's ``MixVisionTransformer`` by place.
-        **kwargs: the arguments of mmseg's ``MixVisionTransformer``.
+        attention_layers: the layers whose attention ``forward_with_attention`` returns: the ``'last'``
+            of each block, or ``'all'``.
+        *args: positional arguments of mmseg's ``MixVisionTransformer``.
+        **kwargs: keyword arguments of mmseg's ``MixVisionTransformer``.
 
     Raises:
         ValueError: if ``attention_layers`` is neither of the two.
@@ -45,20 +45,20 @@ class AttentionMixVisionTransformer(MixVisionTransformer):
         return self.forward_with_attention(x)[0]
 
     def forward_with_attention(self, x: Tensor) -> tuple[list[Tensor], tuple[AttentionMap, ...]]:
-        """Features, and the attention before dropout.
+        """Features, and the attention maps before dropout.
 
         Args:
             x: (B, in_channels, H, W) images.
 
         Returns:
-            What ``forward`` returns, and the attention maps from the first stage to the last: one
-            per stage, of its last layer, or one per layer. All stages are there, whatever
+            The result of ``forward``, and the attention maps from the first block to the last: one per
+            block, of its last layer, or one per layer. All blocks are included, whatever
             ``out_indices`` is.
         """
         features: list[Tensor] = []
         attentions: list[AttentionMap] = []
-        # Everything behind is channels last and so a view of tokens; a convolution of an image in
-        # another layout would hand its own on, and the norm behind it would walk across.
+        # With channels-last images, all later feature maps are channels-last too, so that tokens are views of
+        # them and norms read contiguous memory.
         x = x.contiguous(memory_format=torch.channels_last)
         for index, (patch_embed, blocks, norm) in enumerate(self.layers):
             x, hw = patch_embed(x)
@@ -82,17 +82,17 @@ def _layer(
 
 
 def mix_ffn(module: MixFFN, x: Tensor, hw: GridSize, *, identity: Tensor) -> Tensor:
-    """``module(x, hw, identity=identity)`` on tokens throughout.
+    """Computes ``module(x, hw, identity=identity)`` without changing the layout of the tokens.
 
-    The 1 x 1 convolutions are products with the tokens. The depth-wise one sees the tokens as a
-    channels-last image, which is a view both ways, so that the activation and dropout run over
-    memory in order.
+    The 1 x 1 convolutions are computed as linear layers. For the depth-wise convolution, the tokens are
+    viewed as a channels-last image and its result as tokens, without copies, so that activation and
+    dropout read contiguous memory.
 
     Args:
         module: SegFormer's feed-forward layer.
         x: (B, L, C) normalised tokens.
         hw: (h, w) of their grid, L = h * w.
-        identity: (B, L, C), what the residual connection adds.
+        identity: (B, L, C), the residual connection.
 
     Returns:
         (B, L, C)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The Swin Transformer (arXiv:2103.14030), handing out the self-attention of its windows too."""
+"""The Swin Transformer (arXiv:2103.14030), which also returns the attention maps of its windows."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ from mmseg_sats.utils.spelling import check_choice
 
 @MODELS.register_module()
 class AttentionSwinTransformer(SwinTransformer):
-    """mmseg's ``SwinTransformer``, same parameters and features, plus its attention.
+    """mmseg's ``SwinTransformer`` with the same parameters and features, plus its attention maps.
 
-    A layer attends within windows, with a learned bias for the relative position, and every second one
-    shifts the grid before it is cut. A row of its map is 0 outside the window of its position. mmseg pads
-    the grid to whole windows, and the padding takes part: it is among the keys (``extra_keys``), and the
-    rows sum to 1 with it.
+    A layer attends within windows, with a learned bias for the relative position, and every second layer
+    shifts the grid before it is cut into windows. A row of a map is 0 outside the window of its position.
+    mmseg pads the grid to whole windows. The padding also gets attention: it is among the keys
+    (``extra_keys``), so that the rows sum to 1.
 
     Args:
-        *args: the arguments of mmseg's ``SwinTransformer`` by place.
-        attention_layers: which layers' attention ``forward_with_attention`` returns: ``'last'`` of
-            each stage, or ``'all'``.
-        **kwargs: the arguments of mmseg's ``SwinTransformer``.
+        *args: positional arguments of mmseg's ``SwinTransformer``.
+        attention_layers: the layers whose attention ``forward_with_attention`` returns: the ``'last'``
+            of each block, or ``'all'``.
+        **kwargs: keyword arguments of mmseg's ``SwinTransformer``.
 
     Raises:
         ValueError: if ``attention_layers`` is neither of the two.
@@ -42,14 +42,14 @@ class AttentionSwinTransformer(SwinTransformer):
     def forward_with_attention(
         self, x: Tensor
     ) -> tuple[list[Tensor], tuple[WindowAttentionMap, ...]]:
-        """Features, and the attention before dropout.
+        """Features, and the attention maps before dropout.
 
         Args:
             x: (B, in_channels, H, W) images.
 
         Returns:
-            What ``forward`` returns, and the attention maps from the first stage to the last: one
-            per stage, of its last layer, or one per layer. All stages are there, whatever
+            The result of ``forward``, and the attention maps from the first block to the last: one per
+            block, of its last layer, or one per layer. All blocks are included, whatever
             ``out_indices`` is.
         """
         features: list[Tensor] = []
@@ -82,9 +82,9 @@ def _layer(layer: SwinBlock, x: Tensor, hw: GridSize) -> tuple[Tensor, WindowAtt
 def _attend_in_windows(
     module: ShiftWindowMSA, x: Tensor, hw: GridSize
 ) -> tuple[Tensor, WindowAttentionMap]:
-    """What ``module(x, hw)`` returns for tokens (B, L, C), and its map."""
+    """The result of ``module(x, hw)`` for tokens (B, L, C), and its attention map."""
     windows = Windows(hw, (module.window_size,) * 2, (module.shift_size,) * 2)
-    # A key without a place is padding: mmseg's is 0 when it enters the projection.
+    # Keys outside the grid are padding, which in mmseg is 0 at the input of the projection.
     padded = F.pad(x, (0, 0, windows.extra_keys, 0))
     tokens = padded.index_select(1, windows.keys(x.device).flatten())
     out, attention = _attend(module.w_msa, tokens, windows)
@@ -93,7 +93,7 @@ def _attend_in_windows(
 
 
 def _attend(module: WindowMSA, x: Tensor, windows: Windows) -> tuple[Tensor, WindowAttentionMap]:
-    """The attention of the windows' tokens (B, count * tokens, C), in mmseg's own steps."""
+    """The attention of the windows' tokens (B, count * tokens, C), computed in the same steps as in mmseg."""
     heads = module.num_heads
     packed = module.qkv(x.flatten(0, 1)).view(len(x), windows.count, windows.tokens, 3, heads, -1)
     query, key, value = packed.permute(3, 0, 1, 4, 2, 5)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The Twins transformers (arXiv:2104.13840), handing out the self-attention of their global layers."""
+"""The Twins transformers (arXiv:2104.13840), which also return the attention maps of their global layers."""
 
 from typing import Any
 
@@ -19,17 +19,17 @@ from mmseg_sats.utils.spelling import check_choice
 
 
 class _TwinsWithAttention:
-    """What both Twins share; stands before mmseg's class.
+    """The common part of both Twins, a mixin to put before mmseg's class in the list of bases.
 
-    Every second layer of a stage of SVT attends within windows. There a position sees its window
-    alone, so there is no map over the image: the global, sub-sampled layers alone hand out theirs.
+    In SVT, every second layer of a block attends within windows, so its attention does not cover the
+    whole image. Only the maps of the global, sub-sampled layers are returned.
 
     Args:
-        attention_layers: which of the global layers: ``'last'`` of each stage, or ``'all'``.
-        **kwargs: the arguments of mmseg's class.
+        attention_layers: which global layers' maps are returned: the ``'last'`` of each block, or ``'all'``.
+        **kwargs: keyword arguments of mmseg's class.
 
     Raises:
-        ValueError: if ``attention_layers`` is neither of the two, or a stage has no global layer.
+        ValueError: if ``attention_layers`` is neither of the two, or a block has no global layer.
     """
 
     def __init__(self, *, attention_layers: str = 'last', **kwargs: Any) -> None:
@@ -53,15 +53,15 @@ class _TwinsWithAttention:
     def forward_with_attention(
         self, x: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[AttentionMap, ...]]:
-        """Features, and the attention before dropout.
+        """Features, and the attention maps before dropout.
 
         Args:
             x: (B, in_channels, H, W) images.
 
         Returns:
-            What ``forward`` returns, and the attention maps from the first stage to the last: one
-            per stage, of its last global layer, or one per global layer. All stages are there,
-            whatever ``out_indices`` is.
+            The result of ``forward``, and the attention maps from the first block to the last: one per
+            block, of its last global layer, or one per global layer. All blocks are included, whatever
+            ``out_indices`` is.
         """
         features: list[Tensor] = []
         attentions: list[AttentionMap] = []
@@ -87,12 +87,12 @@ class _TwinsWithAttention:
 
 @MODELS.register_module()
 class AttentionPCPVT(_TwinsWithAttention, PCPVT):
-    """mmseg's ``PCPVT``, same parameters and features, plus its attention; all layers are global."""
+    """mmseg's ``PCPVT`` with the same parameters and features, plus its attention maps. All layers are global."""
 
 
 @MODELS.register_module()
 class AttentionSVT(_TwinsWithAttention, SVT):
-    """mmseg's ``SVT``, same parameters and features, plus the attention of its global layers."""
+    """mmseg's ``SVT`` with the same parameters and features, plus the attention maps of its global layers."""
 
 
 def _global_layer(

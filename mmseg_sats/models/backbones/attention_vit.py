@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The Vision Transformer (arXiv:2010.11929), handing out its self-attention too."""
+"""The Vision Transformer (arXiv:2010.11929), which also returns its attention maps."""
 
 from typing import Any
 
@@ -21,19 +21,19 @@ from mmseg_sats.utils.spelling import check_choice
 
 @MODELS.register_module()
 class AttentionVisionTransformer(VisionTransformer):
-    """mmseg's ``VisionTransformer``, same parameters and features, plus its attention.
+    """mmseg's ``VisionTransformer`` with the same parameters and features, plus its attention maps.
 
-    A plain transformer has no stages. Its blocks are taken to be the layers up to each of
-    ``out_indices``, so that the blocks of attention and those of features are the same.
+    A plain transformer is not divided into blocks. Here a block consists of the layers up to an index in
+    ``out_indices``, so that attention maps and features have the same blocks.
 
-    The class token has no place in the image and hence no class: it is no query of the maps. As a
-    key it stays: every row of the softmax counts it, and what a region gives to it is a relation
-    like any other. It is the first key (``extra_keys`` is 1), and the rows still sum to 1.
+    The class token has no position in the image and so no label: it is not among the queries of the maps.
+    It is kept as the first key (``extra_keys`` is 1), because the softmax includes it, so that the rows
+    sum to 1.
 
     Args:
-        attention_layers: which layers' attention ``forward_with_attention`` returns: ``'last'`` of
-            each block, or ``'all'``.
-        **kwargs: the arguments of mmseg's ``VisionTransformer``.
+        attention_layers: the layers whose attention ``forward_with_attention`` returns: the ``'last'``
+            of each block, or ``'all'``.
+        **kwargs: keyword arguments of mmseg's ``VisionTransformer``.
 
     Raises:
         ValueError: if ``attention_layers`` is neither of the two.
@@ -45,23 +45,23 @@ class AttentionVisionTransformer(VisionTransformer):
         self.attention_layers = attention_layers
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
-        """What mmseg's returns for images (B, in_channels, H, W).
+        """The same as mmseg's ``forward`` for images (B, in_channels, H, W).
 
-        Features (B, C, h, w) of the ``out_indices``, each in a list with the class token (B, C) where
-        ``output_cls_token`` asks so, those of the embedding in front under ``out_origin``.
+        Features (B, C, h, w) of the ``out_indices``. With ``output_cls_token``, each is in a list with the
+        class token (B, C); with ``out_origin``, the features of the embedding come first.
         """
         return self.forward_with_attention(x)[0]
 
     def forward_with_attention(
         self, x: Tensor
     ) -> tuple[tuple[Any, ...], tuple[AttentionMap, ...]]:
-        """Features, and the attention before dropout.
+        """Features, and the attention maps before dropout.
 
         Args:
             x: (B, in_channels, H, W) images, square or not.
 
         Returns:
-            What ``forward`` returns, and the attention maps from the first layer to the last: one
+            The result of ``forward``, and the attention maps from the first layer to the last: one
             per index in ``out_indices``, or one per layer.
         """
         x, hw = self._embed(x)
@@ -81,7 +81,7 @@ class AttentionVisionTransformer(VisionTransformer):
         """Tokens (B, L, C) with their positions, the class token first, and the patches' grid."""
         patches, hw = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        # The position embedding has a row for the class token, whether or not that is used.
+        # The position embedding has a row for the class token even if the token is not used.
         tokens = self._pos_embeding(tokens, hw, self.pos_embed)
         tokens = tokens if self.with_cls_token else tokens[:, 1:]
         return self.pre_ln(tokens) if self.pre_norm else tokens, hw

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Whether the attention that a backbone hands out is the one that its layers compute.
+"""Checks that the attention maps that a backbone returns are those that its layers compute.
 
-For people who write ``forward_with_attention``: a map of the wrong queries trains without an error.
+This is for authors of ``forward_with_attention``: a map of the wrong queries trains without an error.
 """
 
 import copy
@@ -19,11 +19,11 @@ from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.models.backbones.check_maps import check_maps
 
-# Relative to each entry of the map, and to the largest of a feature map.
+# Relative to each entry of an attention map, and to the largest entry of a feature map.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
-# By how much the weights are moved: a bias that starts at 0 would not show where it is missing.
+# Standard deviation of the noise on the weights. Without it, a missing bias that starts at 0 would not show.
 NOISE = 0.02
-# PyTorch 2.4 has no second kind.
+# PyTorch 2.4 does not have the second one.
 SOFTMAXES = [
     getattr(torch.ops.aten, name).default
     for name in ('_softmax', '_safe_softmax')
@@ -33,11 +33,11 @@ SOFTMAXES = [
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What a block's map was compared with.
+    """The result of comparing a block's map.
 
     Args:
-        map: the map's shape and grid, in words.
-        layer: the softmax of ``forward`` that it equals, counted from 1.
+        map: the map's shape and grid, as text.
+        layer: number of the softmax of ``forward`` that the map equals, counted from 1.
         difference: the largest difference of an entry.
     """
 
@@ -48,15 +48,15 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class AttentionReport:
-    """What ``check_attention`` compared; its text has a line for each block.
+    """The result of ``check_attention``; ``str`` gives a line for each block.
 
     Args:
-        backbone: the backbone's class.
+        backbone: the name of the backbone's class.
         images: the shape of the images.
         dtype: the precision in which it was run.
         features: how many feature maps there are.
         layers: how many softmaxes ``forward`` computed.
-        blocks: one for each map.
+        blocks: one report for each map.
     """
 
     backbone: str
@@ -80,7 +80,7 @@ class AttentionReport:
 
 
 def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
-    """Compares what ``forward_with_attention`` hands out with what ``forward`` computes.
+    """Compares the maps that ``forward_with_attention`` returns with what ``forward`` computes.
 
     A copy of the backbone is run in eval mode and, where it can be, in double precision, its weights moved a
     little at random, so that biases which start at 0 count. The features must be those of ``forward``. Each map
@@ -88,19 +88,19 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
     over the last dimension is listened to, those of ``scaled_dot_product_attention`` and
     ``nn.MultiheadAttention`` among them.
 
-    It cannot see in which order a layer has its tokens; that of the map must be row by row. An image that is
-    not square shows a grid whose height and width are swapped.
+    The check cannot see the order of tokens in a layer; in the map they must be row by row. To find a grid
+    whose height and width are swapped, use an image that is not square.
 
     Args:
         backbone: has ``forward_with_attention(x) -> (features, attentions)``.
-        image: (B, C, H, W), small, since the maps are built as a whole; a single one is joined by its mirror
-            image, so that heads mixed up with images show.
+        image: (B, C, H, W), small, since complete maps are built. A single image is run together with its
+            mirror image, so that confusing heads with images is found.
 
     Returns:
-        What was compared with what.
+        A report of what was compared.
 
     Raises:
-        ValueError: something differs, named with its block, or nothing could be compared.
+        ValueError: something differs (the message names the block), or nothing could be compared.
     """
     if not hasattr(backbone, 'forward_with_attention'):
         raise ValueError(f'{type(backbone).__name__} has no forward_with_attention')
@@ -112,7 +112,7 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             outputs = _run(backbone, images, torch.float64)
-        except (RuntimeError, TypeError):  # something in it is float32 for good
+        except (RuntimeError, TypeError):  # something in the backbone works only in float32
             outputs = _run(backbone, images, torch.float32)
         dtype, expected, computed, result = outputs
         features, maps = check_maps(result, images)
@@ -141,9 +141,9 @@ def check_attention(backbone: nn.Module, image: Tensor) -> AttentionReport:
 def _run(
     backbone: nn.Module, images: Tensor, dtype: torch.dtype
 ) -> tuple[torch.dtype, Sequence[Any], list[Tensor], Any]:
-    """The dtype, the features and the softmaxes of ``forward``, and what ``forward_with_attention`` returns."""
+    """The dtype, the features and softmaxes of ``forward``, and the result of ``forward_with_attention``."""
     own = copy.deepcopy(backbone).to(dtype)
-    own.eval()  # of which mmseg's ViT returns nothing
+    own.eval()  # not chained, because mmseg's ViT returns None from it
     generator = torch.Generator().manual_seed(0)
     for parameter in own.parameters():
         if parameter.is_floating_point():
@@ -156,7 +156,7 @@ def _run(
 
 
 class _Softmaxes(TorchDispatchMode):
-    """Keeps what each softmax over the last dimension gives."""
+    """Records the result of each softmax over the last dimension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class _Softmaxes(TorchDispatchMode):
 
 @contextmanager
 def _heard_softmaxes() -> Iterator[list[Tensor]]:
-    """The softmaxes computed under it, with PyTorch's fused kernels for attention turned off."""
+    """A context that records all softmaxes; PyTorch's fused attention kernels, which hide them, are turned off."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -213,7 +213,7 @@ def _compare_features(got: Any, expected: Any, tolerance: float) -> None:
 def _find(
     index: int, attention: BaseAttentionMap, computed: Sequence[Tensor], used: set[int], tolerance: float
 ) -> BlockReport:
-    """The layer, of those not used yet, whose attention the map is."""
+    """Finds the layer whose attention equals the map, among those that no other map has used."""
     nearest = float('inf')
     for layer, weights in enumerate(computed, 1):
         for own, theirs in _pairs(attention, weights) if layer not in used else ():
@@ -236,7 +236,7 @@ def _find(
 
 
 def _pairs(attention: BaseAttentionMap, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The map, and what a layer computed in the map's shape; nothing where that has no such shape."""
+    """Pairs of the map and a layer's softmax in the map's shape; none if the softmax does not fit that shape."""
     if isinstance(attention, WindowAttentionMap):
         own = attention.in_windows()
         if weights.shape[-2:] == own.shape[-2:] and weights.numel() == own.numel():
@@ -249,5 +249,5 @@ def _pairs(attention: BaseAttentionMap, weights: Tensor) -> Iterator[tuple[Tenso
     if weights.shape[-1] == keys and rows >= length and weights.numel() == batch * heads * rows * keys:
         own, theirs = attention.dense(), weights.reshape(batch, heads, rows, keys)
         yield own, theirs[:, :, rows - length :]
-        if rows > length:  # tokens without a place stand behind
+        if rows > length:  # the extra tokens may also come after those of the grid
             yield own, theirs[:, :, :length].roll(attention.extra_keys, 3)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Whether what a backbone hands out as its attention can be that: the cheap part of ``check_attention``."""
+"""Checks that what a backbone returns as attention maps is plausible: the fast part of ``check_attention``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,22 +10,22 @@ from torch import Tensor
 from mmseg_sats.models.attention.base import BaseAttentionMap
 from mmseg_sats.models.attention.class_regions import Grid
 
-# How many rows of a map are looked at.
+# How many rows of a map are checked.
 ROWS = 16
 
 
 def check_maps(result: Any, images: Tensor) -> tuple[Sequence[Any], Sequence[BaseAttentionMap]]:
-    """Looks at kinds, shapes, grids, and a few rows of each map.
+    """Checks the types, shapes, grids, and a few rows of each map.
 
     Args:
-        result: what ``forward_with_attention`` returned.
-        images: (B, C, H, W), of what.
+        result: the result of ``forward_with_attention``.
+        images: (B, C, H, W), its argument.
 
     Returns:
         Features and maps.
 
     Raises:
-        ValueError: something is not as it must be, named with its block.
+        ValueError: something is wrong; the message names the block.
     """
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ValueError(
@@ -58,22 +58,22 @@ def check_maps(result: Any, images: Tensor) -> tuple[Sequence[Any], Sequence[Bas
 
 
 def _kind(value: Any) -> str:
-    """What it is, in a few words."""
+    """The type, shape and length of a value, as text."""
     shape = f' {tuple(value.shape)}' if isinstance(value, Tensor) else ''
     size = f' of {len(value)}' if isinstance(value, tuple | list) else ''
     return f'{type(value).__name__}{shape}{size}'
 
 
 def _feature_grid(feature: Any) -> Grid | None:
-    """The grid of a feature map, which may stand first in a list (ViT with its class token)."""
+    """The grid of a feature map, which may be the first item of a list (ViT with its class token)."""
     first = feature[0] if isinstance(feature, tuple | list) and feature else feature
     return tuple(first.shape[2:]) if isinstance(first, Tensor) and first.dim() == 4 else None
 
 
 def _check_proportions(index: int, attention: BaseAttentionMap, grid: Grid, image: Grid) -> None:
-    """A map's grid may be finer or coarser than the features', by the same factor in height and width."""
+    """Checks that a map's grid is that of the features, or finer or coarser by the same factor in both directions."""
     own = attention.query_hw
-    # Patches that are no squares are legal, and show in the features.
+    # Patches need not be square. Then the proportions of the features differ from those of the image.
     of_the_image = not _proportional(grid, image, 0) or _proportional(own, image, 0)
     if own != grid and not (_proportional(own, grid, 1) and of_the_image):
         raise ValueError(
@@ -83,7 +83,7 @@ def _check_proportions(index: int, attention: BaseAttentionMap, grid: Grid, imag
 
 
 def _proportional(grid: Grid, other: Grid, slack: int) -> bool:
-    """Whether two grids may be roundings, up or down, of the same image; ``slack`` is 0 where the other is exact."""
+    """Whether two grids may come from the same image by rounding up or down; ``slack`` is 0 if ``other`` is exact."""
     bounds = [
         ((own - 1) / (side + slack), (own + 1) / max(side - slack, 1e-9))
         for own, side in zip(grid, other, strict=True)

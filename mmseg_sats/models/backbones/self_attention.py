@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""From a stock attention module to its output and its ``AttentionMap``: one part for all backbones.
+"""Runs mmseg's attention modules and returns their output and their ``AttentionMap``, for all backbones.
 
-The stock modules go through ``nn.MultiheadAttention.forward``, which builds the dense map and
-throws it away. Here the same parameters feed ``scaled_dot_product_attention``, and the projected
-queries and keys are what is handed out.
+mmseg's modules call ``nn.MultiheadAttention.forward``, which builds the dense map and discards it. Here
+``scaled_dot_product_attention`` is called with the same parameters, and the map is returned as its
+projected queries and keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from mmseg_sats.models.attention.attention_map import AttentionMap
 
 GridSize = tuple[int, int]
 
-# Which of a block's layers hand out their attention.
+# Which of a block's layers return their attention map.
 ATTENTION_LAYERS = {'last': slice(-1, None), 'all': slice(None)}
 
 
@@ -31,18 +31,18 @@ def attend_with_map(
     key_hw: GridSize | None = None,
     extra_tokens: int = 0,
 ) -> tuple[Tensor, AttentionMap]:
-    """``module(x, context, context)`` without the dense map, and the map as a value.
+    """Computes ``module(x, context, context)`` without the dense map, and returns the map as an ``AttentionMap``.
 
     Args:
         module: PyTorch's attention, with one packed projection for queries, keys and values; its
             ``batch_first`` does not matter.
-        x: (B, extra_tokens + L, C) tokens, which ask.
+        x: (B, extra_tokens + L, C) tokens for the queries.
         hw: (h, w) of their grid, L = h * w.
-        context: (B, S, C) tokens which are asked; ``x`` itself by default.
-        key_hw: (h, w) of the grid of ``context``, S = h * w; needed beside ``context``.
-        extra_tokens: how many tokens of ``x`` stand before those of the grid, e.g. 1 for a class
-            token. They have no place in the image and so no label: the map has no rows for them.
-            They are keys all the same, since every row's softmax counts them.
+        context: (B, S, C) tokens for the keys and values; ``x`` itself by default.
+        key_hw: (h, w) of the grid of ``context``, S = h * w; required with ``context``.
+        extra_tokens: how many tokens of ``x`` come before those of the grid, e.g. 1 for a class
+            token. They have no position in the image and so no label: the map has no rows for them.
+            They are still among the keys, since the softmax includes them.
 
     Returns:
         The output after the output projection (B, extra_tokens + L, C), and the map of the L
@@ -82,18 +82,18 @@ def self_attention(
     identity: Tensor | float,
     extra_tokens: int = 0,
 ) -> tuple[Tensor, AttentionMap]:
-    """mmcv's ``MultiheadAttention``, or mmseg's with spatial reduction, and its map.
+    """Computes mmcv's ``MultiheadAttention``, or mmseg's with spatial reduction, and its attention map.
 
     Args:
         module: ViT's ``MultiheadAttention``, MiT's ``EfficientMultiheadAttention``, Twins'
             ``GlobalSubsampledAttention``.
         x: (B, extra_tokens + L, C) normalised tokens.
         hw: (h, w) of the grid, L = h * w.
-        identity: what the residual connection adds.
+        identity: the residual connection.
         extra_tokens: as in :func:`attend_with_map`.
 
     Returns:
-        What ``module(x, identity=identity)`` returns, and the map.
+        The result of ``module(x, identity=identity)``, and the map.
     """
     context, key_hw = None, None
     if getattr(module, 'sr_ratio', 1) > 1:
@@ -106,13 +106,13 @@ def self_attention(
 
 
 def reduce_tokens(conv: nn.Conv2d, x: Tensor, hw: GridSize) -> tuple[Tensor, GridSize]:
-    """The spatial reduction of tokens, a convolution whose stride is its kernel, as one product.
+    """The spatial reduction of tokens: a convolution with stride = kernel size, computed as a linear layer.
 
     Args:
         conv: from C to D channels, kernel and stride (r, r), without padding.
         x: (B, L, C) tokens.
-        hw: (h, w) of their grid, L = h * w. What is left over of a grid that r does not divide
-            is dropped, as the convolution does.
+        hw: (h, w) of their grid, L = h * w. If r does not divide h or w, the remaining rows or columns are
+            dropped, as the convolution does.
 
     Returns:
         (B, (h // r) * (w // r), D) tokens, and their grid (h // r, w // r).
@@ -136,16 +136,16 @@ def reduce_tokens(conv: nn.Conv2d, x: Tensor, hw: GridSize) -> tuple[Tensor, Gri
 def run_layer(
     step: Callable[..., tuple[Tensor, AttentionMap]], layer: nn.Module, x: Tensor, *args: Any
 ) -> tuple[Tensor, AttentionMap]:
-    """``step(layer, x, *args)``, recomputed in backward where the layer asks so (``with_cp``)."""
+    """Computes ``step(layer, x, *args)``; it is recomputed in the backward pass if the layer's ``with_cp`` is set."""
     if getattr(layer, 'with_cp', False) and x.requires_grad:
         return checkpoint(step, layer, x, *args, use_reentrant=False)
     return step(layer, x, *args)
 
 
 def _project(module: nn.MultiheadAttention, x: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
-    """The given neighbouring parts (0 query, 1 key, 2 value) of the packed projection.
+    """Computes some of queries, keys and values (parts 0, 1 and 2, which must be neighbours) by one product.
 
-    One product gives all the parts, and each is a view (B, heads, L, d) into it.
+    Each returned tensor is a view (B, heads, L, d) of the result.
     """
     dim = module.embed_dim
     chosen = slice(parts[0] * dim, (parts[-1] + 1) * dim)

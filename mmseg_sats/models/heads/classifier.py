@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Classifiers that grow: from the old model's channels to those of the present stage.
+"""Classifiers that grow from the old model's channels to those of the current stage.
 
 All of mmseg's decode heads built on ``BaseDecodeHead`` end in ``conv_seg``, a 1x1 convolution with one
-row per class. Growing happens on the checkpoint, while it is loaded, so every head is built at its final
-size and nothing else of the model has to know.
+row per channel. The rows are added to the checkpoint while it is loaded. So every head is built with its
+final size, and no other part of the model is involved.
 """
 
 import copy
@@ -24,8 +24,8 @@ def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     """MiB's balanced initialisation (Cermelli et al., CVPR 2020, eq. (9) and (10)).
 
     New classes take over the background's weight, and background and new classes share its
-    probability: at the start, the grown model says "background or new" just where the old one said
-    "background".
+    probability. So at the start, the probabilities of background and new classes add up to the old
+    model's probability of background.
     """
     weight, bias = (rows.clone() for rows in old)
     num_new = fresh[0].shape[0] - weight.shape[0]
@@ -35,14 +35,14 @@ def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
 
 
 def _random(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
-    """New rows keep the initial values that the head gave them."""
+    """New rows keep the head's own initial values."""
     weight, bias = (rows.clone() for rows in fresh)
     weight[: old[0].shape[0]], bias[: old[1].shape[0]] = old
     return weight, bias
 
 
 def _from_unknown(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
-    """New classes begin as the unknown class, of which they were a part (SSUL, section 3.2)."""
+    """New classes start as copies of the unknown class, which they were a part of so far (SSUL, section 3.2)."""
     if unknown is None:
         raise ValueError("classifier_init='unknown' needs a checkpoint with an unknown class")
     num_new = fresh[0].shape[0] - old[0].shape[0]
@@ -59,13 +59,13 @@ CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
 def check_head_can_grow(
     name: str, head: nn.Module, cfg: Mapping[str, Any] | None = None
 ) -> None:
-    """Raises TypeError if ``head`` has more per class than the rows of ``conv_seg``, or not even those.
+    """Raises TypeError unless the rows of ``conv_seg`` are all that depends on the number of classes in ``head``.
 
     Args:
         name: the head's name in the segmentor, for the message.
         head: a decode or auxiliary head.
-        cfg: the config it was built from. With it the head is built once more for one class more,
-            which tells what else grows with the classes.
+        cfg: the config that the head was built from. If it is given, the head is built again with one
+            more class, to find other tensors that grow with the classes.
     """
     conv_seg = getattr(head, 'conv_seg', None)
     if not isinstance(conv_seg, nn.Conv2d) or conv_seg.out_channels != head.num_classes:
@@ -82,10 +82,10 @@ def check_head_can_grow(
 
 
 def _grows_beside_classifier(head: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
-    """The tensors of ``head``, its classifier aside, whose shape one class more would change."""
+    """The tensors of ``head``, except its classifier, whose shape would change with one more class."""
     cfg = copy.deepcopy(dict(cfg, num_classes=head.num_classes + 1))
     cfg.pop('out_channels', None)
-    with torch.random.fork_rng(devices=[]):  # The run's random numbers stay as they were.
+    with torch.random.fork_rng(devices=[]):  # does not change the run's random numbers
         larger = MODELS.build(cfg).state_dict()
     own = {
         key: tensor.shape
@@ -102,21 +102,21 @@ def _grows_beside_classifier(head: nn.Module, cfg: Mapping[str, Any]) -> list[st
 def grow_classifier(
     state_dict: MutableMapping[str, Tensor], prefix: str, head: nn.Module, num_old: int, init: str
 ) -> None:
-    """Grows the rows of one classifier in a checkpoint, in place.
+    """Adds rows for the new classes to a classifier in a checkpoint, in place.
 
-    A checkpoint whose classifier already has the head's size is left alone.
+    A checkpoint whose classifier already has the head's size is not changed.
 
     Args:
         state_dict: the checkpoint's tensors; ``{prefix}conv_seg.weight`` is (num_old, C, 1, 1) and
             ``{prefix}conv_seg.bias`` (num_old,).
         prefix: the head's prefix in ``state_dict``, e.g. ``'decode_head.'``.
-        head: the head that will be loaded; gives the final number of rows.
+        head: the head that the checkpoint is loaded into; it has the final number of rows.
         num_old: channels of the old model, background included.
         init: ``'balanced'`` (MiB), ``'random'`` (the head's own initial values) or ``'unknown'``
             (SSUL: the rows ``{prefix}conv_seg.unknown.*`` of the checkpoint).
 
     Raises:
-        ValueError: there is no such ``init``, or it needs an unknown class that is not there.
+        ValueError: ``init`` is unknown, or it needs an unknown class that the checkpoint does not have.
     """
     check_choice('classifier_init', init, CLASSIFIER_INITS)
     keys = [f'{prefix}conv_seg.weight', f'{prefix}conv_seg.bias']
@@ -134,15 +134,14 @@ def grow_classifier(
 
 
 def add_background(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Puts a background channel in front of a classifier that was trained without one, in place.
+    """Adds a background channel at index 0 to a classifier that was trained without one, in place.
 
-    The new row is the mean of all class rows. The softmax over the old classes does not change, and
-    since a mean never exceeds the largest value, background is predicted nowhere until training
-    teaches it.
+    The new row is the mean of all class rows. The softmax over the old classes does not change. Since a
+    mean never exceeds the largest value, background is not predicted anywhere before training.
 
     Args:
         state_dict: the checkpoint's tensors.
-        prefix: the head's prefix, e.g. ``'decode_head.'``; a list of auxiliary heads may share one.
+        prefix: the head's prefix, e.g. ``'decode_head.'``; the heads of a list of auxiliary heads share it.
     """
     classifiers = ('conv_seg.weight', 'conv_seg.bias')
     for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(classifiers)]:
@@ -153,9 +152,9 @@ def add_background(state_dict: MutableMapping[str, Tensor], prefix: str) -> None
 def shape_mismatches(
     state_dict: Mapping[str, Tensor], module: nn.Module, prefix: str = ''
 ) -> list[str]:
-    """One line per tensor of ``module`` that the checkpoint holds in another shape.
+    """A line of text for each tensor of ``module`` that has another shape in the checkpoint.
 
-    mmengine only logs such a mismatch and goes on with random weights; the callers raise instead.
+    mmengine only logs such a mismatch and keeps random weights; the callers raise an error instead.
     """
     own = {prefix + key: value for key, value in module.state_dict().items()}
     return [

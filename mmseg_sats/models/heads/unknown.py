@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""SSUL's unknown class, and a classifier in pieces that are frozen and trained apart.
+"""SSUL's unknown class, and a classifier of separate parts, each of which can be frozen or trained.
 
 Cha et al., "SSUL: Semantic Segmentation with Unknown Label for Exemplar-based Class-Incremental
 Learning", NeurIPS 2021, sections 3.2 and 3.3.
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 
 class SplitClassifier(nn.Module):
-    """``conv_seg`` in pieces: background, old classes, new classes, and the unknown class.
+    """``conv_seg`` in four parts: background, old classes, new classes, and the unknown class.
 
-    Each piece is a 1x1 convolution with parameters of its own. A frozen one has no gradient, so no
-    optimizer step, momentum or weight decay reaches a single bit of it, and one may have a learning
-    rate of its own: no part of one tensor could have either.
+    Each part is a 1x1 convolution with its own parameters. So a part can be frozen, in which case
+    momentum and weight decay do not change it either, or have its own learning rate. This is not
+    possible for rows of a single tensor.
 
-    Its ``state_dict`` is that of mmseg's ``conv_seg``, one ``weight`` and ``bias`` with a row per
-    class in channel order, plus ``unknown.weight`` and ``unknown.bias``. So a snapshot loads into
-    stock mmseg, and into a classifier that is cut elsewhere. (An EMA with ``update_buffers=True``
-    averages the tensors of ``state_dict``, which are copies here: leave it at mmengine's False.)
+    The ``state_dict`` is that of mmseg's ``conv_seg``, one ``weight`` and ``bias`` with a row per
+    channel, plus ``unknown.weight`` and ``unknown.bias``. So a snapshot can be loaded into mmseg's own
+    heads, and into a classifier with other parts. (An EMA with ``update_buffers=True`` averages the
+    tensors of ``state_dict``, which are copies here: keep mmengine's default, False.)
 
     Args:
         in_channels: channels of the features.
-        num_channels: K, background included, the unknown class not.
+        num_channels: K, background included, without the unknown class.
         num_old: channels of the old model, background included; 1 in stage 0.
     """
 
@@ -39,7 +39,7 @@ class SplitClassifier(nn.Module):
         for name, size in self.sizes.items():
             self.add_module(name, nn.Conv2d(in_channels, size, 1))
         self.unknown = nn.Conv2d(in_channels, 1, 1)
-        self._register_state_dict_hook(_join_pieces)
+        self._register_state_dict_hook(_join_parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K + 1, h, w) of features (B, in_channels, h, w); the unknown class is the last."""
@@ -50,7 +50,7 @@ class SplitClassifier(nn.Module):
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
     ) -> None:
-        # The pieces are loaded after this, by their own names.
+        # The parts are loaded after this call, by their own names.
         for kind in ('weight', 'bias'):
             rows = state_dict.get(f'{prefix}{kind}')
             if rows is not None and rows.shape[0] == self.out_channels:
@@ -61,7 +61,7 @@ class SplitClassifier(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _join_pieces(
+def _join_parts(
     module: SplitClassifier, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
 ) -> None:
     for kind in ('weight', 'bias'):
@@ -70,10 +70,10 @@ def _join_pieces(
 
 
 def split_classifier(head: nn.Module, num_old: int) -> None:
-    """Exchanges the ``conv_seg`` of an mmseg head for a :class:`SplitClassifier`.
+    """Replaces the ``conv_seg`` of an mmseg head by a :class:`SplitClassifier`.
 
     Args:
-        head: a head on ``BaseDecodeHead``; from now on it gives one channel more than its classes.
+        head: a head on ``BaseDecodeHead``. Its output then has one more channel, for the unknown class.
         num_old: channels of the old model, background included; 1 in stage 0.
     """
     conv_seg = head.conv_seg
@@ -81,13 +81,13 @@ def split_classifier(head: nn.Module, num_old: int) -> None:
 
 
 def fold_unknown(logits: Tensor) -> Tensor:
-    """Scores of the classes, by the rule of SSUL's evaluation.
+    """The scores of the classes, as in SSUL's evaluation.
 
     Args:
         logits: (B, K + 1, H, W), the unknown class last.
 
     Returns:
-        (B, K, H, W): each class's sigmoid; background's plus the unknown class's in channel 0.
+        (B, K, H, W): the sigmoid of each class; in channel 0, background's plus the unknown class's.
     """
     scores = logits.sigmoid()
     background = scores[:, :1] + scores[:, -1:]

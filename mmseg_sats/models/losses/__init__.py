@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses: pure functions, and the modules that register them."""
+"""Losses: pure functions, and the registered modules that call them."""
 
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.feature_mse import FeatureMSELoss, feature_mse

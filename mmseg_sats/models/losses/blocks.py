@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""How losses name the blocks of an encoder: by their index in what the segmentor hands out."""
+"""Selects blocks of the encoder by their index among the features or attention maps of a segmentor's output."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,10 +10,10 @@ T = TypeVar('T')
 
 
 def block_indices(blocks: Sequence[int]) -> tuple[int, ...]:
-    """``blocks`` as a tuple.
+    """Returns ``blocks`` as a tuple.
 
     Raises:
-        ValueError: if they are empty, negative or repeated.
+        ValueError: there are none, or an index is negative or repeated.
     """
     indices = tuple(blocks)
     if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
@@ -22,10 +22,10 @@ def block_indices(blocks: Sequence[int]) -> tuple[int, ...]:
 
 
 def pick_blocks(available: Sequence[T], blocks: tuple[int, ...], owner: str) -> list[T]:
-    """``available[i]`` for each of ``blocks``.
+    """Returns ``available[i]`` for each i in ``blocks``.
 
     Raises:
-        ValueError: if one is out of range; ``owner`` says whose blocks they are.
+        ValueError: an index is out of range. ``owner`` is used in the message.
     """
     if max(blocks) >= len(available):
         raise ValueError(
@@ -36,7 +36,7 @@ def pick_blocks(available: Sequence[T], blocks: tuple[int, ...], owner: str) -> 
 
 
 def check_features(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    """Raises ValueError unless both are equally many (B, C_j, h_j, w_j) of the same shapes, one or more."""
+    """Raises ValueError unless both have the same number, at least one, of (B, C_j, h_j, w_j) of the same shapes."""
     if len(student) != len(teacher) or not len(student):
         raise ValueError(
             'student and teacher must have the same number of features, at least one,'

@@ -49,16 +49,14 @@ def crp_loss(
 ) -> Tensor:
     """Distance between two models' class-region pooled attention or features, SATS eq. (1), (2).
 
-    No attention map is ever built as a whole, and no gradient reaches the teacher. An image with no
-    class adds 0 and still counts among the N images. Computed in float32 at least, whatever
-    autocast says.
+    No attention map is built as a whole, and the old model gets no gradient. An image with no class
+    adds 0 and still counts among the N images. Computed in at least float32, regardless of autocast.
 
     Args:
         student: the blocks of the new model, each an attention map (B, heads, L, S) or features
-            (B, C, h, w); features count as one head, their vector at a position being the C
-            channels.
+            (B, C, h, w). Features count as one head, and the vector at a position is its C channels.
         teacher: the blocks of the old model, of the same kinds and shapes.
-        labels: (B, H, W) integer labels, brought to each block's grid by nearest neighbour; 0 is
+        labels: (B, H, W) integer labels, resized to each block's grid by nearest neighbour; 0 is
             background.
         pooling: ``'class'``: the mean over each class region; ``'global'``: over all positions,
             background and ignore included; ``'none'``: no pooling, the mean over all positions of
@@ -67,16 +65,16 @@ def crp_loss(
         normalisation: ``'per_block'`` or ``'paper'``, see above; with ``'global'`` and ``'none'``
             an image counts as one class.
         ignore_index: the label that belongs to no class.
-        num_labels: an upper bound of the labels, where known; a GPU is waited for once less, and
-            labels that no block's grid takes are not checked.
+        num_labels: a number that all labels are below, if known. It saves one wait for the GPU; labels
+            that are not used on any block's grid are then not checked.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        ValueError: if an option is unknown, the sequences differ in length or are empty, a block
-            differs in kind or shape, or the labels do not fit, or one is negative or not under
-            ``num_labels``.
+        ValueError: an argument's choice is unknown, the sequences differ in length or are empty, a
+            block differs in kind or shape, the labels have another shape or type, or a label is negative
+            or not below ``num_labels``.
     """
     grids = LabelGrids(labels, ignore_index, num_labels, [grid_of(block) for block in student])
     return _crp_loss(student, teacher, grids, pooling, distance, normalisation)
@@ -90,7 +88,7 @@ def _crp_loss(
     distance: str,
     normalisation: str,
 ) -> Tensor:
-    """``crp_loss`` with the labels' regions, which two sources may share or ``prepare`` have found."""
+    """``crp_loss`` with given regions, which two sources may share or ``prepare`` may have computed already."""
     pool = choose('pooling', pooling, POOLINGS)
     measure = choose('distance', distance, DISTANCES)
     normalise = choose('normalisation', normalisation, NORMALISATIONS)
@@ -102,7 +100,7 @@ def _crp_loss(
 
 
 def _per_block(blocks: Sequence[BlockDistances]) -> Tensor:
-    """Eq. (2): the mean over heads and classes within a block, over images, over blocks."""
+    """Eq. (2): the mean over heads and classes within a block, then over images and blocks."""
     divisors = [_classes(block.presence) * block.values.shape[1] for block in blocks]
     return _mean_over_images(blocks, torch.stack(divisors) * len(blocks))
 
@@ -117,12 +115,12 @@ NORMALISATIONS = {'per_block': _per_block, 'paper': _paper}
 
 
 def _classes(presence: Tensor) -> Tensor:
-    """(B,): |C_i|; 1 for an image with no class, which adds 0."""
+    """|C_i|, (B,); 1 instead of 0 for an image with no class, whose distances are 0."""
     return presence.sum(1).clamp(min=1)
 
 
 def _mean_over_images(blocks: Sequence[BlockDistances], divisors: Tensor) -> Tensor:
-    """1/N sum_i of all the blocks' distances, divided by ``divisors`` (B,) or (blocks, B).
+    """1/N sum_i of the distances of all blocks, divided by ``divisors`` (B,) or (blocks, B).
 
     An image with no class counts in N.
     """
@@ -154,9 +152,9 @@ def _check_blocks(student: Sequence[Block], teacher: Sequence[Block], labels: Te
 
 
 def _describe(block: Block) -> str:
-    """Kind, shape and grid of a block; two blocks can be compared when these are equal.
+    """The kind, shape and grid of a block as text; two blocks can be compared if these are equal.
 
-    The width of a head may differ: it does not show in the attention.
+    The two models' heads may have different dimensions d, since the attention has no such axis.
     """
     if isinstance(block, BaseAttentionMap):
         return block.describe()
@@ -184,7 +182,7 @@ SOURCES = {
 }
 
 
-# The least bound of the labels that regions are looked for with: any label of a mask is under it.
+# All labels of 8-bit masks are below this number, so it is used as `num_labels` if there are fewer channels.
 BYTE_LABELS = 256
 
 
@@ -194,17 +192,18 @@ class CRPDistillationLoss(DistillationPart):
 
     Args:
         pooling: ``'class'``, ``'global'`` or ``'none'``.
-        source: what is handed on: ``'attention'``, ``'feature'`` (the block's output map) or
-            ``'both'``, the sum.
-        blocks: indices into the attentions or features of the backbone: its blocks, or its layers where
-            the backbone hands out all of them (``attention_layers='all'``).
+        source: what is compared: ``'attention'``, ``'feature'`` (the block's features) or ``'both'``,
+            the sum of the two losses.
+        blocks: indices of the backbone's attention maps or features. They are blocks, or layers if the
+            backbone returns the maps of all layers (``attention_layers='all'``).
         distance: ``'l2'`` or ``'squared_l2'``.
         normalisation: ``'per_block'`` or ``'paper'``.
         loss_weight: the factor of the loss, lambda_a.
         ignore_index: the label that belongs to no class.
 
     Raises:
-        ValueError: if an option is unknown or ``blocks`` is empty, negative or repeated.
+        ValueError: an argument's choice is unknown, or ``blocks`` is empty or has negative or repeated
+            indices.
     """
 
     def __init__(
@@ -233,24 +232,25 @@ class CRPDistillationLoss(DistillationPart):
 
     @property
     def needs_attention(self) -> bool:
-        """Whether the segmentor must ask its backbone for attention."""
+        """Whether the loss needs the backbone's attention maps."""
         return _attentions in self._sources
 
     def prepare(self, teacher: SegmentorOutput, labels: Tensor, num_channels: int) -> None:
-        """Finds the regions of the labels (B, H, W), below ``num_channels``, for the next call with them.
+        """Finds the class regions of labels (B, H, W) in advance, for the next call with the same labels.
 
-        That waits for the GPU, which has less to do before the student's forward pass than after it.
+        This must wait for the GPU, which has less queued work before the student's forward pass than
+        after it.
         """
         self._prepared = self._grids(teacher, 'teacher', labels, num_channels)
         if self.pooling == 'class':
-            self._prepared.by_class  # noqa: B018  found now
+            self._prepared.by_class  # noqa: B018  a cached property, computed here
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels are (B, H, W).
 
         Raises:
-            ValueError: if the attention is missing or a block is out of range, or as ``crp_loss``
-                does.
+            ValueError: the attention maps are missing, a block is out of range, or one of the errors of
+                ``crp_loss``.
         """
         grids, self._prepared = self._prepared, None
         if grids is None or grids.labels is not labels:

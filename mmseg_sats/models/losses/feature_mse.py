@@ -2,8 +2,8 @@
 """ILT's distillation of the encoder's features.
 
 Michieli and Zanuttigh, "Incremental Learning Techniques for Semantic Segmentation", ICCV Workshops
-2019: the L2 distance of the two encoders' features, taken as the mean square as in the released code of
-MiB.
+2019: the L2 distance of the two encoders' features, computed as a mean squared error as in the released code
+of MiB.
 """
 
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ from mmseg_sats.models.precision import working_dtype
 
 
 class HasFeatures(Protocol):
-    """What a loss over the encoder's features needs of a segmentor's output."""
+    """The attributes of a segmentor's output that a loss over the encoder's features needs."""
 
     features: tuple[Tensor, ...]
 
 
 def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of each block's features, and the mean of that over the blocks.
+    """The mean squared error of each block's features, averaged over the blocks.
 
     Args:
         student: features (B, C_j, h_j, w_j) of the new model's blocks.
-        teacher: the old model's, of the same shapes. No gradient flows into them.
+        teacher: the old model's features, of the same shapes. They get no gradient.
 
     Returns:
         A scalar of at least float32.
 
     Raises:
-        ValueError: if the sequences differ in length or are empty, or a block differs in shape.
+        ValueError: the sequences differ in length or are empty, or a block differs in shape.
     """
     check_features(student, teacher)
     losses = []
@@ -51,11 +51,11 @@ class FeatureMSELoss(DistillationPart):
     """:func:`feature_mse` between student and old model.
 
     Args:
-        blocks: indices into the encoder's features; the last of four, as published.
+        blocks: indices of the encoder's blocks; by default the last of four, as published.
         loss_weight: factor of the loss: 100 published for ILT, 10 in the SATS comparison.
 
     Raises:
-        ValueError: if ``blocks`` is empty, negative or repeated.
+        ValueError: ``blocks`` is empty or has negative or repeated indices.
     """
 
     def __init__(self, blocks: Sequence[int] = (3,), loss_weight: float = 1.0) -> None:
@@ -64,10 +64,10 @@ class FeatureMSELoss(DistillationPart):
         self.loss_weight = loss_weight
 
     def forward(self, student: HasFeatures, teacher: HasFeatures, labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar; the labels have no say in it.
+        """The weighted loss, a scalar; the labels are not used.
 
         Raises:
-            ValueError: if a block is out of range, or as ``feature_mse`` does.
+            ValueError: a block is out of range, or one of the errors of ``feature_mse``.
         """
         new = pick_blocks(student.features, self.blocks, 'student')
         old = pick_blocks(teacher.features, self.blocks, 'teacher')

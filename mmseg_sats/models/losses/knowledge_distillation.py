@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """LwF's distillation: the old model's probabilities as soft labels over the old channels.
 
-Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. (2), at temperature 1 and with the
-divisor of the released code of MiB and PLOP, which compare with it: the mean over the old channels.
+Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. (2), at temperature 1. It is divided by the
+number of old channels, as in the released codes of MiB and PLOP, which compare with LwF.
 """
 
 from mmseg.registry import MODELS
@@ -15,18 +15,18 @@ from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """-(1/K_o) mean_pixels sum_c q_c log softmax(x[0:K_o])_c.
 
-    x are the student's logits and q is the softmax of the teacher's. The new channels take no part,
-    not even in the softmax's denominator, and get no gradient.
+    x are the student's logits and q is the softmax of the old model's logits. The new channels are not
+    used, not even in the denominator of the softmax, and get no gradient.
 
     Args:
-        student_logits: (B, K, H, W), K >= K_o; its first K_o channels are the teacher's classes.
-        teacher_logits: (B, K_o, H, W). No gradient flows into it.
+        student_logits: (B, K, H, W), K >= K_o; the first K_o channels are those of the old model.
+        teacher_logits: (B, K_o, H, W), the old model's logits, which get no gradient.
 
     Returns:
         The mean over all B*H*W pixels, a scalar of at least float32.
 
     Raises:
-        ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
+        ValueError: the sizes disagree, or the student has fewer channels than the old model.
     """
     return mean_over_pixels(_cross_entropy_to_teacher, student_logits, teacher_logits)
 

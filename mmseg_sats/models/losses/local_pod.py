@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""PLOP's local POD: what the two models see along the rows and columns of smaller and smaller cells.
+"""PLOP's local POD: distillation of features pooled along the rows and columns of cells of several sizes.
 
 Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021,
-section 3.2, with the square before pooling, the factors and the schedule of their released code. There
-the decoder's last features are one more layer; here the layers are the encoder's blocks and the logits.
+section 3.2, with the square before pooling, the factors and the schedule of their released code. Their
+layers also include the decoder's last features; here they are the encoder's blocks and the logits.
 """
 
 import math
@@ -21,7 +21,7 @@ from mmseg_sats.models.precision import full_precision, working_dtype
 
 
 class HasFeaturesAndLogits(Protocol):
-    """What :class:`LocalPODLoss` needs of a segmentor's output."""
+    """The attributes of a segmentor's output that :class:`LocalPODLoss` needs."""
 
     logits: Tensor
     features: tuple[Tensor, ...]
@@ -32,22 +32,22 @@ def local_pod(
 ) -> Tensor:
     """Distance of two models' squared features, averaged along rows and columns of cells.
 
-    At scale s a map is cut into s x s cells. Each cell gives the mean of each of its rows and of each
-    of its columns; all of them, over channels, cells and scales, make an image's vector. Where a side
-    is no multiple of s, its first cells are one longer; no position is left out or used twice.
+    At scale s, a map is cut into s x s cells. In each cell, the mean of each row and of each column is
+    computed. The means of all channels, cells and scales form the vector of an image. If a side is not a
+    multiple of s, its first cells are longer by one; no position is left out or used twice.
 
     Args:
         student: features (B, C_j, h_j, w_j) of the new model's layers.
-        teacher: the old model's, of the same shapes. No gradient flows into them.
-        scales: the numbers of cells a side.
+        teacher: the old model's features, of the same shapes. They get no gradient.
+        scales: the numbers of cells along a side.
 
     Returns:
-        (J,), for each layer the mean over the images of the vectors' L2 distance, whose gradient at 0
-        is taken as 0; of at least float32.
+        (J,), for each layer the mean over the images of the L2 distance of the two vectors, in at least
+        float32. The gradient of the distance at 0 is 0.
 
     Raises:
-        ValueError: if the sequences differ in length or are empty, a layer differs in shape, or a
-            scale is under 1.
+        ValueError: the sequences differ in length or are empty, a layer differs in shape, or a scale is
+            less than 1.
     """
     check_features(student, teacher)
     if not scales or min(scales) < 1:
@@ -60,7 +60,7 @@ def local_pod(
 
 def _layer(student: Tensor, teacher: Tensor, scales: Sequence[int]) -> Tensor:
     dtype = working_dtype(student, teacher)
-    # Averaging is linear: the difference is pooled rather than both maps.
+    # Averaging is linear, so the difference can be pooled instead of both maps.
     difference = student.to(dtype).square() - teacher.to(dtype).square()
     height, width = difference.shape[2:]
     rows = difference @ _strips(width, scales, difference).mT
@@ -71,7 +71,7 @@ def _layer(student: Tensor, teacher: Tensor, scales: Sequence[int]) -> Tensor:
 
 
 def _strips(length: int, scales: Sequence[int], like: Tensor) -> Tensor:
-    """(S, length) averages over the s parts of a side, for every scale; a side may have fewer parts."""
+    """A matrix (S, length) that averages over the cells along a side, for all scales; empty cells are left out."""
     parts = [
         part
         for scale in scales
@@ -82,27 +82,27 @@ def _strips(length: int, scales: Sequence[int], like: Tensor) -> Tensor:
 
 
 def fold_new_into_background(logits: Tensor, num_old: int) -> Tensor:
-    """Logits (B, K, h, w) with the new channels added to background's: (B, K_o, h, w)."""
+    """Adds the new channels of logits (B, K, h, w) to background's channel and returns (B, K_o, h, w)."""
     background = logits[:, :1] + logits[:, num_old:].sum(1, keepdim=True)
     return torch.cat([background, logits[:, 1:num_old]], 1)
 
 
 @MODELS.register_module()
 class LocalPODLoss(DistillationPart):
-    """:func:`local_pod` on the encoder's features and on the logits, as PLOP weighs them.
+    """:func:`local_pod` on the encoder's features and on the logits, weighted as in PLOP.
 
-    sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, where K are the
-    channels seen so far and K_o the old model's; the logits are one more layer, at the head's
-    resolution, the student's folded by :func:`fold_new_into_background`.
+    The loss is sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, with the
+    student's channels K and the old model's channels K_o. The logits, at the head's resolution, are the
+    last layer; the student's are first reduced to K_o channels by :func:`fold_new_into_background`.
 
     Args:
-        blocks: indices into the encoder's features.
-        scales: the numbers of cells a side.
-        feature_weight: factor of the features' layers.
-        logits_weight: factor of the logits' layer.
+        blocks: indices of the encoder's blocks.
+        scales: the numbers of cells along a side.
+        feature_weight: factor of each block of features.
+        logits_weight: factor of the logits.
 
     Raises:
-        ValueError: if ``blocks`` is empty, negative or repeated.
+        ValueError: ``blocks`` is empty or has negative or repeated indices.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class LocalPODLoss(DistillationPart):
     def forward(
         self, student: HasFeaturesAndLogits, teacher: HasFeaturesAndLogits, labels: Tensor
     ) -> Tensor:
-        """The weighted loss, a scalar; the labels have no say in it.
+        """The weighted loss, a scalar; the labels are not used.
 
         Raises:
-            ValueError: if a block is out of range, the student has no new channel, or as
-                ``local_pod`` does.
+            ValueError: a block is out of range, the student has no new channel, or one of the errors of
+                ``local_pod``.
         """
         check_distillation(student.logits, teacher.logits)
         num_seen, num_old = student.logits.shape[1], teacher.logits.shape[1]

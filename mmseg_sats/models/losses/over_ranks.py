@@ -1,13 +1,13 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses of a batch that several processes share: what one process would compute of the whole batch.
+"""Makes the losses of a distributed run equal to those that one process would compute of the whole batch.
 
-Every process sees a share of a batch. Let f be a loss of the whole batch. If each process returns
-the value of f, computed from sums over all of them, and if its own share reaches f through
-:func:`sum_over_ranks` alone, then the mean of the processes' gradients, which is what
-``DistributedDataParallel`` hands to the optimizer, is the gradient of f. Shares may be of different
-sizes, and a share may lack what f is about.
+Every process has a share of the batch. Let f be a loss of the whole batch. If each process returns the
+value of f, computed from sums over all processes, and f depends on the process's share only through
+:func:`sum_over_ranks`, then the mean of the processes' gradients is the gradient of f. This mean is what
+``DistributedDataParallel`` gives to the optimizer. Shares may have different sizes, and a share may
+lack, for instance, the class that f is about.
 
-Without a process group, or alone in it, all of this returns what it is given.
+With a single process, these functions return their arguments unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +31,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # All compute the same of the same sum, so `grad` is known without asking the others; the
-        # gradients are averaged afterwards, where a sum is wanted.
+        # All processes compute the same from the sum, so `grad` is the same on all. DDP averages the gradients
+        # afterwards although their sum is needed, hence the factor.
         return grad * get_world_size()
 
 
@@ -47,7 +47,7 @@ class _Max(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # Here each process knows what its own share makes of the maximum, and the owner needs it all.
+        # `grad` is the gradient through this process's share only; the process that has the maximum needs the sum.
         (owned,) = ctx.saved_tensors
         both = torch.stack([grad, owned.to(grad.dtype)])
         all_reduce(both)
@@ -55,17 +55,17 @@ class _Max(torch.autograd.Function):
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of the processes' tensors, of one shape on all of them; see the module for its gradient."""
+    """The sum of the processes' tensors, which must have one shape; for its gradient see the module's docstring."""
     return value if get_world_size() == 1 else _Sum.apply(value)
 
 
 def max_over_ranks(value: Tensor) -> Tensor:
-    """The element-wise maximum of the processes' tensors; the gradient goes to those that have it."""
+    """The element-wise maximum of the processes' tensors; the gradient goes to the processes that have it."""
     return value if get_world_size() == 1 else _Max.apply(value)
 
 
 def labels_over_ranks(labels: Tensor) -> list[int]:
-    """The labels, 0 to 255 each, that the batch holds on any process, in ascending order."""
+    """The labels, from 0 to 255, that occur in the batch on any process, in ascending order."""
     if get_world_size() == 1:
         return labels.unique().tolist()
     present = (torch.bincount(labels.flatten(), minlength=256) > 0).int()
@@ -76,15 +76,15 @@ def labels_over_ranks(labels: Tensor) -> list[int]:
 def mean_over_ranks(
     means: Mapping[str, Tensor], counts: Mapping[str, Tensor | int]
 ) -> dict[str, Tensor]:
-    """The means over the whole batch, from each process's means over its share.
+    """Computes the means over the whole batch from each process's means over its share.
 
     Args:
-        means: name to a mean, of one element; the same names in the same order on all processes.
-        counts: name to how many things (pixels, say) the mean is over, 0 or more. A mean over none
-            counts for nothing, and must be a number.
+        means: name to a mean, a tensor of one element; the same names in the same order on all processes.
+        counts: name to the number of items (e.g. pixels) that the mean is over, 0 or more. A mean over 0
+            items has no effect, but must not be NaN or infinite.
 
     Returns:
-        Name to scalar, the same on all processes: 0 where there is nothing on any.
+        Name to scalar, the same on all processes; 0 if there are no items on any process.
     """
     if get_world_size() == 1 or not means:
         return dict(means)
@@ -105,21 +105,21 @@ def losses_over_ranks(
     parts: Mapping[str, Callable[..., Tensor]],
     labels: Tensor,
 ) -> dict[str, Any]:
-    """A segmentor's losses of its share of a batch, turned into those of the whole batch.
+    """Turns a segmentor's losses of its share of a batch into those of the whole batch.
 
-    A loss is taken for a mean over all pixels of the batch (or, which is the same for images of one
-    size, over its images), with two exceptions: a head's loss with a true ``avg_non_ignore``, as
-    mmseg's ``CrossEntropyLoss`` may have, is one over the pixels that have a label, as is ``acc_seg``;
-    and a part with a true ``reduces_over_ranks`` is that of the whole batch already.
+    A loss is taken to be a mean over all pixels of the batch (or over its images, which is the same for
+    images of one size), with two exceptions. A head's loss whose ``avg_non_ignore`` is True, which is
+    possible for mmseg's ``CrossEntropyLoss``, is a mean over the pixels that are not ignored, and so is
+    ``acc_seg``. A part whose ``reduces_over_ranks`` is True already returns the loss of the whole batch.
 
     Args:
-        losses: names as mmseg gives them: ``PREFIX.loss_NAME`` of a head, ``loss_NAME`` of a part.
+        losses: by mmseg's names: ``PREFIX.loss_NAME`` for a head, ``loss_NAME`` for a part.
         heads: prefix to head.
-        parts: name to part, the losses beside those of the heads.
-        labels: (B, H, W), what the heads were trained on.
+        parts: name to part, for the losses beside those of the heads.
+        labels: (B, H, W), the labels that the heads were trained on.
 
     Returns:
-        The same names. What is no tensor is left as it is.
+        The losses by the same names. Values that are no tensors are not changed.
     """
     if get_world_size() == 1:
         return dict(losses)
@@ -138,7 +138,7 @@ def losses_over_ranks(
 
 
 def _over_labelled_pixels(head: nn.Module) -> set[str]:
-    """The names of a head's figures that are means over the pixels that are not ignored."""
+    """The names of a head's losses, and ``acc_seg``, that are means over the pixels that are not ignored."""
     own = head.loss_decode
     modules = own if isinstance(own, nn.ModuleList) else [own]
     names = {module.loss_name for module in modules if getattr(module, 'avg_non_ignore', False)}

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""How far two models' attention maps or features of one block are apart, region by region; eq. (1) of SATS.
+"""Distances between two models' attention maps or features of one block, region by region; eq. (1) of SATS.
 
 Qiu et al., *SATS: Self-Attention Transfer for continual semantic Segmentation* (Pattern Recognition 2023).
 """
@@ -40,10 +40,11 @@ def grid_of(block: Block) -> Grid:
 
 
 class BlockDistances(NamedTuple):
-    """Distances of one block.
+    """The distances of one block.
 
     Args:
-        values: (B, heads, n), n regions of an image at most; 0 where it has fewer.
+        values: (B, heads, n), where n is the largest number of regions of an image; 0 for images with
+            fewer regions.
         presence: (B, K), on the CPU, which of K labels each image has.
     """
 
@@ -97,7 +98,7 @@ def _region_means(block: Block, regions: ClassRegions) -> Tensor:
     if isinstance(block, BaseAttentionMap):
         return block.pool_regions(regions)
     features = block.flatten(2).to(working_dtype(block)).mT
-    # A row that pads counts nothing, and what background holds must not come in, be it times 0.
+    # Padding rows have weight 0. They are set to 0 too, in case background is not finite: 0 * inf is NaN.
     rows = features.flatten(0, 1)[regions.positions].masked_fill(regions.pads.unsqueeze(2), 0)
     return (regions.weights(rows.dtype) @ rows).unsqueeze(1)
 
@@ -105,7 +106,7 @@ def _region_means(block: Block, regions: ClassRegions) -> Tensor:
 def _position_distances(
     student: Block, teacher: Block, grids: LabelGrids, distance: Measure
 ) -> BlockDistances:
-    """No pooling: the mean distance over all positions, computed a few rows at a time."""
+    """No pooling: the mean distance over all positions; attention rows are computed in chunks."""
     if isinstance(student, BaseAttentionMap):
         values = student.mean_row_distance(teacher.detach(), distance)
     else:

@@ -2,12 +2,12 @@
 """SDR's losses on the encoder's features: matching, attraction, repulsion, sparsity.
 
 Michieli and Zanuttigh, "Continual Semantic Segmentation via Repulsion-Attraction of Sparse and
-Disentangled Latent Representations", CVPR 2021, section 4. Labels are brought to the features' grid by
-nearest neighbour. In all of them a class counts as much as another, however many pixels it has; but in
-sparsity a pixel counts as much as another.
+Disentangled Latent Representations", CVPR 2021, section 4. Labels are resized to the features' grid by
+nearest neighbour. Every class has the same weight, whatever its number of pixels, except in the sparsity
+loss, where every pixel has the same weight.
 
-None is a mean over images: in a distributed run they are computed from the classes' sums, numbers and
-maxima over all processes, by ``mmseg_sats.models.losses.over_ranks``.
+None of these losses is a mean over images. In a distributed run they are computed from each class's sum,
+number of pixels and maximum over all processes, with ``mmseg_sats.models.losses.over_ranks``.
 """
 
 from typing import ClassVar, Protocol
@@ -22,7 +22,7 @@ from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels
 
 
 class HasFeatures(Protocol):
-    """What these losses need of a segmentor's output."""
+    """The attributes of a segmentor's output that these losses need."""
 
     features: tuple[Tensor, ...]
     prototypes: ClassPrototypes | None
@@ -43,12 +43,12 @@ def _prepare(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(terms: list[Tensor], features: Tensor) -> Tensor:
-    """The mean of the terms, 0 where there are none."""
+    """The mean of the terms, 0 if there are none."""
     return torch.stack(terms).mean() if terms else features.new_zeros(())
 
 
 def _class_means(vectors: list[Tensor], like: Tensor) -> Tensor:
-    """(N, C) the mean of each class's vectors (n, C), those of all processes; as many of them on each."""
+    """The mean (N, C) of each of N classes' vectors (n, C) over all processes; N must be the same on all processes."""
     if not vectors:
         return like.new_zeros(0, like.shape[1])
     sums = [torch.cat([own.sum(0), own.new_full((1,), len(own))]) for own in vectors]
@@ -64,19 +64,19 @@ def _classes_with_prototype(labels: Tensor, known: Tensor) -> list[int]:
 def prototype_matching(
     features: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor
 ) -> Tensor:
-    """The mean feature of each class against its prototype: mean_c mean_k (mean_c(f)_k - p_ck)^2.
+    """Squared error of each class's mean feature to its prototype: mean_c mean_k (mean_c(f)_k - p_ck)^2.
 
     Args:
         features: (B, C, h, w).
         labels: (B, H, W) long; classes without a prototype are left out.
-        prototypes: (K, C), see :class:`ClassPrototypes`. No gradient flows into it.
-        known: (K,) bool, which of them there are.
+        prototypes: (K, C), see :class:`ClassPrototypes`; they get no gradient.
+        known: (K,) bool, which classes have a prototype.
 
     Returns:
-        The mean over the classes, a scalar; 0 without any.
+        The mean over the classes, a scalar; 0 if there are none.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: the shapes disagree.
     """
     features, labels = _prepare(features, labels)
     prototypes = prototypes.detach().to(features)
@@ -91,7 +91,7 @@ def prototype_matching(
 def prototype_attraction(
     features: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor
 ) -> Tensor:
-    """Each feature against its class's prototype: mean_c mean_{n in c} mean_k (f_nk - p_ck)^2.
+    """Squared error of each feature to its class's prototype: mean_c mean_{n in c} mean_k (f_nk - p_ck)^2.
 
     Arguments, result and errors are those of :func:`prototype_matching`.
     """
@@ -105,19 +105,19 @@ def prototype_attraction(
 
 
 def repulsion(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """The batch's class means against each other: mean_{i != j} 1 / ||mean_i(f) - mean_j(f)||.
+    """Inverse distances between the batch's class means: mean_{i != j} 1 / ||mean_i(f) - mean_j(f)||.
 
     Args:
         features: (B, C, h, w).
-        labels: (B, H, W) long; background is a class here as any other.
+        labels: (B, H, W) long; background is a class like any other here.
         ignore_index: label of the pixels that are left out.
 
     Returns:
-        The mean over the pairs, a scalar; 0 with fewer than two classes. Pairs at distance 0, which
-        have no direction to go, are left out.
+        The mean over the pairs of classes, a scalar; 0 if there are fewer than two classes. Pairs at
+        distance 0, for which the gradient has no direction, are left out.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: the shapes disagree.
     """
     features, labels = _prepare(features, labels)
     present = [c for c in labels_over_ranks(labels) if c != ignore_index]
@@ -130,20 +130,20 @@ def repulsion(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tens
 
 
 def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """How evenly a pixel's channels are used: mean_n sum_k exp(g_nk) / sum_k g_nk, g = f / max f.
+    """A measure of how evenly a pixel's channels are used: mean_n sum_k exp(g_nk) / sum_k g_nk, g = f / max f.
 
     The maximum is taken over all channels and pixels of the pixel's class in the batch. The paper's
-    features come out of a ReLU; where an encoder's do not, their positive part is taken, since the sum
-    in the denominator could be 0 or negative.
+    features are the output of a ReLU. Here the positive part of the features is used, since otherwise
+    the sum in the denominator could be 0 or negative.
 
     Args:
         features: (B, C, h, w).
-        labels: (B, H, W) long; background is a class here as any other.
+        labels: (B, H, W) long; background is a class like any other here.
         ignore_index: label of the pixels that are left out.
 
     Returns:
-        The mean over the pixels, a scalar; 0 without any. Pixels without a positive feature are left
-        out.
+        The mean over the pixels, a scalar; 0 if there are none. Pixels without a positive feature are
+        left out.
 
     Raises:
         ValueError: if the shapes disagree.
@@ -161,16 +161,16 @@ def sparsity(features: Tensor, labels: Tensor, ignore_index: int = 255) -> Tenso
 
 
 def _used(vectors: Tensor) -> Tensor:
-    """The positive parts of those vectors (n, C) that have any."""
+    """The positive parts of vectors (n, C), without vectors that have no positive component."""
     positive = vectors.relu()
     return positive[positive.sum(1) > 0]
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    """The largest of positive numbers; without any 0, by which nothing is divided.
+    """The largest of positive numbers, or 0 if there are none; in that case nothing is divided by it.
 
-    The result always hangs on ``vectors``: if it did on some processes alone, their backward passes
-    would wait for the others'.
+    The result is always part of the graph of ``vectors``. If it were so only on some processes, their
+    backward passes would wait forever for the others.
     """
     return torch.cat([vectors.flatten(), vectors.new_zeros(1)]).max()
 
@@ -180,7 +180,7 @@ def _ratios(scaled: Tensor) -> Tensor:
 
 
 class _FeatureLoss(DistillationPart):
-    """What the four modules share."""
+    """The base class of the four losses."""
 
     needs_teacher: ClassVar[bool] = False
     reduces_over_ranks: ClassVar[bool] = True
@@ -196,7 +196,7 @@ class _FeatureLoss(DistillationPart):
 
 @MODELS.register_module()
 class PrototypeMatchingLoss(_FeatureLoss):
-    """:func:`prototype_matching` of the background pixels that the old model calls an old class.
+    """:func:`prototype_matching` on the background pixels for which the old model predicts an old class.
 
     Args:
         loss_weight: factor of the loss, 0.01 published.
@@ -210,14 +210,14 @@ class PrototypeMatchingLoss(_FeatureLoss):
         prototypes = student.prototypes
         old = teacher.labelling_logits(labels.shape[-2:]).argmax(1).masked_fill(labels != 0, 0)
         feature = student.features[prototypes.block]
-        # Where the labels are not background, `old` is, which has no prototype.
+        # `old` is background on pixels with a label, so they are left out: background has no prototype.
         loss = prototype_matching(feature, old, prototypes.means, prototypes.known)
         return self.loss_weight * loss
 
 
 @MODELS.register_module()
 class PrototypeAttractionLoss(_FeatureLoss):
-    """:func:`prototype_attraction` of the labelled classes.
+    """:func:`prototype_attraction` on the labels' classes.
 
     Args:
         loss_weight: factor of the loss, 0.001 published.
@@ -235,11 +235,11 @@ class PrototypeAttractionLoss(_FeatureLoss):
 
 @MODELS.register_module()
 class RepulsionLoss(_FeatureLoss):
-    """:func:`repulsion` of the labelled classes, background included.
+    """:func:`repulsion` of the labels' classes, background included.
 
     Args:
         loss_weight: factor of the loss, 0.001 published.
-        block: which of the encoder's feature maps; -1 is the last.
+        block: index of the encoder's block whose features are used; -1 is the last.
     """
 
     def __init__(self, loss_weight: float = 1.0, block: int = -1) -> None:
@@ -257,7 +257,7 @@ class SparsityLoss(_FeatureLoss):
 
     Args:
         loss_weight: factor of the loss, 0.001 published.
-        block: which of the encoder's feature maps; -1 is the last.
+        block: index of the encoder's block whose features are used; -1 is the last.
     """
 
     def __init__(self, loss_weight: float = 1.0, block: int = -1) -> None:

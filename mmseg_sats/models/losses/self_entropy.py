@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Self-entropy, made large: what keeps self-training from believing its own labels too much.
+"""Self-entropy, which is maximised so that self-training does not become overconfident in its own labels.
 
 Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 2022.
 """
@@ -29,12 +29,12 @@ def _entropy(chunk: PixelChunk) -> Tensor:
 
 @MODELS.register_module()
 class SelfEntropyLoss(PixelwiseDistillationLoss):
-    """``-loss_weight * self_entropy``: minimising it smooths the new model's predictions.
+    """``-loss_weight * self_entropy``: minimising it makes the new model's predictions less confident.
 
-    The old model plays no part in it.
+    The old model's output is not used.
 
     Args:
-        loss_weight: its factor.
+        loss_weight: factor of the loss.
     """
 
     def __init__(self, loss_weight: float = 0.1) -> None:

@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""LwF-MC: every channel a classifier of its own, on sigmoids.
+"""LwF-MC: every channel is a separate binary classifier with a sigmoid.
 
-The multi-class Learning without Forgetting that Rebuffi et al., "iCaRL", CVPR 2017, compare with (iCaRL's
-loss without its exemplars and its classifier), carried over to pixels as in the released code of MiB:
-there the old channels are taught twice, by the labels and by the old sigmoids.
+This is the multi-class Learning without Forgetting that Rebuffi et al., "iCaRL", CVPR 2017, compare with
+(iCaRL's loss without its exemplars and its classifier), applied to pixels as in the released code of MiB.
+There the old channels are trained with the labels and with the old model's sigmoids.
 """
 
 import torch
@@ -23,7 +23,7 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 25
     """Binary cross-entropy of all channels against one-hot labels, summed over the channels.
 
     Args:
-        logits: (B, K, H, W), the new model's at the labels' size.
+        logits: (B, K, H, W), the new model's logits at the labels' size.
         labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
         ignore_index: label of pixels that add 0 to the sum and still count in the divisor.
 
@@ -31,7 +31,7 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 25
         The mean over all B*H*W pixels, a scalar of at least float32.
 
     Raises:
-        ValueError: if the shapes disagree or a label has no channel.
+        ValueError: the shapes disagree or a label has no channel.
     """
     return SigmoidCrossEntropyLoss()(logits, labels, ignore_index=ignore_index)
 
@@ -46,14 +46,14 @@ def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tens
     """K_o mean BCE(x[0:K_o], the old model's sigmoids): a mean over pixels, a sum over old channels.
 
     Args:
-        student_logits: (B, K, H, W), K >= K_o; its first K_o channels are the teacher's classes.
-        teacher_logits: (B, K_o, H, W). No gradient flows into it.
+        student_logits: (B, K, H, W), K >= K_o; the first K_o channels are those of the old model.
+        teacher_logits: (B, K_o, H, W), the old model's logits, which get no gradient.
 
     Returns:
         The mean over all B*H*W pixels, a scalar of at least float32.
 
     Raises:
-        ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
+        ValueError: the sizes disagree, or the student has fewer channels than the old model.
     """
     return mean_over_pixels(_against_sigmoids, student_logits, teacher_logits)
 
@@ -67,7 +67,7 @@ def _against_sigmoids(chunk: PixelChunk) -> Tensor:
 class SigmoidCrossEntropyLoss(PixelwiseSegmentationLoss):
     """:func:`sigmoid_cross_entropy` as the ``loss_decode`` of an mmseg head.
 
-    The sigmoid keeps the order of the logits, so the class is their argmax, as mmseg predicts it.
+    The sigmoid keeps the order of the logits, so mmseg's prediction, their argmax, is right for it.
 
     Args:
         loss_weight: factor of the loss.
@@ -75,7 +75,7 @@ class SigmoidCrossEntropyLoss(PixelwiseSegmentationLoss):
     """
 
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w), 0 where ignored."""
+        """The loss of each pixel of a chunk, (n, w), 0 for ignored pixels."""
         return _against_one_hot(chunk)
 
 

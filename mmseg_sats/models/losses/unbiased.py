@@ -18,7 +18,7 @@ from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
 
 
 def _cross_entropy_of_pixels(chunk: PixelChunk, num_old: int) -> Tensor:
-    """-log p of every pixel's label, (n, w); background stands for all the old classes."""
+    """-log p of every pixel's label, (n, w); background's p includes that of all old classes."""
     own = chunk.log_p.gather(1, chunk.targets)[:, 0]
     any_old = chunk.log_p[:, :num_old].logsumexp(1)
     log_likelihood = torch.where(chunk.targets[:, 0] == 0, any_old, own)
@@ -45,11 +45,11 @@ def unbiased_cross_entropy(
 ) -> Tensor:
     """MiB's cross-entropy: label 0 may be any class of the old model (eq. (5)).
 
-    log p(0) = lse(x[0:K_o]) - lse(x); log p(c) = x_c - lse(x) for every other label, be it an old
-    class.
+    log p(0) = lse(x[0:K_o]) - lse(x); log p(c) = x_c - lse(x) for every other label, also of an old
+    class. lse is log sum exp.
 
     Args:
-        logits: (B, K, H, W), the new model's at the labels' size.
+        logits: (B, K, H, W), the new model's logits at the labels' size.
         labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
         num_old: K_o, the old model's channels, background included; 1 is plain cross-entropy.
         ignore_index: label of pixels that add 0 to the sum and still count in the divisor.
@@ -58,27 +58,27 @@ def unbiased_cross_entropy(
         The mean over all B*H*W pixels, a scalar of at least float32.
 
     Raises:
-        ValueError: if the shapes disagree, ``num_old`` is not in 1..K, or a label has no channel.
+        ValueError: the shapes disagree, ``num_old`` is not in 1..K, or a label has no channel.
     """
     _check_num_old(num_old, logits.shape[1])
     return UnbiasedCrossEntropyLoss(num_old)(logits, labels, ignore_index=ignore_index)
 
 
 def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """MiB's distillation: the old background stands for background and new classes (eq. (8)).
+    """MiB's distillation: the old model's background covers background and new classes (eq. (8)).
 
     -(1/K_o) mean_pixels [q_0 (lse(x_0, x_new) - lse(x)) + sum_{c=1}^{K_o-1} q_c (x_c - lse(x))]
-    with x the student's logits and q the softmax of the teacher's.
+    with the student's logits x and the softmax q of the old model's logits. lse is log sum exp.
 
     Args:
-        student_logits: (B, K, H, W), K >= K_o; its first K_o channels are the teacher's classes.
-        teacher_logits: (B, K_o, H, W), background first. No gradient flows into it.
+        student_logits: (B, K, H, W), K >= K_o; the first K_o channels are those of the old model.
+        teacher_logits: (B, K_o, H, W), the old model's logits, which get no gradient.
 
     Returns:
         The mean over all B*H*W pixels, a scalar of at least float32.
 
     Raises:
-        ValueError: if the sizes disagree, or the student has fewer channels than the teacher.
+        ValueError: the sizes disagree, or the student has fewer channels than the old model.
     """
     return mean_over_pixels(_distillation_of_pixels, student_logits, teacher_logits)
 
@@ -87,10 +87,10 @@ def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Ten
 class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
     """:func:`unbiased_cross_entropy` as the ``loss_decode`` of an mmseg head.
 
-    Only background stands for the old classes. Where an old class is labelled (the ``sequential``
-    setting, exemplars of a memory, pseudo-labels), that label is believed, and the pixel costs plain
-    cross-entropy. MiB's released code turns such labels into background first, so that they would say
-    no more than "some old class"; without them, in ``overlapped`` and ``disjoint``, both are the same.
+    Only label 0 may be any old class. If a pixel is labelled as an old class (in the ``sequential``
+    setting, in exemplars, by pseudo-labels), its loss is plain cross-entropy. MiB's released code first
+    turns such labels into background, so that they mean no more than "some old class". Without such
+    labels, in ``overlapped`` and ``disjoint``, both are the same.
 
     Args:
         num_old: K_o, the old model's channels, background included.
@@ -98,7 +98,7 @@ class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
 
     Raises:
-        ValueError: if ``num_old`` is under 1.
+        ValueError: ``num_old`` is less than 1.
     """
 
     def __init__(self, num_old: int, loss_weight: float = 1.0, loss_name: str = 'loss_ce') -> None:
@@ -108,11 +108,11 @@ class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
         self.num_old = num_old
 
     def check(self, channels: int) -> None:
-        """Raises ValueError if there are fewer channels than the old model has."""
+        """Raises ValueError if there are fewer channels than those of the old model."""
         _check_num_old(self.num_old, channels)
 
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w), 0 where ignored."""
+        """The loss of each pixel of a chunk, (n, w), 0 for ignored pixels."""
         return _cross_entropy_of_pixels(chunk, self.num_old)
 
     def extra_repr(self) -> str:

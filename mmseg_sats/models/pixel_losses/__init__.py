@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses that are means over pixels, computed together without a tensor of all pixels and classes."""
+"""Losses that are means over pixels, computed together without a tensor of all pixels and channels."""
 
 from mmseg_sats.models.pixel_losses.base import (
     PixelwiseDistillationLoss,

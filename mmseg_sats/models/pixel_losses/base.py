@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""What losses over the pixels of a batch share: what they see, their checks, their reductions.
+"""The base classes of losses over the pixels of a batch, and their checks and reductions.
 
-Such a loss says what one pixel costs, of a chunk of the batch's pixels; see
+Such a loss computes the loss of each pixel of a chunk of pixels. See
 ``mmseg_sats.models.pixel_losses.per_pixel`` for how several of them are computed in one pass.
 """
 
@@ -18,7 +18,7 @@ from mmseg_sats.utils.spelling import check_choice
 
 
 class HasLogits(Protocol):
-    """What a loss over the logits needs of a segmentor's output."""
+    """The attributes of a segmentor's output that a loss over the logits needs."""
 
     logits: Tensor
     align_corners: bool
@@ -26,7 +26,7 @@ class HasLogits(Protocol):
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Raises ValueError unless labels (B, H, W) each have a channel in logits (B, K, H, W)."""
+    """Raises ValueError unless each label in (B, H, W) is a channel of logits (B, K, H, W) or ignored."""
     if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(f'logits must be (B, K, H, W) and labels (B, H, W) of that size, '
                          f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
@@ -42,7 +42,7 @@ def check_label_values(labels: Tensor, channels: int, ignore_index: int) -> None
 
 
 def check_distillation(student: Tensor, teacher: Tensor) -> None:
-    """Raises ValueError where these logits cannot be distilled: other sizes, or too few channels."""
+    """Raises ValueError if student and old model differ in size, or the student has fewer channels."""
     if student.shape[2:] != teacher.shape[2:]:
         raise ValueError(
             f'student and teacher must agree in height and width, {_got(student, teacher)}'
@@ -51,7 +51,7 @@ def check_distillation(student: Tensor, teacher: Tensor) -> None:
 
 
 def check_channels(student: Tensor, teacher: Tensor) -> None:
-    """The same for logits that are yet to be resized."""
+    """The same check for logits that are resized later, so that height and width may differ."""
     new, old = student.shape, teacher.shape
     got = _got(student, teacher)
     if len(new) != 4 or len(old) != 4:
@@ -84,9 +84,9 @@ _REDUCTIONS: dict[str, Callable[[Tensor, float | None], Tensor]] = {
 
 
 class PixelwiseLoss(nn.Module):
-    """A loss that is a mean over pixels; subclasses say what one costs.
+    """A loss that is a mean over pixels; subclasses compute the loss of each pixel.
 
-    Those of a segmentor's head and its distillation are computed together.
+    The losses of this kind of a segmentor's head and its distillation are computed together.
 
     Args:
         loss_weight: factor of the loss.
@@ -98,7 +98,7 @@ class PixelwiseLoss(nn.Module):
 
     @abstractmethod
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w)."""
+        """Returns the loss of each pixel of a chunk, (n, w)."""
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -106,7 +106,7 @@ class PixelwiseLoss(nn.Module):
 
 
 class PixelwiseSegmentationLoss(PixelwiseLoss):
-    """A classification loss as the ``loss_decode`` of an mmseg head; 0 where ignored.
+    """A classification loss that can be the ``loss_decode`` of an mmseg head; it is 0 on ignored pixels.
 
     Args:
         loss_weight: factor of the loss.
@@ -123,7 +123,7 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
         return self._loss_name
 
     def check(self, channels: int) -> None:
-        """Raises ValueError where the loss has no meaning for logits of so many channels."""
+        """Raises ValueError if the loss is not defined for logits with this number of channels."""
 
     def forward(
         self,
@@ -134,19 +134,19 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
         reduction_override: str | None = None,
         ignore_index: int = 255,
     ) -> Tensor:
-        """The weighted loss, as ``BaseDecodeHead.loss_by_feat`` and its pixel samplers call it.
+        """Computes the weighted loss; called by ``BaseDecodeHead.loss_by_feat``, with weights of its pixel sampler.
 
         Args:
             pred: (B, K, H, W) logits.
             label: (B, H, W) integers.
-            weight: (B, H, W), factor of each pixel (mmseg's samplers give 0 and 1); the divisor
+            weight: (B, H, W), factor of each pixel (mmseg's samplers return 0 and 1); the divisor
                 is still the number of pixels.
-            avg_factor: divisor in place of the number of pixels.
-            reduction_override: ``'mean'`` (as None), ``'sum'``, or ``'none'`` for a (B, H, W) map.
-            ignore_index: label of pixels that add nothing.
+            avg_factor: divisor to use instead of the number of pixels.
+            reduction_override: ``'mean'`` (the default), ``'sum'``, or ``'none'`` for a (B, H, W) map.
+            ignore_index: label of pixels whose loss is 0.
 
         Raises:
-            ValueError: for shapes, labels or a reduction that do not fit.
+            ValueError: the shapes, labels or reduction do not fit.
         """
         check_labels(pred, label, ignore_index)
         self.check(pred.shape[1])
@@ -162,7 +162,7 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
         reduction_override: str | None = None,
         ignore_index: int = 255,
     ) -> Tensor:
-        """The weighted loss from its map (B, H, W); for the rest see :meth:`forward`."""
+        """Computes the weighted loss from its map (B, H, W); for the other arguments see :meth:`forward`."""
         reduction = 'mean' if reduction_override is None else reduction_override
         check_choice('reduction_override', reduction, _REDUCTIONS)
         if avg_factor is None and reduction == 'mean':
@@ -175,7 +175,7 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
         return self.loss_weight * _REDUCTIONS[reduction](loss, avg_factor)
 
     def divisor(self, label: Tensor, ignore_index: int) -> Tensor | None:
-        """What the sum over labels (B, H, W) is divided by; None for the number of pixels."""
+        """The divisor of the sum over the pixels of ``label`` (B, H, W); None for the number of pixels."""
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -183,17 +183,16 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
 
 
 class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
-    """A distillation of logits at the labels' size: the mean over all pixels, ignored ones too."""
+    """A distillation of logits at the labels' size: the mean over all pixels, including ignored ones."""
 
     def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The loss, without its weight, of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
+        """The unweighted loss of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
         return mean_over_pixels(self.per_pixel, student_logits, teacher_logits)
 
     def forward(self, student: HasLogits, teacher: HasLogits | None, labels: Tensor) -> Tensor:
-        """The weighted loss, a scalar, at the size of ``labels`` (B, H, W).
+        """Computes the weighted loss, a scalar, at the size of ``labels`` (B, H, W).
 
-        ``teacher`` is None in a stage without an old model, which only a part that has
-        ``needs_teacher = False`` sees.
+        ``teacher``, the old model's output, may be None only if ``needs_teacher`` is False.
         """
         if teacher is not None:
             check_channels(student.logits, teacher.logits)
@@ -213,12 +212,12 @@ def mean_over_pixels(
     """The mean of a distillation over all pixels, a scalar of at least float32.
 
     Args:
-        pixels: what each pixel of a chunk costs.
+        pixels: computes the loss of each pixel of a chunk.
         student_logits: (B, K, H, W).
-        teacher_logits: (B, K_o, H, W), of the same size, with at most as many channels.
+        teacher_logits: (B, K_o, H, W), the old model's logits, K_o <= K.
 
     Raises:
-        ValueError: for other shapes.
+        ValueError: the shapes do not fit together.
     """
     check_distillation(student_logits, teacher_logits)
     labels = student_logits.new_zeros((), dtype=torch.long).expand(

@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Weights of images in the losses of mmseg's heads.
 
-A head asks its pixel sampler for a weight of every pixel and hands it to its ``loss_decode``. For the
-length of a batch, a sampler that knows the images' weights takes that one's place.
+A head gets a weight for every pixel from its pixel sampler and passes it to its ``loss_decode``. While the
+losses of a batch are computed, the sampler is replaced by one that returns the images' weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class ImageWeightSampler(BasePixelSampler):
-    """Gives every pixel its image's weight, times what the head's own sampler gives it.
+    """Gives every pixel the weight of its image, times its weight from the head's own sampler.
 
     Args:
-        weights: (B,).
-        sampler: the head's own, or None.
+        weights: (B,), the weights of the images.
+        sampler: the head's own sampler, or None.
     """
 
     def __init__(self, weights: Tensor, sampler: BasePixelSampler | None = None) -> None:
@@ -37,14 +37,14 @@ class ImageWeightSampler(BasePixelSampler):
 
 @contextmanager
 def weighted_images(heads: Iterable[BaseDecodeHead], weights: Tensor | None) -> Iterator[None]:
-    """Within it, the heads' losses weigh the images; the divisor stays the number of all pixels.
+    """A context in which the heads' losses weight the images; the divisor is still the number of all pixels.
 
     Args:
         heads: decode and auxiliary heads.
-        weights: (B,), or None to leave the losses as they are.
+        weights: (B,), or None to leave the losses unweighted.
 
     Raises:
-        TypeError: a head has computed its loss without asking for weights.
+        TypeError: a head has computed its loss without using the weights.
     """
     if weights is None:
         yield

@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses over the pixels of a batch, computed together a chunk at a time.
+"""Losses over the pixels of a batch, computed together chunk by chunk.
 
 Logits at the labels' size are the largest tensors of a training step, and their softmaxes are as
-large again. No loss needs them as a whole: here both models' logits, at the head's resolution, are
-resized a chunk at a time, every loss sees the same chunk and its log-probabilities, and backward
-computes each chunk once more and brings its gradient straight back to the head's resolution.
+large again. Here they are never built as a whole: the logits of both models are resized from the head's
+resolution chunk by chunk, and all losses use the same chunk and its log-probabilities. The backward pass
+computes each chunk again and resizes its gradient back to the head's resolution at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ from mmseg_sats.models.resizing import ResizedLogits, Tile, TileIndex
 
 @dataclass(frozen=True, eq=False)
 class PixelChunk:
-    """Some pixels as the losses see them; what several losses want is computed once.
+    """A chunk of pixels, the argument of the losses. Values that several losses need are computed once.
 
     Args:
-        student: (n, K, w) logits, float32 at least.
-        teacher: (n, K_o, w), the old model's; None where there is none.
+        student: (n, K, w), the student's logits, at least float32.
+        teacher: (n, K_o, w), the old model's logits; None if there is no old model.
         labels: (n, w) long.
-        ignore_index: the label of pixels without a label.
+        ignore_index: the label of ignored pixels.
     """
 
     student: Tensor
@@ -47,17 +47,17 @@ class PixelChunk:
 
     @cached_property
     def ignored(self) -> Tensor:
-        """(n, w) bool, the pixels without a label."""
+        """(n, w) bool, the ignored pixels."""
         return self.labels == self.ignore_index
 
     @cached_property
     def targets(self) -> Tensor:
-        """(n, 1, w), the channel of each label; 0 where ignored."""
+        """(n, 1, w), the channel of each label; 0 for ignored pixels."""
         return self.labels.masked_fill(self.ignored, 0).unsqueeze(1)
 
 
 PerPixelLoss = Callable[[PixelChunk], Tensor]
-"""What a loss costs at each pixel: (n, w)."""
+"""Computes the loss of each pixel of a chunk: (n, w)."""
 
 
 def per_pixel_losses(
@@ -69,27 +69,27 @@ def per_pixel_losses(
     align_corners: bool = False,
     ignore_index: int = 255,
 ) -> tuple[Tensor, ...]:
-    """The maps of several losses over the same pixels, in one pass over both models' logits.
+    """Computes the maps of several losses over the same pixels in one pass over both models' logits.
 
-    Computed in float32 at least, whatever autocast says. No gradient reaches the teacher.
+    They are computed in at least float32, regardless of autocast. The old model gets no gradient.
 
     Args:
-        losses: each gives the loss of every pixel of a chunk.
+        losses: each computes the loss of every pixel of a chunk.
         student: (B, K, h, w) logits of any resolution, resized bilinearly to the labels' size.
-        teacher: (B, K_o, h', w'), or None where no loss asks for it.
+        teacher: (B, K_o, h', w'), the old model's logits, or None if no loss needs them.
         labels: (B, H, W) integers.
         align_corners: how the logits are resized.
-        ignore_index: the label of pixels without a label.
+        ignore_index: the label of ignored pixels.
 
     Returns:
-        One (B, H, W) for each loss.
+        One map (B, H, W) for each loss.
     """
     old = None if teacher is None else teacher.detach()
     return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), align_corners, ignore_index)
 
 
 class _PerPixelLosses(torch.autograd.Function):
-    """Saves the logits at the head's resolution and the labels alone."""
+    """The autograd function. It saves only the labels and the logits at the head's resolution."""
 
     @staticmethod
     def forward(
@@ -101,7 +101,7 @@ class _PerPixelLosses(torch.autograd.Function):
         align_corners: bool,
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
-        """One (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`."""
+        """Computes one map (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, labels)
         ctx.losses, ctx.options = losses, (align_corners, ignore_index)
@@ -117,12 +117,12 @@ class _PerPixelLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient (B, K, h, w) of the student's logits, from those (B, H, W) of the maps.
+        """Computes the gradient (B, K, h, w) of the student's logits from those (B, H, W) of the maps.
 
         Raises:
-            RuntimeError: a second derivative is asked for (``create_graph=True``).
+            RuntimeError: a second derivative is requested (``create_graph=True``).
         """
-        # torch's once_differentiable would let it pass as 0 where the outer gradient is a constant.
+        # torch's once_differentiable would silently give a second derivative of 0 if the outer gradient is constant.
         if torch.is_grad_enabled():
             raise RuntimeError('losses over pixels have first derivatives alone: create_graph=True')
         student, teacher, labels = ctx.saved_tensors
@@ -141,15 +141,15 @@ class _PerPixelLosses(torch.autograd.Function):
 
 
 class _TilePair(NamedTuple):
-    """A tile of the batch, of both models.
+    """The same tile of both models' logits.
 
     Args:
-        where: it lies in the labels.
-        rows: those of its chunks.
-        student: the new model's logits there.
-        teacher: the old model's.
-        labels: (B, H, W), those of the batch.
-        ignore_index: the label of pixels without a label.
+        where: the tile's place in the labels.
+        rows: the rows of each of its chunks.
+        student: the tile of the new model's logits.
+        teacher: the tile of the old model's logits, or None.
+        labels: (B, H, W), the labels of the batch.
+        ignore_index: the label of ignored pixels.
     """
 
     where: TileIndex

@@ -1,8 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The pixel-wise losses of a batch, those of the head and of the distillation, in one pass.
+"""Computes the pixel-wise losses of a batch, those of the head and of the distillation, in one pass.
 
-What cannot be shared is left to its own way: a head with a ``loss_by_feat`` or a pixel sampler of its
-own, a ``loss_decode`` that is not known to be a mean over pixels, an unknown class.
+Some losses cannot be computed here and are left to the caller: those of a head with its own
+``loss_by_feat`` or with a pixel sampler, those whose ``loss_decode`` is not known to be a mean over pixels,
+and all losses of a model with an unknown class.
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 def check_targets(head: BaseDecodeHead, labels: Tensor, channels: int) -> None:
-    """Raises ValueError for labels (B, H, W) beyond the channels of a head that asks for one each.
+    """Raises ValueError if a label in (B, H, W) has no channel, for heads whose loss is computed here.
 
-    On a GPU this waits for the labels, and without it such a label ends the process.
+    On a GPU this waits for the labels. Without this check, such a label would crash the process there.
     """
     if _pixel_losses(head):
         check_label_values(labels, channels, head.ignore_index)
@@ -39,22 +40,22 @@ def shared_losses(
     labels: Tensor,
     weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What the head's ``loss_by_feat`` and those parts that are :class:`PixelwiseDistillationLoss` give.
+    """Computes the losses of the head and of those parts that are a :class:`PixelwiseDistillationLoss`.
 
     Args:
         head: the decode head.
-        parts: name to distillation; only those over pixels are computed.
-        student: its logits may be of any resolution.
-        teacher: the old model's output, or None without one.
-        labels: (B, H, W) long, as ``check_targets`` wants them.
+        parts: name to distillation; only losses over pixels are computed.
+        student: the student's output; its logits may have any resolution.
+        teacher: the old model's output, or None if there is no old model.
+        labels: (B, H, W) long, which have passed ``check_targets``.
         weights: (B,), factors of the images in the head's losses, or None.
 
     Returns:
-        Losses by the names that a segmentor gives them, ``decode.NAME`` and ``loss_NAME``; without any
-        of ``decode`` where the head's cannot be computed here.
+        The losses by the names that a segmentor gives them, ``decode.NAME`` and ``loss_NAME``. There are no
+        ``decode`` entries if the head's losses cannot be computed here.
 
     Raises:
-        ValueError: for models whose logits do not go together.
+        ValueError: the logits of the two models do not fit together.
     """
     own = _pixel_losses(head)
     distilled = {
@@ -64,7 +65,7 @@ def shared_losses(
         return {}
     for loss in own:
         loss.check(student.logits.shape[1])
-    if distilled and teacher is not None:  # some need none
+    if distilled and teacher is not None:  # some parts need no old model
         check_channels(student.logits, teacher.logits)
     observed = (_is_right,) if own else ()
     maps = per_pixel_losses(
@@ -91,7 +92,7 @@ def shared_losses(
 
 
 def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelwiseSegmentationLoss, ...]:
-    """The losses of a head that works as ``BaseDecodeHead`` does; () where one is of another kind."""
+    """The losses of a head that computes them as ``BaseDecodeHead`` does; () if one of them is not pixel-wise."""
     by_feat = getattr(head.loss_by_feat, '__func__', None)
     if by_feat is not BaseDecodeHead.loss_by_feat or head.sampler is not None:
         return ()
@@ -103,7 +104,7 @@ def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelwiseSegmentationLoss, ...]
 def _pixel_loss(loss: nn.Module) -> PixelwiseSegmentationLoss | None:
     if isinstance(loss, PixelwiseSegmentationLoss):
         return loss
-    # Of mmseg's losses the usual one; a subclass may do anything.
+    # Of mmseg's losses only plain cross-entropy is supported; a subclass may compute anything.
     plain = type(loss) is CrossEntropyLoss and (
         not (loss.use_sigmoid or loss.use_mask or loss.avg_non_ignore)
         and loss.class_weight is None
@@ -113,7 +114,7 @@ def _pixel_loss(loss: nn.Module) -> PixelwiseSegmentationLoss | None:
 
 
 class _CrossEntropy(PixelwiseSegmentationLoss):
-    """What mmseg's ``CrossEntropyLoss`` is by default: ignored pixels count in the divisor."""
+    """mmseg's ``CrossEntropyLoss`` with its default options: ignored pixels count in the divisor."""
 
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
         own = chunk.log_p.gather(1, chunk.targets)[:, 0]
@@ -121,13 +122,13 @@ class _CrossEntropy(PixelwiseSegmentationLoss):
 
 
 def _is_right(chunk: PixelChunk) -> Tensor:
-    """1 where the best channel is the label's, else 0."""
+    """1 for pixels whose largest logit is that of the label, else 0."""
     own = chunk.student.gather(1, chunk.targets)[:, 0]
     right = (own == chunk.student.amax(1)) & ~chunk.ignored
     return right.to(own.dtype)
 
 
 def _accuracy(right: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Percent of the labelled pixels that are right, with mmseg's guard against having none."""
+    """The percentage of pixels with a label that are right; as in mmseg, a small number avoids 0 / 0."""
     eps = torch.finfo(torch.float32).eps
     return (100 * (right.sum() + eps) / ((labels != ignore_index).sum() + eps)).reshape(1)

@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Pseudo-labels: what the old model makes of the background."""
+"""Pseudo-labels: labels for old classes in the background, predicted by the old model."""

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Which part labels which image of a batch: by where the image comes from."""
+"""Completes the labels of a batch. Which labeler an image gets depends on the image's source."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,22 +17,22 @@ def complete_labels(
     student: SegmentorOutput | None,
     teacher: SegmentorOutput,
 ) -> tuple[Tensor, Tensor | None]:
-    """The labels after each labeler has seen the images of its source, and no others.
+    """Applies each labeler to the labels of the images of its source.
 
     Args:
-        labels: (B, H, W) long; left as they are.
-        data_samples: the B samples; ``source`` in their metainfo says where they come from, the
-            stage's own images (``'stage'``) where it does not.
-        labelers: source to a :class:`PseudoLabeler`, or to anything that is called like one. It gets
-            the b images of its source, or, where it has a true ``pixelwise``, a chunk of their pixels
-            at a time, rows or whole images; the student's logits come without gradients.
-        student: the student's output for the batch; None will do where no labeler needs it.
-        teacher: the old model's.
+        labels: (B, H, W) long; not modified.
+        data_samples: the B samples. ``source`` in their metainfo is the source of an image; without it,
+            the image is one of the stage's own (``'stage'``).
+        labelers: source to a :class:`PseudoLabeler`, or to an object that is called in the same way. It
+            gets all images of its source at once or, if its ``pixelwise`` is True, chunk by chunk (rows or
+            whole images). The student's logits have no gradients.
+        student: the student's output for the batch; may be None if no labeler needs it.
+        teacher: the old model's output for the batch.
 
     Returns:
-        ``labels`` themselves where no labeler has an image, else a new tensor like them; and the
-        images' weights in the segmentation loss, (B,), 1 where a labeler has no say, or None where
-        none of them has.
+        The completed labels, a new tensor, or ``labels`` itself if no image has a labeler. And the
+        images' weights in the segmentation loss, (B,), 1 for images whose labeler returns no weights;
+        None if no labeler returns weights.
     """
     sources = [sample.metainfo.get('source', 'stage') for sample in data_samples]
     size = labels.shape[-2:]
@@ -41,7 +41,7 @@ def complete_labels(
         rows = [row for row, name in enumerate(sources) if name == source]
         if not rows:
             continue
-        # The usual batch is of one source: no copies.
+        # Usually all images of a batch have the same source; a slice then avoids copies.
         at = slice(None) if len(rows) == len(sources) else rows
         models = [teacher, student] if flag(labeler, 'needs_student', PseudoLabeler) else [teacher]
         completed = completed.clone()

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""PLOP's pseudo-labels: the old model speaks where it is sure, and is ignored where it is not.
+"""PLOP's pseudo-labels: the old model's class where it is confident; other background pixels are ignored.
 
 Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
 2021, section 3.3: the entropy of the old model's prediction against a threshold for each class.
@@ -18,14 +18,14 @@ from mmseg_sats.models.resizing import logits_for_labels
 
 
 def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
-    """PLOP's factor of an image: the share of its background that has got a pseudo-label.
+    """PLOP's factor of an image: the share of its background pixels that got a pseudo-label.
 
-    Few confident pixels beside the new class's would give the new class too much weight. PLOP's
-    released code divides by zero where an image has no background; such an image keeps its weight.
+    If only few background pixels are confident, the new class's pixels would otherwise get too much
+    weight. PLOP's released code divides by zero if an image has no background; here its factor is 1.
 
     Args:
         labels: (B, H, W) integers, 0 for background.
-        completed: (B, H, W), the same with the background's pixels pseudo-labelled or ignored.
+        completed: (B, H, W), the labels after the background pixels were pseudo-labelled or ignored.
         ignore_index: label of the pixels without a pseudo-label.
 
     Returns:
@@ -39,30 +39,31 @@ def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) 
 
 @MODELS.register_module()
 class EntropyPseudoLabeler(PseudoLabeler):
-    """Labels background pixels with the old model's class where its entropy is under a threshold.
+    """Labels background pixels with the old model's class if its entropy is below a threshold.
 
-    A pixel of label 0, with q the old model's softmax and c its argmax (background too), becomes c
-    where u < threshold[c], and ``ignore_index`` elsewhere; u = -sum q log q / log K_o. Other labels
-    stay. The thresholds are each class's median of u over a stage's background pixels, found in one
-    pass before training: :meth:`reset`, :meth:`update` for every batch, :meth:`compute`.
+    Let q be the old model's softmax at a pixel of label 0, c its argmax (which may be background), and
+    u = -sum q log q / log K_o. The pixel's new label is c if u < threshold[c], else ``ignore_index``.
+    Other labels stay. The threshold of a class is the median of u over the stage's background pixels
+    where the class is predicted. Thresholds are computed in one pass before training: :meth:`reset`,
+    :meth:`update` for every batch, :meth:`compute`.
 
-    A plain object, so nothing of it enters a model's ``state_dict``. The softmax is as large as the
-    logits: what calls it with those of a whole batch does better to hand them over in pieces.
+    It is a plain object, so nothing of it enters a model's ``state_dict``. Its softmax is as large as the
+    logits, so it should be called on chunks of a batch rather than the whole batch.
 
     Args:
-        floor: least threshold of a class, also of one without pixels.
-        threshold: ``'median'``; ``'released'`` for the arithmetic of PLOP's released code, in which
+        floor: smallest threshold of a class, and the threshold of a class without pixels.
+        threshold: ``'median'``; ``'released'`` for the arithmetic of PLOP's released code, or a number in
+            (0, 1], which is the threshold of all classes and needs no pass. In the released code,
             entropy is averaged over classes rather than summed, divided by log K_o twice, and the
-            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes;
-            it divides the second time by the log of old and new channels together, here those of the
-            old model, so that some pixels in a thousand are labelled otherwise);
-            or a number in (0, 1], the same threshold for all classes, which needs no pass.
-        ignore_index: label of the pixels that the old model is not sure about.
-        scale_images: whether an image's cross-entropy is scaled by the share of its background that
-            the old model is sure about, as PLOP does; SATS does not.
+            median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes). Its
+            second division is by the log of old and new channels together; here it is by that of the old
+            model's channels, which changes the labels of a few pixels in a thousand.
+        ignore_index: label of the background pixels that are not confident.
+        scale_images: whether the cross-entropy of an image is scaled by the share of its background
+            pixels that are confident, as in PLOP. SATS does not do this.
 
     Raises:
-        ValueError: for an unknown ``threshold``, or numbers out of range.
+        ValueError: ``threshold`` is unknown or a number is out of range.
     """
 
     pixelwise = True
@@ -81,13 +82,13 @@ class EntropyPseudoLabeler(PseudoLabeler):
         self.ignore_index = ignore_index
         self.scale_images = scale_images
         self.needs_pass = isinstance(threshold, str)
-        """Whether thresholds must be found (or loaded) before the first call."""
+        """Whether thresholds must be computed (or loaded) before the first call."""
         self._rule = find_rule(threshold)
         self._histograms: Tensor | None = None
         self._thresholds: Tensor | None = None
 
     def reset(self, num_old: int) -> None:
-        """Forgets the last stage, for an old model of ``num_old`` channels, background included."""
+        """Starts a new pass, for an old model with ``num_old`` channels, background included."""
         if num_old < 1:
             raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
         self._histograms = torch.zeros(num_old, self._rule.bins, dtype=torch.int64)
@@ -97,7 +98,8 @@ class EntropyPseudoLabeler(PseudoLabeler):
     def histograms(self) -> Tensor:
         """(K_o, bins) int64 counts of background pixels by predicted class and entropy in [0, 1].
 
-        Ranks add theirs up before :meth:`compute`, in place or by setting the sum.
+        In a distributed run they must be summed over all ranks before :meth:`compute`, in place or by
+        setting them to the sum.
         """
         if self._histograms is None:
             raise RuntimeError('EntropyPseudoLabeler has no histograms: call reset(num_old) first')
@@ -128,25 +130,25 @@ class EntropyPseudoLabeler(PseudoLabeler):
 
         Args:
             labels: (B, H, W) integers.
-            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
+            teacher_logits: (B, K_o, h, w), the old model's logits; resized if the labels have another size.
 
         Raises:
-            ValueError: if the shapes disagree with each other or with ``num_old``.
-            RuntimeError: before :meth:`reset`.
+            ValueError: the shapes disagree with each other or with ``num_old``.
+            RuntimeError: :meth:`reset` was not called.
         """
         teacher_logits = self._for_labels(labels, teacher_logits, len(self.histograms))
         self._histograms = self.histograms.to(teacher_logits.device)
         counts = self._histograms.view(-1)
         entropy, pseudo = self._predict(teacher_logits)
-        # No boolean indexing: on a GPU it would wait for the device.
+        # Boolean indexing is avoided, because on a GPU it would wait for the device.
         bins = (entropy * self._rule.bins).long().clamp_(max=self._rule.bins - 1)
         index = pseudo * self._rule.bins + bins
         counts.scatter_add_(0, index.flatten(), (labels == 0).flatten().long())
 
     @torch.no_grad()
     def compute(self) -> Tensor:
-        """The thresholds (K_o,) of all pixels counted since :meth:`reset`, set and returned."""
-        # The pass is over: on the CPU the counts cost the training no GPU memory.
+        """Computes, sets and returns the thresholds (K_o,) from all pixels counted since :meth:`reset`."""
+        # The pass is over, so the counts are moved to the CPU to free GPU memory for training.
         self._histograms = self.histograms.cpu()
         thresholds = self._rule.threshold(self._histograms)
         self.thresholds = thresholds.clamp(min=self.floor) if self.needs_pass else thresholds
@@ -154,18 +156,18 @@ class EntropyPseudoLabeler(PseudoLabeler):
 
     @torch.no_grad()
     def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The completed labels.
+        """Returns the completed labels.
 
         Args:
-            labels: (B, H, W) integers; left as they are.
-            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
+            labels: (B, H, W) integers; not modified.
+            teacher_logits: (B, K_o, h, w), the old model's logits; resized if the labels have another size.
 
         Returns:
             A new tensor like ``labels``.
 
         Raises:
-            RuntimeError: if the thresholds have not been found.
-            ValueError: if the shapes disagree with each other or with the thresholds.
+            RuntimeError: the thresholds have not been computed.
+            ValueError: the shapes disagree with each other or with the thresholds.
         """
         if self._thresholds is None:
             self._start_without_pass(teacher_logits.shape[1])
@@ -177,11 +179,11 @@ class EntropyPseudoLabeler(PseudoLabeler):
         return torch.where(labels == 0, taught, labels)
 
     def image_weights(self, labels: Tensor, completed: Tensor) -> Tensor | None:
-        """The factor of each image's cross-entropy, (B,), or None where images are not scaled.
+        """The factor of each image's cross-entropy, (B,), or None if images are not scaled.
 
         Args:
-            labels: (B, H, W), as :meth:`__call__` got them.
-            completed: what it returned.
+            labels: (B, H, W), the argument of :meth:`__call__`.
+            completed: (B, H, W), its result.
         """
         if not self.scale_images:
             return None
@@ -199,7 +201,7 @@ class EntropyPseudoLabeler(PseudoLabeler):
     def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy and predicted class, both (B, H, W), of logits (B, K_o, H, W)."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # On a CPU max is several times as fast as argmax.
+        # On a CPU, max is several times as fast as argmax.
         return self._rule.entropy(logits.softmax(1)), logits.max(1).indices
 
     @staticmethod
@@ -216,11 +218,11 @@ class EntropyPseudoLabeler(PseudoLabeler):
         return {'threshold': self.threshold, 'floor': self.floor, 'thresholds': thresholds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the thresholds of :meth:`state_dict`.
+        """Loads the thresholds of :meth:`state_dict`.
 
         Raises:
-            KeyError: if a key is missing.
-            ValueError: if they were found by another rule or floor than this object's.
+            KeyError: a key is missing.
+            ValueError: the thresholds were computed with another rule or floor than this object's.
         """
         for name in ('threshold', 'floor'):
             if state[name] != getattr(self, name):

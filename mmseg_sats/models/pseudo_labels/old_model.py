@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Pseudo-labels on every background pixel: the old model's alone, or fused with the new model's.
+"""Pseudo-labels for every background pixel: the old model's class, or a fusion of old and new model's classes.
 
-Both complete what is background, so one object labels a stage's own images, where annotated classes
-stay, and images from outside, where everything is background.
+Both only change background pixels. So they can be used for a stage's own images, in which annotated
+classes stay, and for images from outside, in which every pixel is background.
 """
 
 import torch
@@ -18,13 +18,13 @@ def old_labels(teacher_logits: Tensor) -> Tensor:
 
 
 def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Old and new model's labels in one map.
+    """Fuses the labels of old and new model.
 
-    With q the old model's softmax and p the new model's: the old model's label is a = argmax q. The
-    new model speaks for the new classes alone, so all that it gives to background and old classes
-    counts as its background, p_bg = p[0] + sum of p over old classes; its label b is the best of
-    background and new classes. Where one of the two says background, the other's label holds; where
-    both name a class, the more confident one's does: a if q_a >= p_b, else b.
+    Let q be the old model's softmax and p the new model's. The old model's label is a = argmax q. The
+    new model is used only for the new classes: its probabilities of background and old classes are
+    summed, p_bg = p[0] + sum of p over old classes, and its label b is the most probable of background
+    and new classes. If one of the two labels is background, the other is taken. If both are classes, the
+    more confident one is taken: a if q_a >= p_b, else b.
 
     Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 2022: fusion with
     conflict reduction.
@@ -37,7 +37,7 @@ def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         (B, H, W) long.
 
     Raises:
-        ValueError: the shapes disagree, or the new model has fewer channels than the old one.
+        ValueError: the shapes disagree, or the new model has fewer channels than the old model.
     """
     num_old = teacher_logits.shape[1]
     same = teacher_logits.shape[:1] + teacher_logits.shape[2:]
@@ -58,7 +58,7 @@ def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 class _BackgroundLabeler(PseudoLabeler):
-    """Gives every pixel of label 0 another model's opinion; other labels stay."""
+    """Base class of labelers that replace the label of every background pixel; other labels stay."""
 
     pixelwise = True
 
@@ -69,7 +69,7 @@ class _BackgroundLabeler(PseudoLabeler):
 
 @MODELS.register_module()
 class OldModelPseudoLabeler(_BackgroundLabeler):
-    """The old model's class on every background pixel, whatever its confidence.
+    """Labels every background pixel with the old model's class, whatever its confidence.
 
     Maracani et al., "RECALL: Replay-based Continual Learning in Semantic Segmentation", ICCV 2021:
     the labels of replayed images, and the background of the stage's own ("background inpainting").
@@ -77,11 +77,11 @@ class OldModelPseudoLabeler(_BackgroundLabeler):
 
     @torch.no_grad()
     def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The completed labels.
+        """Returns the completed labels.
 
         Args:
-            labels: (B, H, W) integers; left as they are.
-            teacher_logits: (B, K_old, H, W), the old model's at the labels' size.
+            labels: (B, H, W) integers; not modified.
+            teacher_logits: (B, K_old, H, W), the old model's logits at the labels' size.
 
         Returns:
             A new tensor like ``labels``.
@@ -91,7 +91,7 @@ class OldModelPseudoLabeler(_BackgroundLabeler):
 
 @MODELS.register_module()
 class FusedPseudoLabeler(_BackgroundLabeler):
-    """Old and new model's labels on every background pixel, see :func:`fused_labels`."""
+    """Labels every background pixel by fusing the old and the new model's labels, see :func:`fused_labels`."""
 
     needs_student = True
 
@@ -99,12 +99,12 @@ class FusedPseudoLabeler(_BackgroundLabeler):
     def __call__(
         self, labels: Tensor, teacher_logits: Tensor, student_logits: Tensor
     ) -> Tensor:
-        """The completed labels.
+        """Returns the completed labels.
 
         Args:
-            labels: (B, H, W) integers; left as they are.
-            teacher_logits: (B, K_old, H, W), the old model's at the labels' size.
-            student_logits: (B, K, H, W), the new model's.
+            labels: (B, H, W) integers; not modified.
+            teacher_logits: (B, K_old, H, W), the old model's logits at the labels' size.
+            student_logits: (B, K, H, W), the new model's logits.
 
         Returns:
             A new tensor like ``labels``.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""SSUL's pseudo-labels: the old model's class where its sigmoid is sure."""
+"""SSUL's pseudo-labels: the old model's class where its sigmoid is at least a threshold."""
 
 import torch
 from mmseg.registry import MODELS
@@ -11,16 +11,17 @@ from mmseg_sats.models.resizing import logits_for_labels
 
 @MODELS.register_module()
 class SigmoidPseudoLabeler(PseudoLabeler):
-    """Labels background pixels with the old model's best class where its score reaches a threshold.
+    """Labels background pixels with the old model's best class if its score is at least a threshold.
 
-    Cha et al., "SSUL", NeurIPS 2021, section 3.3. A pixel of label 0 becomes c where c, the channel
-    of the largest logit, is not background and sigmoid(x_c) >= threshold. Other labels stay.
+    Cha et al., "SSUL", NeurIPS 2021, section 3.3. Let c be the channel of the largest logit x_c at a pixel of
+    label 0. The pixel's new label is c if c is not background and sigmoid(x_c) >= threshold. Other
+    labels stay.
 
     Args:
-        threshold: least score, in (0, 1].
+        threshold: smallest score, in (0, 1].
 
     Raises:
-        ValueError: for a threshold out of range.
+        ValueError: the threshold is out of range.
     """
 
     pixelwise = True
@@ -32,17 +33,17 @@ class SigmoidPseudoLabeler(PseudoLabeler):
 
     @torch.no_grad()
     def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The completed labels.
+        """Returns the completed labels.
 
         Args:
-            labels: (B, H, W) long.
-            teacher_logits: (B, K_o, h, w), the old model's; resized where the labels' size is another.
+            labels: (B, H, W) long; not modified.
+            teacher_logits: (B, K_o, h, w), the old model's logits; resized if the labels have another size.
 
         Returns:
-            (B, H, W), of the labels' type; ``labels`` itself is not changed.
+            A new tensor like ``labels``.
 
         Raises:
-            ValueError: if the shapes disagree.
+            ValueError: the shapes disagree.
         """
         best, channel = logits_for_labels(labels, teacher_logits).max(1)
         sure = (channel > 0) & (best.float().sigmoid() >= self.threshold)

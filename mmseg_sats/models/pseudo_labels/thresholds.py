@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""How sure the old model is of a pixel, and the threshold of each class that follows from a stage's pixels.
+"""The entropy of the old model's prediction at a pixel, and each class's threshold computed from a stage's pixels.
 
 Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
 2021, section 3.3, and the arithmetic of their released code, which differs.
@@ -24,7 +24,7 @@ def _normalised_entropy(q: Tensor) -> Tensor:
 
 
 def _released_entropy(q: Tensor) -> Tensor:
-    """PLOP's released code: a mean over the K channels, divided by log K twice; under 1/K/log K."""
+    """As in PLOP's released code: a mean over the K channels, divided by log K twice. At most 1 / (K log K)."""
     channels = q.shape[1]
     if channels == 1:
         return torch.zeros_like(q[:, 0])
@@ -35,8 +35,8 @@ def _released_entropy(q: Tensor) -> Tensor:
 def _order_statistic(counts: Tensor, rank: Tensor) -> Tensor:
     """The ``rank``-th smallest value (from 0) of each row of (K, bins) counts over [0, 1], (K,).
 
-    It is the lower end of that value's bin, so the error is below one bin's width, and no value that
-    equals a median is under it.
+    The lower end of that value's bin is returned. So the error is less than the width of a bin, and a
+    value that equals the median is never below the result.
     """
     cumulative = counts.cumsum(1)
     index = torch.searchsorted(cumulative, rank[:, None], right=True)
@@ -52,10 +52,11 @@ def _median(counts: Tensor) -> Tensor:
 
 
 def _released_median(counts: Tensor) -> Tensor:
-    """PLOP's released code: a running sum of bin numbers where a median has one of counts, (K,).
+    """The thresholds (K,) as in PLOP's released code: like a median, but its running sum adds bin numbers, not counts.
 
-    A class stops at the first bin whose count reaches from the running sum to half of its pixels.
-    One that never stops divides by its last bin's count, 0, and lets every pixel pass or none.
+    The search for a class stops at the first bin where half of the class's pixels lies between the running
+    sum and the running sum plus the bin's count. If it never stops, the code divides by the last bin's
+    count, 0, and the class's pixels either all pass or none.
     """
     bins = counts.shape[1]
     running = torch.arange(bins, dtype=torch.float64, device=counts.device).cumsum(0)
@@ -73,7 +74,7 @@ def _released_median(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """How entropy is measured, and how a class's threshold follows from its histogram."""
+    """How entropy is computed, and how a class's threshold is computed from its histogram with ``bins`` bins."""
 
     bins: int
     entropy: Callable[[Tensor], Tensor]
@@ -87,7 +88,7 @@ _RULES: dict[str, ThresholdRule] = {
 
 
 def _fixed_rule(value: float) -> ThresholdRule:
-    """The same threshold for every class, whatever its pixels."""
+    """A rule with the same threshold for every class, which does not depend on its pixels."""
     return ThresholdRule(1, _normalised_entropy, partial(_same_for_all, value))
 
 
@@ -96,10 +97,10 @@ def _same_for_all(value: float, counts: Tensor) -> Tensor:
 
 
 def find_rule(threshold: str | float) -> ThresholdRule:
-    """The rule by that name, or one threshold for all classes where it is a number in (0, 1].
+    """The rule with a name, or, for a number in (0, 1], a rule with this threshold for all classes.
 
     Raises:
-        ValueError: for an unknown name, or a number out of range.
+        ValueError: the name is unknown, or the number is out of range.
     """
     if isinstance(threshold, str):
         check_choice('threshold', threshold, _RULES)

@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""A frozen model for autocast: what autocast would cast in every step is cast once.
+"""A frozen model for autocast, whose weights are cast only once instead of in every step.
 
-Autocast keeps what it cast of a weight within one step at most, and casts those of a frozen model at
-every use: on a GPU more than half of what such a forward pass launches.
+Autocast caches a cast weight for one step at most, and that of a frozen model not at all. On a GPU, more
+than half of the kernels of such a forward pass would be casts.
 """
 
 import copy
@@ -14,16 +14,16 @@ _PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast works in on the device, None where it is off."""
+    """The dtype that autocast uses on the device, or None if autocast is off."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
 
 def with_cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose float32 weights of products and convolutions are of ``dtype``.
+    """A copy of the model in which the float32 weights of linear, convolution and attention layers have ``dtype``.
 
-    Those of norms and the rest stay: there autocast works in float32, or in what it is given.
+    The weights of norms and other layers keep their dtype, because autocast does not cast them.
     """
     model = copy.deepcopy(model)
     for module in model.modules():

@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Parts of a model that a stage does not train: neither their parameters nor their statistics move.
+"""Freezes parts of a model: neither their parameters nor their running statistics change in training.
 
-Patterns name modules or parameters by their dotted names, with the wildcards of ``fnmatch`` (``*``
-crosses dots); whatever lies under a named module is named too. A pattern that begins with ``!`` takes
-out again what it names: ``('*', '!decode_head.conv_seg')`` is everything but the classifier.
+Patterns select modules or parameters by their dotted names, with the wildcards of ``fnmatch`` (``*``
+also matches dots). A selected module includes everything in it. A pattern that begins with ``!`` excludes
+what it matches: ``('*', '!decode_head.conv_seg')`` is everything except the classifier.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,16 @@ from mmseg_sats.utils.spelling import near_match
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freezes parts of a model, and puts them in eval mode.
 
-    Parameters lose ``requires_grad``, so this comes before a DDP wrapper, which would wait for their
-    gradients. ``train()`` would wake the parts' dropout and running statistics again: a model calls
-    :func:`hold_in_eval` at the end of its own.
+    ``requires_grad`` is set to False, so call this before the model is wrapped by DDP, which would wait
+    for the gradients. Since ``train()`` would put the parts back into train mode, a model must call
+    :func:`hold_in_eval` at the end of its ``train()``.
 
     Args:
         model: the model.
         patterns: what to freeze, see above; empty for nothing.
 
     Raises:
-        ValueError: a pattern names nothing in the model, or nothing is left to train.
+        ValueError: a pattern matches nothing in the model, or nothing is left to train.
     """
     _check_patterns(model, patterns)
     for name, parameter in model.named_parameters():
@@ -39,10 +39,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def hold_in_eval(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Puts the modules that ``patterns`` name in eval mode: dropout off, running statistics kept.
+    """Puts the modules that ``patterns`` select in eval mode: no dropout, and running statistics do not change.
 
-    Modules are found by name each time, since layers may be exchanged after the model is built
-    (mmengine's ``sync_bn``). The model itself keeps its mode.
+    Modules are found by name each time, since layers may be replaced after the model is built
+    (by mmengine's ``sync_bn``). The mode of the model itself does not change.
     """
     for name, module in model.named_modules():
         if name and is_frozen(name, patterns):
@@ -50,7 +50,7 @@ def hold_in_eval(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
-    """Whether ``patterns`` name the module or parameter ``name``, or a module that it lies in."""
+    """Whether ``patterns`` select the module or parameter ``name``, or a module that contains it."""
     frozen = [pattern for pattern in patterns if not pattern.startswith('!')]
     kept = [pattern[1:] for pattern in patterns if pattern.startswith('!')]
     return _named(name, frozen) and not _named(name, kept)

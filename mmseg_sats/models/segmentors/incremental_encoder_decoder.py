@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The segmentor that learns a stage: mmseg's EncoderDecoder beside its frozen predecessor."""
+"""The segmentor that is trained in a stage: mmseg's EncoderDecoder with a frozen old model beside it."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -36,45 +36,45 @@ from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
 
 @MODELS.register_module()
 class IncrementalEncoderDecoder(EncoderDecoder):
-    """EncoderDecoder plus old model, pseudo-labels and distillation.
+    """EncoderDecoder with an old model, pseudo-labels and distillation.
 
-    The loss of a stage is ``segmentation_loss(student, labels) + sum_d d(student, teacher, labels)``;
-    the segmentation loss is the heads' own ``loss_decode``, on labels that the pseudo-labeler may have
-    completed. Without an old model (stage 0) the segmentation loss is left, and those losses that say
-    ``needs_teacher = False``.
+    The loss of a stage is ``segmentation_loss(student, labels) + sum_d d(student, teacher, labels)``, where
+    ``teacher`` is the output of the old model. The segmentation loss is the heads' own ``loss_decode``, on
+    labels that the pseudo-labeler may have completed. Without an old model (stage 0), only the segmentation
+    loss and the losses with ``needs_teacher = False`` are used.
 
-    A checkpoint whose classifiers have ``old_model.num_old`` rows grows while it is loaded. Any other
-    difference in shape raises, where mmengine would only log it and leave random weights.
+    If a checkpoint's classifiers have ``old_model.num_old`` rows, new rows are added while it is loaded. Any
+    other difference in shape raises an error; mmengine would only log it and keep random weights.
 
     Args:
         backbone: as in ``EncoderDecoder``; distilling attention needs one with ``forward_with_attention``.
         decode_head: as in ``EncoderDecoder``, a head on ``BaseDecodeHead``.
         old_model: ``dict(checkpoint=path, num_old=channels with background)`` of the previous
-            stage's snapshot, or None in stage 0. It is read when the first loss asks for it, so a
-            trained stage is served without it.
-        pseudo_labeler: config of a :class:`PseudoLabeler`, or of anything that is called like one; or
-            None. It sees the stage's own images alone: exemplars keep their labels.
+            stage's snapshot, or None in stage 0. It is read when a loss needs it for the first time, so a
+            trained stage can be used for inference without it.
+        pseudo_labeler: config of a :class:`PseudoLabeler`, or of an object that is called in the same way;
+            or None. It labels only the stage's own images: exemplars keep their labels.
         outside_labeler: the same for images from outside the data set, whose labels are all
             background.
         distillation: name to config of a :class:`DistillationPart`, or of another module that is called
-            like one (logged as ``loss_<name>``); a None entry is left out, so that a child config can
-            drop a part.
-        classifier_init: how new classifier rows start, ``'balanced'`` (MiB), ``'random'`` or
+            in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
+            child config can remove a part.
+        classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB), ``'random'`` or
             ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
-            training is ``UNKNOWN_LABEL``. The heads' losses see it as one more class, the last.
-        prototypes: config of the :class:`ClassPrototypes` that are gathered in training for losses
-            that ask for them; or None.
-        frozen: patterns of the parts that are not trained and whose running statistics stay, e.g.
-            ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
+            training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
+        prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
+            that need them; or None.
+        frozen: patterns of the parts that are not trained and whose running statistics do not change,
+            e.g. ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
-            ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``, which refuses others.
+            ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``; other arguments raise an error.
 
     Raises:
         TypeError: a head cannot grow.
-        ValueError: a part asks for attention that the backbone cannot give, or for something by a name
-            that nothing reads (``needs_...``), ``frozen`` names
-            nothing in the model, or with ``unknown`` a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
+        ValueError: a part needs attention maps that the backbone cannot compute, or has an unknown flag
+            ``needs_...``; ``frozen`` matches nothing in the model; or with ``unknown``, a class or
+            ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self.frozen = tuple(frozen)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
-        """As in ``nn.Module``, but what is frozen stays in eval mode."""
+        """As in ``nn.Module``, but frozen parts stay in eval mode."""
         super().train(mode)
         hold_in_eval(self, self.frozen)
         return self
@@ -171,7 +171,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     @property
     def _labelers(self) -> dict[str, Any]:
-        """What labels the images of each source; exemplars need nothing."""
+        """The labelers of the images of each source; exemplars need none."""
         sources = dict(pseudo_labeler='stage', outside_labeler='outside')
         return {sources[name]: labeler for name, labeler in self._named_labelers()}
 
@@ -193,13 +193,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             data_samples: their labels, ``gt_sem_seg`` (1, H, W) each.
 
         Returns:
-            Name to scalar; names that hold ``loss`` are summed by mmengine. In a distributed run
-            they are those of the whole batch, see ``mmseg_sats.models.losses.over_ranks``.
+            Name to scalar; mmengine sums those whose name contains ``loss``. In a distributed run
+            they are the losses of the whole batch, see ``mmseg_sats.models.losses.over_ranks``.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
-        # To all parts but the heads' own losses, unknown pixels are background.
+        # Unknown pixels count as background, except in the heads' own losses.
         labels, unknown = self.without_unknown(labels)
-        # Stage 0 and methods without a teacher's part never touch the old model.
+        # The old model is neither read nor run in stage 0 or by methods that do not use it.
         taught = self._old_model_cfg is not None and (
             len(self.distillation) > 0 or len(self._labelers) > 0
         )
@@ -209,7 +209,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             if taught or not flag(part, 'needs_teacher', DistillationPart)
         }
         with_attention = _need_attention(parts.values())
-        # The old model first: what it needs for a moment is free again when the student keeps its own.
+        # The old model runs first: its temporary memory is free again before the student keeps its activations.
         teacher = self.old_model(inputs, with_attention) if taught else None
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
@@ -219,12 +219,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             labels, weights = complete_labels(
                 labels, data_samples, self._labelers, outputs and outputs[0], teacher
             )
-        # What got a class, or was found unsure, is not unknown any more.
+        # Unknown pixels that the labelers gave a class, or ignored as unsure, are no longer unknown.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
-        # Whatever a GPU must answer first is asked here, while it has little to do.
+        # Everything that must wait for results of the GPU is done here, while the GPU has little queued work.
         check_targets(self.decode_head, targets, self.num_classes + self.unknown)
         for part in parts.values():
-            if hasattr(part, 'prepare'):  # another module may have none
+            if hasattr(part, 'prepare'):  # a module that is no DistillationPart may lack it
                 part.prepare(teacher, labels, self.num_classes)
         student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
@@ -244,20 +244,20 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         return losses_over_ranks(losses, heads, self.distillation, targets)
 
     def without_unknown(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels with background in the place of unknown, and where that was, both (B, H, W).
+        """Labels in which unknown is replaced by background, and a mask of the unknown pixels, both (B, H, W).
 
-        In a model without an unknown class, ``UNKNOWN_LABEL`` is a label like any other.
+        If the model has no unknown class, nothing is replaced: ``UNKNOWN_LABEL`` is then an ordinary label.
         """
         unknown = (labels == UNKNOWN_LABEL) & self.unknown
         return labels.masked_fill(unknown, 0), unknown
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
-        """Logits (B, K, H, W) at the size of the images; with an unknown class scores, see fold_unknown."""
+        """Logits (B, K, H, W) at the images' size; with an unknown class, the scores of ``fold_unknown`` instead."""
         logits = super().encode_decode(inputs, batch_img_metas)
         return fold_unknown(logits) if self.unknown else logits
 
     def _forward(self, inputs: Tensor, data_samples: SampleList | None = None) -> Tensor:
-        """Logits (B, K, h, w) of the classes, as stock mmseg gives them, without the unknown class."""
+        """Logits (B, K, h, w) of the classes as in mmseg, without the unknown class."""
         return super()._forward(inputs, data_samples)[:, : self.out_channels]
 
     def _segmentation_losses(
@@ -267,7 +267,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         head_inputs: tuple[Tensor, ...],
         labels: Tensor,
     ) -> dict[str, Tensor]:
-        """The heads' own losses on the completed labels (B, H, W), K where unknown, by mmseg's names."""
+        """The heads' own losses with mmseg's names, on completed labels (B, H, W), which are K on unknown pixels."""
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
         losses: dict[str, Tensor] = {}
         for name, head in heads.items():
@@ -303,7 +303,7 @@ def _need_attention(parts: Iterable[nn.Module]) -> bool:
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The options of the old model, also of a stage's config that an earlier version wrote."""
+    """The options of the old model with their current names; an earlier version may have written the config."""
     if old_model is None or 'num_classes' not in old_model:
         return old_model
     warn_renamed('old_model.num_classes', 'old_model.num_old')
@@ -312,7 +312,7 @@ def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] |
 
 
 def _check_left_out(distillation: Mapping[str, Any]) -> None:
-    """A part is left out by None; one that there is not, with another of nearly its name, is a slip."""
+    """Checks the names of parts that are removed by None: a name close to that of another part is a misspelling."""
     present = [name for name, cfg in distillation.items() if cfg is not None]
     for name, cfg in distillation.items():
         if cfg is None and any(one_slip(name, other) for other in present):
@@ -322,13 +322,13 @@ def _check_left_out(distillation: Mapping[str, Any]) -> None:
 
 
 def _prefix(name: str) -> str:
-    """What mmseg puts before the losses of the head of that name."""
+    """The prefix that mmseg gives to the losses of the head with this name."""
     short = dict(decode_head='decode').get(name, name)
     return short.replace('auxiliary_head', 'aux').replace('.', '_')
 
 
 def _named(name: str, one_or_more: Any) -> dict[str, Any]:
-    """Heads or their configs by their names in the segmentor; a list numbers them."""
+    """Heads or their configs by their names in the segmentor; the heads of a list are numbered."""
     if isinstance(one_or_more, list | tuple | nn.ModuleList):
         return {f'{name}.{index}': item for index, item in enumerate(one_or_more)}
     return {} if one_or_more is None else {name: one_or_more}

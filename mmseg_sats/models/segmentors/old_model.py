@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The old model: the frozen teacher of a stage, and the one way to run a segmentor for its parts."""
+"""The frozen old model of a stage, and the function that runs a segmentor for all losses at once."""
 
 import copy
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 def run_segmentor(
     model: EncoderDecoder, inputs: Tensor, with_attention: bool
 ) -> tuple[SegmentorOutput, tuple[Tensor, ...]]:
-    """Runs a segmentor once and keeps what losses may ask for.
+    """Runs a segmentor once and returns everything that losses may need.
 
     Args:
         model: any mmseg ``EncoderDecoder``.
         inputs: preprocessed images (B, 3, H, W).
-        with_attention: whether the backbone's self-attention is asked for; the backbone then needs
+        with_attention: whether to return the backbone's attention maps; the backbone must then have
             ``forward_with_attention``.
 
     Returns:
@@ -52,14 +52,15 @@ def run_segmentor(
 class OldModel:
     """The frozen model as it stood after the previous stage.
 
-    Under autocast a copy runs whose weights are cast once and for all, so what is done to ``model``
-    after its first use there has no effect.
+    Under autocast, a copy is used whose weights are cast only once. So changes to ``model`` after its
+    first use under autocast have no effect.
 
-    Not an ``nn.Module``, on purpose: as an attribute of the student it stays out of its
-    ``state_dict``, optimizer, EMA and DDP wrapper, and ``train()`` does not reach it. Copies share it.
+    It is not an ``nn.Module`` on purpose: as an attribute of the student, it then is no part of its
+    ``state_dict``, optimizer, EMA and DDP wrapper, and ``train()`` does not affect it. Copies of the
+    student share it.
 
     Args:
-        model: the old segmentor; put in eval mode and frozen for good.
+        model: the old segmentor; it is put in eval mode and frozen.
     """
 
     def __init__(self, model: EncoderDecoder) -> None:
@@ -76,14 +77,14 @@ class OldModel:
             model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
             num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
-            unknown: whether it has an unknown class.
+            unknown: whether the model has an unknown class.
 
         Raises:
-            ValueError: the snapshot lacks tensors or holds them in another shape.
+            ValueError: the snapshot lacks tensors or has some of another shape.
         """
         model_cfg = copy.deepcopy(model_cfg)
         head = model_cfg['decode_head']
-        # By item: mmengine's ConfigDict.update would mix the two losses' arguments.
+        # Assigned by key, because mmengine's ConfigDict.update would merge the arguments of both losses.
         head['num_classes'], head['loss_decode'] = num_old, dict(type='CrossEntropyLoss')
         head.pop('out_channels', None)
         for key in ('init_cfg', 'pretrained'):
@@ -99,16 +100,17 @@ class OldModel:
                 f'{checkpoint} does not hold the old model of this stage '
                 f'({num_old} channels): ' + '; '.join(wrong[:5])
             )
-        # The student's auxiliary heads are in the snapshot too; the old model needs none.
+        # Only the old model's tensors are loaded: the snapshot also has auxiliary heads, which it does not need.
         model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
         return cls(model)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
         """The old model's output for images (B, 3, H, W), without gradients."""
-        # The student's .to() and .double() do not reach it. Asked first: Module.to goes through every tensor.
+        # The student's .to() and .double() do not move the old model, so it is moved here, but only if needed:
+        # Module.to visits every tensor.
         own = next(self.model.parameters())
-        # Of lower precisions autocast takes care, whatever the images have become.
+        # Only float64 changes the model's dtype; lower precisions are left to autocast.
         dtype = inputs.dtype if torch.float64 in (own.dtype, inputs.dtype) else own.dtype
         if (own.device, own.dtype) != (inputs.device, dtype):
             self.model.to(inputs.device, dtype)
@@ -123,9 +125,9 @@ class OldModel:
     def _run_and_cast(
         self, inputs: Tensor, with_attention: bool, dtype: torch.dtype
     ) -> SegmentorOutput:
-        """Makes the copy for autocast; where it does not give the very same, the model itself is kept.
+        """Makes the copy for autocast. If its output is not exactly the same, the model itself is used instead.
 
-        It would not in a model that does more with a weight than to multiply by it.
+        The output can differ if a model uses a weight for more than a multiplication.
         """
         expected = run_segmentor(self.model, inputs, with_attention)[0]
         try:
@@ -133,7 +135,7 @@ class OldModel:
             same = _equal(expected, run_segmentor(faster, inputs, with_attention)[0])
         except torch.cuda.OutOfMemoryError:
             raise
-        except RuntimeError:  # dtypes that do not go together
+        except RuntimeError:  # an operation with tensors of different dtypes
             same = False
         if not same:
             print_log(
@@ -150,7 +152,7 @@ class OldModel:
 
 
 def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
-    """Whether two outputs are the same numbers."""
+    """Whether all tensors of two outputs are equal."""
     pairs = zip(_tensors(one), _tensors(other), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
