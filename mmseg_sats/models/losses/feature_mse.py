@@ -7,7 +7,6 @@ of MiB.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,7 @@ from torch import Tensor
 from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.precision import working_dtype
-
-
-class HasFeatures(Protocol):
-    """The attributes of a segmentor's output that a loss over the encoder's features needs."""
-
-    features: tuple[Tensor, ...]
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 def feature_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -63,7 +57,7 @@ class FeatureMSELoss(DistillationPart):
         self.blocks = block_indices(blocks)
         self.loss_weight = loss_weight
 
-    def forward(self, student: HasFeatures, teacher: HasFeatures, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; the labels are not used.
 
         Raises:

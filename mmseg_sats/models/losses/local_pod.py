@@ -8,7 +8,6 @@ layers also include the decoder's last features; here they are the encoder's blo
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from mmseg.registry import MODELS
@@ -18,13 +17,7 @@ from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.base import check_distillation
 from mmseg_sats.models.precision import full_precision, working_dtype
-
-
-class HasFeaturesAndLogits(Protocol):
-    """The attributes of a segmentor's output that :class:`LocalPODLoss` needs."""
-
-    logits: Tensor
-    features: tuple[Tensor, ...]
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 def local_pod(
@@ -119,7 +112,7 @@ class LocalPODLoss(DistillationPart):
         self.logits_weight = logits_weight
 
     def forward(
-        self, student: HasFeaturesAndLogits, teacher: HasFeaturesAndLogits, labels: Tensor
+        self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor
     ) -> Tensor:
         """The weighted loss, a scalar; the labels are not used.
 

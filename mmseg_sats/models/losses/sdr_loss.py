@@ -10,7 +10,7 @@ None of these losses is a mean over images. In a distributed run they are comput
 number of pixels and maximum over all processes, with ``mmseg_sats.models.losses.over_ranks``.
 """
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from mmseg.registry import MODELS
@@ -18,17 +18,8 @@ from torch import Tensor
 
 from mmseg_sats.models.losses.over_ranks import labels_over_ranks, max_over_ranks, sum_over_ranks
 from mmseg_sats.models.parts import DistillationPart
-from mmseg_sats.models.prototypes import ClassPrototypes, labels_on_grid, pixels_of
-
-
-class HasFeatures(Protocol):
-    """The attributes of a segmentor's output that these losses need."""
-
-    features: tuple[Tensor, ...]
-    prototypes: ClassPrototypes | None
-
-    def labelling_logits(self, size: tuple[int, int]) -> Tensor:
-        """The logits, bilinearly resized to ``size`` (H, W)."""
+from mmseg_sats.models.prototypes import labels_on_grid, pixels_of
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 def _prepare(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +196,7 @@ class PrototypeMatchingLoss(_FeatureLoss):
     needs_teacher: ClassVar[bool] = True
     needs_prototypes: ClassVar[bool] = True
 
-    def forward(self, student: HasFeatures, teacher: HasFeatures, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
         prototypes = student.prototypes
         old = teacher.labelling_logits(labels.shape[-2:]).argmax(1).masked_fill(labels != 0, 0)
@@ -225,7 +216,7 @@ class PrototypeAttractionLoss(_FeatureLoss):
 
     needs_prototypes: ClassVar[bool] = True
 
-    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
         prototypes = student.prototypes
         feature = student.features[prototypes.block]
@@ -246,7 +237,7 @@ class RepulsionLoss(_FeatureLoss):
         super().__init__(loss_weight)
         self.block = block
 
-    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
         return self.loss_weight * repulsion(student.features[self.block], labels)
 
@@ -264,6 +255,6 @@ class SparsityLoss(_FeatureLoss):
         super().__init__(loss_weight)
         self.block = block
 
-    def forward(self, student: HasFeatures, teacher: HasFeatures | None, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
         return self.loss_weight * sparsity(student.features[self.block], labels)

@@ -7,22 +7,14 @@ Such a loss computes the loss of each pixel of a chunk of pixels. See
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.utils.spelling import check_choice
-
-
-class HasLogits(Protocol):
-    """The attributes of a segmentor's output that a loss over the logits needs."""
-
-    logits: Tensor
-    align_corners: bool
-
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
@@ -189,7 +181,7 @@ class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
         """The unweighted loss of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
         return mean_over_pixels(self.per_pixel, student_logits, teacher_logits)
 
-    def forward(self, student: HasLogits, teacher: HasLogits | None, labels: Tensor) -> Tensor:
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor) -> Tensor:
         """Computes the weighted loss, a scalar, at the size of ``labels`` (B, H, W).
 
         ``teacher``, the old model's output, may be None only if ``needs_teacher`` is False.
