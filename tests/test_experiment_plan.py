@@ -112,7 +112,7 @@ def test_a_config_for_memory_is_preferred_with_memory(tmp_path: Path) -> None:
         TABLES['table1'], 'voc', tmp_path, systems=['ssul'], protocols=['15-1'], memories=[0, 100]
     )
     assert [run.config.stem for run in plan.runs] == ['segformer_b2_voc_15-1', 'segformer_b2_voc_15-1_m']
-    assert 'memory=100' in plan.runs[1].words
+    assert 'memory=100' in plan.runs[1].options
 
 
 def test_unknown_names() -> None:
@@ -155,9 +155,9 @@ def test_a_word_goes_to_the_configs_that_have_it() -> None:
         options=['outside_root=photographs', 'epochs=2'],
     )  # fmt: skip
     sats, recall = plan.runs if plan.runs[0].config.parent.name == 'sats' else plan.runs[::-1]
-    assert recall.words[:2] == ('outside_root=photographs', 'epochs=2')
-    assert sats.words[0] == 'epochs=2'
-    assert not any('outside' in word for word in sats.words)
+    assert recall.options[:2] == ('outside_root=photographs', 'epochs=2')
+    assert sats.options[0] == 'epochs=2'
+    assert not any('outside' in word for word in sats.options)
     assert recall.load().outside_root == 'photographs'
 
 
