@@ -20,11 +20,9 @@ and mmseg imported, but not the package. Processes that a test starts find the c
 import argparse
 import ast
 import contextlib
-import copy
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -32,167 +30,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.mutations import Mutant, draw, first_line
+from tests.tracing import SITECUSTOMIZE, start_tracing, trace_into
+
 ROOT = Path(__file__).parents[1]
-# Triton's kernels need a GPU; the others hold text.
-EXCLUDED = {'__init__.py', 'triton_pooling.py', 'version.py', 'stock_messages.py', 'theme.py'}
 NOT_COPIED = shutil.ignore_patterns('.git', '.venv', 'work_dirs', 'data', '__pycache__', '.*_cache')
-COMPARISONS = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-NOT_SWAPPED = {'isinstance', 'issubclass', 'getattr', 'hasattr', 'super', 'min', 'max'}
-TRACE = 'MMSEG_SATS_MUTANTS_TRACE'  # the file that functions entered are written to
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One changed expression.
-
-    Args:
-        file: path in the package.
-        line: where the expression begins.
-        kind: what was done to it.
-        old: its text.
-        new: what stands there instead.
-        place: its bytes in the file, from and to.
-        function: first line of the function around it, 0 outside all.
-    """
-
-    file: str
-    line: int
-    kind: str
-    old: str
-    new: str
-    place: tuple[int, int]
-    function: int
-
-    def __str__(self) -> str:
-        old, new = (' '.join(text.split()) for text in (self.old, self.new))
-        return f'{self.file}:{self.line} {self.kind}: {old} -> {new} @{self.place[0]}'
-
-
-# ----------------------------------------------------------------------------------------------- mutants
-
-
-def changed(node: ast.expr, **fields: Any) -> ast.expr:
-    """A copy of ``node`` with other fields."""
-    node = copy.copy(node)
-    for name, value in fields.items():
-        setattr(node, name, value)
-    return node
-
-
-def is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or isinstance(getattr(node, 'value', None), str)
-
-
-def mutations(node: ast.AST) -> Iterator[tuple[str, ast.expr, ast.expr]]:
-    """Kind, expression, and what may stand there instead, for what begins at ``node``."""
-    match node:
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
-            if not is_text(left) and not is_text(right):
-                yield 'sign', node, changed(node, op=ast.Sub() if isinstance(op, ast.Add) else ast.Add())
-                yield 'dropped', node, left
-        case ast.BinOp(left=left, op=ast.Mult() | ast.BitOr()):
-            yield 'dropped', node, left
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            yield 'sign', node, operand
-        case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
-            yield 'comparison', node, changed(node, ops=[COMPARISONS[type(op)]()])
-        case ast.Call(func=function, args=[first, second, *rest]):
-            starred = any(isinstance(word, ast.Starred) for word in (first, second))
-            if not starred and ast.unparse(function) not in NOT_SWAPPED:
-                yield 'swapped', node, changed(node, args=[second, first, *rest])
-        case ast.BoolOp(op=op):
-            yield 'and/or', node, changed(node, op=ast.Or() if isinstance(op, ast.And) else ast.And())
-        case ast.Constant(value=bool() | int() as value) if value in (0, 1):
-            yield 'constant', node, changed(node, value=type(value)(1 - value))
-        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
-            yield 'negated', test, ast.UnaryOp(op=ast.Not(), operand=test)
-        case ast.comprehension(ifs=[test, *_]):
-            yield 'negated', test, ast.UnaryOp(op=ast.Not(), operand=test)
-
-
-def first_line(function: ast.FunctionDef) -> int:
-    """As Python counts it: a decorator's, where there is one."""
-    return min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-
-
-def mutants_of(file: str, source: str) -> list[Mutant]:
-    """All mutants of one module; annotations and what stands in formatted strings stay as they are."""
-    starts = [0]
-    for line in source.encode().splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    found = []
-
-    def visit(node: ast.AST, function: int) -> None:
-        if isinstance(node, ast.FunctionDef):
-            function = first_line(node)
-        for kind, expression, other in mutations(node):
-            place = (starts[expression.lineno - 1] + expression.col_offset,
-                     starts[expression.end_lineno - 1] + expression.end_col_offset)
-            old = source.encode()[slice(*place)].decode()
-            found.append(Mutant(file, expression.lineno, kind, old, f'({ast.unparse(other)})', place, function))
-        for name, value in ast.iter_fields(node):
-            if name in ('annotation', 'returns'):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
-                    visit(child, function)
-
-    visit(ast.parse(source), 0)
-    return found
-
-
-def draw(root: Path, number: int, seed: int) -> list[Mutant]:
-    """``number`` mutants of the package in ``root``, as many of each kind as there are."""
-    kinds: dict[str, list[Mutant]] = {}
-    for path in sorted((root / 'mmseg_sats').rglob('*.py')):
-        if path.name not in EXCLUDED:
-            for mutant in mutants_of(str(path.relative_to(root)), path.read_text()):
-                kinds.setdefault(mutant.kind, []).append(mutant)
-    generator = random.Random(seed)
-    for kind in sorted(kinds):
-        generator.shuffle(kinds[kind])
-    drawn: list[Mutant] = []
-    while len(drawn) < number and any(kinds.values()):
-        drawn += [kinds[kind].pop() for kind in sorted(kinds) if kinds[kind]]
-    return drawn[:number]
-
-
-# ----------------------------------------------------------------------------------------------- tracing
-
-
-_seen: set[int] = set()
-
-
-def trace_into(path: str) -> None:
-    """Notes in ``path`` the functions of the package that are entered from now on, here and in new processes."""
-    os.environ[TRACE] = path
-    _seen.clear()
-
-
-def start_tracing() -> None:
-    """Called by the copy's sitecustomize.py in every process that a test starts."""
-    import threading
-
-    package = os.sep + 'mmseg_sats' + os.sep
-
-    def enter(frame: Any, event: str, arg: Any) -> None:
-        code = frame.f_code
-        if id(code) in _seen:
-            return
-        _seen.add(id(code))
-        if package in code.co_filename and (path := os.environ.get(TRACE)):
-            with open(path, 'a') as file:
-                file.write(f'mmseg_sats/{code.co_filename.rpartition(package)[2]}:{code.co_firstlineno}\n')
-
-    threading.settrace(enter)
-    sys.settrace(enter)
 
 
 class TracePlugin:
@@ -211,16 +58,11 @@ class TracePlugin:
         self.contexts.pop()
         trace_into(str(self.folder / (self.contexts[-1] if self.contexts else 'other')))
 
-    def _wrap(self) -> None:
-        import pytest
-
-        cls = type(self)
-        for name in ('pytest_fixture_setup', 'pytest_runtest_protocol'):
-            setattr(cls, name, pytest.hookimpl(hookwrapper=True)(getattr(cls, name)))
-
+    @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         yield from self._inside(f'fixture{id(fixturedef)}')
 
+    @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         context = f'test{len(self.names)}'
         fixtures = [f'fixture{id(one)}' for some in item._fixtureinfo.name2fixturedefs.values() for one in some]
@@ -259,9 +101,6 @@ class SelectPlugin:
             self.note.write_text(report.nodeid)
 
 
-# ----------------------------------------------------------------------------------------------- running
-
-
 class Copy:
     """A copy of the tree in a temporary folder, which is deleted at the end."""
 
@@ -272,9 +111,7 @@ class Copy:
         shutil.copytree(root, self.tree, ignore=NOT_COPIED)
         if (root / '.venv').exists():
             (self.tree / '.venv').symlink_to((root / '.venv').resolve())
-        (self.tree / 'sitecustomize.py').write_text(
-            f'import os\nif {TRACE!r} in os.environ:\n    from tests import mutants\n    mutants.start_tracing()\n'
-        )
+        (self.tree / 'sitecustomize.py').write_text(SITECUSTOMIZE)
         shared = Path(os.environ.get('MMSEG_SATS_SHARED', root.parent / 'shared'))
         os.environ.update(PYTHONPATH=str(self.tree), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1',
                           MMSEG_SATS_SHARED=str(shared))
@@ -291,6 +128,7 @@ class Copy:
             code = 3
             try:
                 os.setsid()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 log = os.open(self.folder / 'log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
@@ -305,11 +143,13 @@ class Copy:
             finally:
                 os._exit(code)
         end, status = time.monotonic() + limit, None
-        while status is None and time.monotonic() < end:
-            done, word = os.waitpid(process, os.WNOHANG)
-            status = os.waitstatus_to_exitcode(word) if done else time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):  # what the tests have started and left
-            os.killpg(process, signal.SIGKILL)
+        try:
+            while status is None and time.monotonic() < end:
+                done, word = os.waitpid(process, os.WNOHANG)
+                status = os.waitstatus_to_exitcode(word) if done else time.sleep(0.05)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # also what the tests have started and left
+                os.killpg(process, signal.SIGKILL)
         if status is None:
             os.waitpid(process, 0)
         shutil.rmtree(self.folder / 'pytest', ignore_errors=True)
@@ -318,12 +158,9 @@ class Copy:
     def pytest(self, words: list[str], plugin: Any, limit: float) -> int | None:
         """Runs pytest with ``plugin``."""
         def task() -> int:
-            import pytest
-
             options = ['-q', '-m', 'not slow', '-p', 'no:cacheprovider', '-p', 'no:xdist',
                        '--basetemp', str(self.folder / 'pytest')]
             if isinstance(plugin, TracePlugin):
-                plugin._wrap()
                 trace_into(str(plugin.folder / 'other'))
                 start_tracing()
             code = int(pytest.main([*options, *words], plugins=[plugin]))
@@ -358,9 +195,6 @@ class Copy:
             path.write_bytes(source)
         by = note.read_text() if note.exists() else {None: 'time', 0: '', 5: ''}.get(code, f'exit {code}')
         return dict(killed=code not in (0, 5), by=by)
-
-
-# ------------------------------------------------------------------------------------------------ driver
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -430,6 +264,7 @@ def run_all(out: Path, number: int, seed: int, budget: float) -> dict[str, Any]:
     import mmseg.apis  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped by SIGTERM'))
     tree = Copy(ROOT)
     try:
         tests = trace_all(tree, out.with_suffix('.traces.json'))
