@@ -18,10 +18,10 @@ CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill bench bench-check lint format docs clean
+.PHONY: help venv demo test test-slow test-kill test-mutants bench bench-check lint format docs clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## .venv with everything installed (the others do it by themselves)
 
@@ -36,6 +36,9 @@ test-slow: $(STAMP) ## the tests that take minutes
 
 test-kill: $(STAMP) ## runs killed at 30 random moments and around every write, resumed, compared
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.kill $(ARGS)
+
+test-mutants: $(STAMP) ## how many of 150 small faults in the package the tests notice: half an hour and more
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.mutants $(ARGS)
 
 bench: $(STAMP) ## what the parts cost, as ratios (ARGS=step for one benchmark)
 	$(PY) -W ignore -m benchmarks $(ARGS)

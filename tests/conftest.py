@@ -1,15 +1,20 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What the tests share: a cache of their own, one drawing of the shapes, small configs."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
+from yapf.yapflib import yapf_api
+
+from mmseg_sats.engine.config import config_text
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
+FORMAT_CODE = yapf_api.FormatCode
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -19,6 +24,33 @@ def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv('MMSEG_SATS_CACHE', str(tmp_path_factory.mktemp('cache')))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_runs() -> Iterator[None]:
+    """Nearly half of a small run's time, which no test is about, is not spent.
+
+    The text of configs is not laid out, unless a test asks for ``laid_out_configs``, and garbage is not looked
+    for among the libraries' objects. Processes that a test starts do both.
+    """
+    patch = pytest.MonkeyPatch()
+    for module in (config_text, yapf_api):
+        patch.setattr(module, 'FormatCode', lambda text, **_: (f'{text}\n', True))
+    gc.collect()
+    gc.freeze()
+    patch.setattr(gc, 'unfreeze', lambda: None)
+    yield
+    patch.undo()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def laid_out_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of configs as it is outside the tests."""
+    for module in (config_text, yapf_api):
+        monkeypatch.setattr(module, 'FormatCode', FORMAT_CODE)
+    config_text._LAST.clear()
+    config_text._laid_out.cache_clear()
 
 
 @pytest.fixture(scope='session')

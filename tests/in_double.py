@@ -20,29 +20,34 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmseg_sats.engine.config import config_text
+
 # A test that reads such a config imports this too, and stays as it is.
 if 'pytest' not in sys.modules:
     torch.set_default_dtype(torch.float64)
+    # Laying out the text of the configs takes longer than an epoch.
+    config_text.FormatCode = lambda text, **_: (f'{text}\n', True)
 
 
 @HOOKS.register_module()
 class Tell(Hook):
-    """Rank 0 leaves each iteration's losses in ``losses.json``, every rank its images in ``images_RANK.json``."""
+    """Rank 0 leaves each iteration's losses in ``losses.json``, every rank its images in ``images_RANK.json``.
+
+    A resumed stage goes on with them.
+    """
 
     def before_train(self, runner: Runner) -> None:
-        self.losses: list[dict[str, float]] = []
-        self.images: list[list] = []
+        folder = Path(runner.work_dir)
+        self.paths = dict(losses=folder / 'losses.json', images=folder / f'images_{get_rank()}.json')
+        self.told = {name: json.loads(path.read_text()) if runner.iter else [] for name, path in self.paths.items()}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict) -> None:
-        self.losses.append({name: float(value) for name, value in outputs.items()})
+        self.told['losses'].append({name: float(value) for name, value in outputs.items()})
         pairs = zip(data_batch['inputs'], data_batch['data_samples'], strict=True)
-        self.images.append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
-
-    def after_train(self, runner: Runner) -> None:
-        folder = Path(runner.work_dir)
-        (folder / f'images_{get_rank()}.json').write_text(json.dumps(self.images))
+        self.told['images'].append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
+        self.paths['images'].write_text(json.dumps(self.told['images']))
         if get_rank() == 0:
-            (folder / 'losses.json').write_text(json.dumps(self.losses))
+            self.paths['losses'].write_text(json.dumps(self.told['losses']))
 
 
 @HOOKS.register_module()

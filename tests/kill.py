@@ -41,7 +41,7 @@ from mmengine.registry import RUNNERS
 
 import mmseg_sats
 import mmseg_sats.visualization.report.page  # noqa: F401  with matplotlib, which takes seconds too
-from mmseg_sats.engine.config.config_text import config_text
+from mmseg_sats.engine.config import config_text
 from mmseg_sats.engine.training.stage_runner import collect_environment
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
@@ -166,14 +166,14 @@ class _WatchedFile(io.BufferedWriter):
         return self.watch.around('write', really)
 
 
-def prepare(job: Job) -> None:
+def prepare() -> None:
     """Does once what every run would do again, so that runs of seconds do not take half a minute."""
     torch.set_num_threads(1)
     collect_environment()
     for module in (runner_module, runtime_info_hook):
         module.get_git_hash = functools.cache(module.get_git_hash)
         module.get_git_hash()
-    config_text(job.config(resume=False))
+    config_text.FormatCode = lambda text, **_: (f'{text}\n', True)
     gc.freeze()
 
 
@@ -346,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, help='folder of the runs (default: a temporary one)')
     parser.add_argument('--method', default='sats', help='folder of configs/')
     parser.add_argument('--memory', type=int, default=6, help='exemplars')
+    parser.add_argument('--no-report', action='store_true', help='no report at the end, for less time')
     parser.add_argument('--moments', type=int, default=30, help='random moments')
     parser.add_argument('--events', type=int, help='so many of the events, at random (default: all)')
     parser.add_argument('--full', type=int, help='so many full disks, at random (default: all)')
@@ -354,8 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parser.parse_args(arguments)
     out = args.out or Path(tempfile.mkdtemp(prefix='mmseg_sats_kill_'))
-    first = Job(out / 'first', out / 'data', args.method, dict(memory=args.memory))
-    prepare(first)
+    options = dict(memory=args.memory) | (dict(report=None) if args.no_report else {})
+    first = Job(out / 'first', out / 'data', args.method, options)
+    prepare()
     reference(first)  # draws the images, so that the one that counts finds them
     untouched = first.beside('untouched')
     events, seconds = reference(untouched)

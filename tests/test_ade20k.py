@@ -15,6 +15,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
+from mmseg_sats.engine.run_plan import build_protocol
 from tests.conftest import CONFIGS
 
 HEIGHT, WIDTH = 12, 20
@@ -37,20 +38,31 @@ def ade_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def datasets(name: str, root: Path, loader: str, **changes: Any) -> list[IncrementalDataset]:
-    """The data set of every stage of ``configs/sats/segformer_b2_ade20k_<name>.py``."""
+def config(name: str, root: Path, **changes: Any) -> Config:
+    """``configs/sats/segformer_b2_ade20k_<name>.py`` on the folder."""
     init_default_scope('mmseg')
     cfg = Config.fromfile(CONFIGS / 'sats' / f'segformer_b2_ade20k_{name}.py')
     cfg.merge_from_dict(
         dict(data_root=str(root), work_dir=str(root / 'run'), pretrained=None, crop_size=16) | changes
     )
-    protocol = IncrementalRunner(cfg).protocol
+    return cfg
+
+
+def datasets(name: str, root: Path, loader: str, **changes: Any) -> list[IncrementalDataset]:
+    """The data set of every stage."""
+    cfg = config(name, root, **changes)
+    protocol = build_protocol(cfg)
     stages = [build_stage_config(cfg, protocol, stage, cfg.work_dir) for stage in protocol.stages]
     return [DATASETS.build(stage_cfg[loader].dataset) for stage_cfg in stages]
 
 
 def labels_of(dataset: IncrementalDataset, index: int) -> np.ndarray:
     return np.unique(dataset[index]['data_samples'].gt_sem_seg.data.numpy())
+
+
+def test_a_run_finds_nothing_wrong_with_it(ade_root: Path) -> None:
+    cfg = config('100-10', ade_root)
+    assert IncrementalRunner(cfg).protocol.stages == build_protocol(cfg).stages
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def test_thresholds_take_one_pass_and_none_when_resumed(
     assert SEEN['old model in stage 1'] == 0
 
 
+@pytest.mark.usefixtures('laid_out_configs')
 @pytest.mark.parametrize(
     'path',
     ['sats/segformer_tiny_shapes_3-1_m', 'ssul/segformer_b2_voc_15-1', 'recall/segformer_b2_voc_15-1',
@@ -137,6 +138,7 @@ def test_a_config_has_the_text_that_mmengine_gives_it(path: str) -> None:
     assert config_text.config_text(cfg) == cfg.pretty_text
 
 
+@pytest.mark.usefixtures('laid_out_configs')
 def test_a_stages_config_has_the_text_that_mmengine_gives_it(tmp_path: Path) -> None:
     content = dict(
         z=1, a=dict(), b=[], c=None, d='$word', e={'not a name': 1, '3': dict(x=[1, dict(y=(2,))])},

@@ -2,7 +2,6 @@
 """check_dataset: the counts, and every kind of fault at once."""
 
 import csv
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,8 +12,8 @@ from PIL import Image
 
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
 from mmseg_sats.protocol import Protocol
+from tests.in_process import call
 from tests.shared import shared_path
-from tests.test_tools import run
 
 CONFIG = """
 _base_ = ['{configs}/_base_/own_data.py', '{configs}/sats/sats.py']
@@ -54,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def check(config: Path) -> tuple[int, list[str]]:
-    done = run(sys.executable, 'tools/check_dataset.py', str(config))
+    done = call('tools/check_dataset.py', str(config))
     assert 'Traceback' not in done.stderr, done.stderr[-3000:]
     return done.returncode, done.stdout.splitlines()
 

@@ -24,8 +24,8 @@ from mmseg_sats.engine.export.stock import (
     stock_config,
 )
 from tests.foreign import code_blocks
+from tests.in_process import call
 from tests.stage_folder import CLASSES, PALETTE, make_stage
-from tests.test_tools import run
 
 IN_STOCK_MMSEG = """
 import sys
@@ -54,7 +54,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stock_mmseg_gives_the_same_logits_where_the_package_cannot_be_imported(
     stage: Path, tmp_path: Path
 ) -> None:
-    done = run(sys.executable, 'tools/export.py', str(stage), '--out', str(tmp_path))
+    done = call('tools/export.py', str(stage), '--out', str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'stock mmseg computes the same' in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -116,7 +116,7 @@ def test_a_model_that_computes_something_else_is_refused(stage: Path) -> None:
 
 
 def test_a_folder_that_is_no_stage_is_named(tmp_path: Path) -> None:
-    done = run(sys.executable, 'tools/export.py', str(tmp_path))
+    done = call('tools/export.py', str(tmp_path))
     assert done.returncode == 1
     assert f'{tmp_path}/config.py does not exist: expected the folder of a finished' in done.stderr
 
@@ -136,7 +136,7 @@ def test_onnxruntime_gives_the_same_logits_at_other_sizes(
 ) -> None:
     import onnxruntime
 
-    done = run(sys.executable, 'tools/export.py', str(stage), '--out', str(tmp_path), '--onnx')
+    done = call('tools/export.py', str(stage), '--out', str(tmp_path), '--onnx')
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'onnxruntime differs from PyTorch by' in done.stdout
     session = onnxruntime.InferenceSession(

@@ -3,14 +3,13 @@
 
 import ast
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmseg_sats.datasets.checks.image_sizes import check_inside
@@ -18,7 +17,6 @@ from mmseg_sats.engine import StageRunner
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
-MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,13 +31,12 @@ class Payload:
 
 
 @pytest.fixture
-def stage(shapes_cfg: MakeConfig, tmp_path: Path) -> Config:
+def stage(tiny_runs: list[Path], tmp_path: Path) -> Config:
     """The config of a stage 0 that has an epoch's checkpoint."""
-    cfg = shapes_cfg('finetune', protocol='joint', split='3-3')
-    RUNNERS.build(cfg).train()
-    result = Config.fromfile(tmp_path / 'run/stage_0/config.py')
-    result.resume = True
-    return result
+    shutil.copytree(tiny_runs[0] / 'stage_0', tmp_path / 'run/stage_0')
+    cfg = Config.fromfile(tmp_path / 'run/stage_0/config.py')
+    cfg.work_dir, cfg.resume = str(tmp_path / 'run/stage_0'), True
+    return cfg
 
 
 def spoil(path: Path, meta: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Overlays: what is drawn, and the tool over many images of which some are broken."""
 
-import sys
 from pathlib import Path
 
 import cv2
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 from mmseg_sats.visualization.overlay import draw_legend, draw_overlay
+from tests.in_process import call
 from tests.stage_folder import CLASSES, PALETTE, make_stage
-from tests.test_tools import run
 
 IMAGE = np.full((40, 300, 3), 100, np.uint8)
 
@@ -61,8 +60,8 @@ def test_an_unreadable_image_is_named_and_the_others_go_on(tmp_path: Path) -> No
         path.write_bytes(cv2.imencode(path.suffix.lower(), rng.integers(0, 255, (50, 70, 3)))[1])
     (tmp_path / 'in/broken.jpg').write_bytes((tmp_path / 'in/a.jpg').read_bytes()[:30])
     (tmp_path / 'in/notes.txt').write_text('not looked at')
-    done = run(
-        sys.executable, 'tools/predict.py', str(stage), str(tmp_path / 'in'),
+    done = call(
+        'tools/predict.py', str(stage), str(tmp_path / 'in'),
         str(tmp_path / 'b.JPG'), str(tmp_path / 'none.jpg'), '--out', str(tmp_path / 'out'),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-2000:]

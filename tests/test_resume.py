@@ -357,7 +357,7 @@ def run_kills(out: Path, *words: str) -> None:
 @on_a_cpu
 def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
     """The short form of ``make test-kill``."""
-    run_kills(tmp_path, '--moments', '3', '--events', '4', '--full', '2', '--jobs', '2')
+    run_kills(tmp_path, '--no-report', '--moments', '3', '--events', '4', '--full', '2', '--jobs', '2')
 
 
 @on_a_cpu

@@ -165,6 +165,7 @@ def test_names_and_palette_are_distinct_and_of_the_right_length() -> None:
     for num_classes in (1, 6, 41, MAX_CLASSES):
         names, palette = class_names(num_classes), class_palette(num_classes)
         assert len(set(names)) == len(names) == num_classes + 1
+        assert palette[0] == [0, 0, 0]
         assert len({tuple(colour) for colour in palette}) == len(palette) == num_classes + 1
         assert all(0 <= value <= 255 for colour in palette for value in colour)
     assert class_names(3) == ('background', 'plain disc', 'striped star', 'dotted square')

@@ -303,3 +303,8 @@ def test_no_tensor_of_all_pixels_and_classes_is_ever_made(monkeypatch: pytest.Mo
         (losses['decode.loss_ce'] + losses['loss_output']).backward()
     # The maps of losses and labels have 3 * 22 * 30 = 1980 entries.
     assert largest.elements < 4 * labels.numel() / 2
+
+
+def test_neighbours_are_taken_together_and_no_more_than_are_allowed() -> None:
+    slices = list(resizing._consecutive([0, 1, 2, 5, 6, 9], longest=2))
+    assert slices == [slice(0, 2), slice(2, 3), slice(5, 7), slice(9, 10)]

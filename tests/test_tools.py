@@ -13,6 +13,7 @@ import pytest
 from mmengine.config import Config
 
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.in_process import call
 from tests.shared import shared_path
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_evaluating_again_gives_the_same_figures(trained: Path) -> None:
-    result = run(sys.executable, 'tools/test_incremental.py', str(trained), '--stage', '1')
+    result = call('tools/test_incremental.py', str(trained), '--stage', '1')
     assert result.returncode == 0, result.stderr[-3000:]
     (again,) = json.loads((trained / 'test/test.json').read_text())
     first = json.loads((trained / 'results.json').read_text())['stages'][1]
@@ -86,20 +87,20 @@ def test_options_of_an_evaluation_reach_the_stage(tiny_runs: list[Path], tmp_pat
 
 def test_resuming_a_finished_run_trains_nothing(trained: Path, shapes_root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.glob('stage_*/*')}
-    options = ['--resume', '--cfg-options', f'data_root={shapes_root}', *SMALL]
-    result = train('sats/segformer_tiny_shapes_3-1', trained, *options)
+    options = ['--work-dir', str(trained), '--resume', '--cfg-options', f'data_root={shapes_root}', *SMALL]
+    result = call('tools/train_incremental.py', 'configs/sats/segformer_tiny_shapes_3-1.py', *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in trained.glob('stage_*/*')} == before
 
 
 def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
-    result = train('sats/nothing', tmp_path)
+    result = call('tools/train_incremental.py', 'configs/sats/nothing.py', '--work-dir', str(tmp_path))
     assert result.returncode != 0
     assert 'configs/sats/nothing.py does not exist' in result.stderr
 
 
 def test_a_stage_that_does_not_exist(trained: Path) -> None:
-    result = run(sys.executable, 'tools/test_incremental.py', str(trained), '--stage', '7')
+    result = call('tools/test_incremental.py', str(trained), '--stage', '7')
     assert result.returncode != 0
     assert 'stage_7/snapshot.pth: no such snapshot' in result.stderr
 
