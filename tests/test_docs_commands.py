@@ -108,7 +108,9 @@ def words_of(command: str) -> list[str]:
 
 
 def parse_command(words: list[str], command: str) -> argparse.Namespace:
-    """The words after `mmseg-sats`."""
+    """The words after `mmseg-sats`; a mention without a command, or with COMMAND for any of them, gives none."""
+    if not words or words[0] in ('COMMAND', '--help', '--version'):
+        return argparse.Namespace()
     for count in (2, 1):
         parser = command_parsers().get(' '.join(words[:count]))
         if parser is not None:
@@ -155,9 +157,10 @@ def test_the_command_is_one_that_there_is(command: str) -> None:
         targets = [word for word in words[1:] if '=' not in word]
         assert set(targets) <= make_targets(), command
         return
-    if words[0] == 'mmseg-sats':
-        check_config(parse_command(words[1:], command))
-        return
+    for start in (['mmseg-sats'], ['python', '-m', 'mmseg_sats']):
+        if words[: len(start)] == start:
+            check_config(parse_command(words[len(start) :], command))
+            return
     script = ROOT / words[1]
     assert script.is_file(), f'{words[1]} does not exist: {command}'
     arguments = words[2:]
@@ -228,5 +231,5 @@ def test_indented_code_fits_on_a_page() -> None:
 
 def test_every_tool_is_mentioned() -> None:
     text = '\n'.join(page.read_text(encoding='utf-8') for page in PAGES if page.exists())
-    tools = [path.relative_to(ROOT).as_posix() for path in (ROOT / 'tools').iterdir() if path.is_file()]
+    tools = [path.name for path in (ROOT / 'tools').iterdir() if path.is_file()]
     assert not [tool for tool in tools if tool not in text]
