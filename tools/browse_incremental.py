@@ -2,6 +2,8 @@
 """Draws training pictures of a stage as the model gets them: crop, full mask, labels, pseudo-labels.
 
 python tools/browse_incremental.py CONFIG --stage K [--work-dir D] [--number N] [--out DIR]
+
+The same as `mmseg-sats browse`, see mmseg_sats/commands.
 """
 
 import sys

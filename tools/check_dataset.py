@@ -2,6 +2,8 @@
 """Counts images and pixels per class and stage, and lists every fault of a config's data.
 
 python tools/check_dataset.py configs/sats/segformer_b2_voc_15-1.py [--cfg-options k=v ...]
+
+The same as `mmseg-sats check`, see mmseg_sats/commands.
 """
 
 import sys

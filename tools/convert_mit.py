@@ -1,14 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Convert an original SegFormer MiT checkpoint to the parameter names of mmseg's encoder.
 
-    python tools/convert_mit.py SRC DST
+python tools/convert_mit.py SRC DST
 
-SRC is an ImageNet checkpoint as published with SegFormer (``mit_b0.pth`` to ``mit_b5.pth``), DST is
-read by ``init_cfg=dict(type='Pretrained', checkpoint=DST)`` of ``MixVisionTransformer`` and of
-``AttentionMixVisionTransformer``. The ImageNet classifier is left out.
-
-Licence: the originals are published under the NVIDIA Source Code License, for non-commercial
-research use. Converting them does not change that; it goes for DST as well.
+The same as `mmseg-sats convert-mit`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Forgetting, and how SATS stops it, on the embedded data: FT and SATS from one stage 0, and joint.
 
 make demo
+
+The same as `mmseg-sats demo`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Writes a stage's model as config and checkpoint for an mmseg without this package, and as ONNX.
 
 python tools/export.py work_dirs/sats/segformer_b2_voc_15-1/stage_5 [--out DIR] [--onnx]
+
+The same as `mmseg-sats export`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Draws what a stage's model sees in images, with a legend of the classes found.
 
 python tools/predict.py work_dirs/sats/segformer_b2_voc_15-1/stage_5 photo.jpg folder [--out DIR]
+
+The same as `mmseg-sats predict`, see mmseg_sats/commands.
 """
 
 import sys

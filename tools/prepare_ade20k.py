@@ -2,6 +2,8 @@
 """ADE20K's scene parsing data from its archive.
 
 python tools/prepare_ade20k.py DOWNLOADS [--out data/ade]
+
+The same as `mmseg-sats prepare ade20k`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """VOC 2012 and SBD from their archives to the train_aug layout.
 
 python tools/prepare_voc.py DOWNLOADS [--out data]
+
+The same as `mmseg-sats prepare voc`, see mmseg_sats/commands.
 """
 
 import sys

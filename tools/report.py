@@ -2,6 +2,8 @@
 """One page with the curves, heat maps, losses and photographs of one run or several.
 
 python tools/report.py WORK_DIR [WORK_DIR ...] [--out DIR]
+
+The same as `mmseg-sats report`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Trains the missing runs of a table and prints the results beside the published figures.
 
 python tools/run_table.py table1 --dataset voc_mini --methods finetune,mib,plop,ssul,sats [--report]
+
+The same as `mmseg-sats table`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Evaluates the stages of a run again, from their snapshots.
 
 python tools/test_incremental.py work_dirs/sats/segformer_b2_voc_15-1 [--stage 5]
+
+The same as `mmseg-sats test`, see mmseg_sats/commands.
 """
 
 import sys

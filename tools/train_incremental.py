@@ -2,6 +2,8 @@
 """Trains a method through all stages of its protocol.
 
 python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py [--work-dir D] [--resume]
+
+The same as `mmseg-sats train`, see mmseg_sats/commands.
 """
 
 import sys

@@ -2,6 +2,8 @@
 """Draws what a class region or a point attends to in the old and in the new model, and the difference.
 
 python tools/visualize_attention.py STAGE_DIR IMAGE [--class person | --point X Y] [--mask FILE] [--out FILE]
+
+The same as `mmseg-sats attention`, see mmseg_sats/commands.
 """
 
 import sys
