@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 # Sphinx comes with the first `make docs`: nothing else waits for it.
 DOCS_STAMP := $(VENV)/.docs-installed
 CONSTRAINTS := requirements/constraints.txt
-REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) setup.py
+REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) pyproject.toml
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-kill test-mutants bench bench-check lint format docs clean

@@ -332,7 +332,7 @@ CASES = [
     ),
     Case(
         'encoder missing',
-        r'none\.pth do not exist.*convert_mit\.py ORIGINAL',
+        r'none\.pth do not exist.*convert-mit ORIGINAL',
         ('pretrained=none.pth',),
     ),
     Case(

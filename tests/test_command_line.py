@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mmseg_sats.datasets.wrapped_dataset import build_wrapped
-from mmseg_sats.engine.command_line import add_cfg_options, read_config
+from mmseg_sats.engine.command_line import read_config
+from mmseg_sats.utils.arguments import add_cfg_options
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SHAPES = CONFIGS / 'sats/segformer_tiny_shapes_3-1.py'

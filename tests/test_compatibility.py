@@ -20,7 +20,7 @@ from mmseg_sats.datasets.memory.exemplars import Exemplar, Exemplars, write_exem
 from mmseg_sats.engine.config.variables import RENAMED_VARIABLES, STAGE_VARIABLES
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json
 from mmseg_sats.utils.config_keys import IDENTITY, KEYS
-from tests.test_docs_commands import parser_of
+from tests.test_docs_commands import command_parsers, parser_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs/compatibility.md'
@@ -122,21 +122,34 @@ def test_variables() -> None:
     check('Variables', stage + renamed)
 
 
-def arguments_of(script: Path) -> Iterator[str]:
-    """What a script takes: options, and arguments in capitals."""
-    if script.suffix == '.sh':
-        text = script.read_text()
-        yield from re.search(rf'tools/{script.name} ([A-Z ]+?) \[args', text)[1].split()
-        yield from (f'${name}' for name in set(re.findall(r'\$\{([A-Z_]+):-', text)) - OWN_VARIABLES)
-        return
-    for action in parser_of(script)._actions:
+def arguments_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """What a command takes: options, and arguments in capitals."""
+    for action in parser._actions:
         if action.dest != 'help' and action.help != argparse.SUPPRESS:
             yield action.option_strings[-1] if action.option_strings else action.dest.upper()
 
 
+def words_of_shell(script: Path) -> Iterator[str]:
+    """What a shell script takes: arguments in capitals, and variables of the environment."""
+    text = script.read_text()
+    yield from re.search(rf'tools/{script.name} ([A-Z ]+?) \[args', text)[1].split()
+    yield from (f'${name}' for name in set(re.findall(r'\$\{([A-Z_]+):-', text)) - OWN_VARIABLES)
+
+
 def test_commands() -> None:
-    scripts = [path for path in (ROOT / 'tools').iterdir() if path.suffix in ('.py', '.sh')]
-    check('Commands', [(path.name, argument) for path in scripts for argument in arguments_of(path)])
+    found = [(name, word) for name, parser in command_parsers().items() for word in arguments_of(parser)]
+    found += [(path.name, word) for path in (ROOT / 'tools').glob('*.sh') for word in words_of_shell(path)]
+    check('Commands', found)
+
+
+def test_scripts_are_commands() -> None:
+    """And take the same words."""
+    commands = {str(parser.get_default('run')): name for name, parser in command_parsers().items()}
+    scripts = {path: parser_of(path) for path in (ROOT / 'tools').glob('*.py')}
+    names = {path: commands[str(parser.get_default('run'))] for path, parser in scripts.items()}
+    check('Scripts', [(path.name, name) for path, name in names.items()])
+    for path, parser in scripts.items():
+        assert list(arguments_of(parser)) == list(arguments_of(command_parsers()[names[path]]))
 
 
 def test_files_of_a_run(tiny_runs: list[Path]) -> None:

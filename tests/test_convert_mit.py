@@ -9,8 +9,9 @@ import torch
 from mmseg.models.backbones import MixVisionTransformer
 from torch import Tensor, nn
 
+from mmseg_sats.models.backbones import original_mit as convert_mit
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer
-from tools import convert_mit
+from tools.convert_mit import main
 
 DIMS, HEADS, DEPTHS, RATIOS = (8, 16, 24, 32), (1, 2, 3, 4), (2, 1, 1, 2), (4, 2, 2, 1)
 CONFIG = {'embed_dims': 8, 'num_layers': DEPTHS, 'num_heads': HEADS, 'sr_ratios': RATIOS}
@@ -151,7 +152,7 @@ def test_half_a_projection_is_refused() -> None:
 def test_command_line(tmp_path: Path, wrapped: bool) -> None:
     state = make_original().state_dict()
     torch.save({'state_dict': state} if wrapped else state, tmp_path / 'source.pth')
-    convert_mit.main([str(tmp_path / 'source.pth'), str(tmp_path / 'new' / 'mit.pth')])
+    main([str(tmp_path / 'source.pth'), str(tmp_path / 'new' / 'mit.pth')])
     written = torch.load(tmp_path / 'new' / 'mit.pth', weights_only=True)
     MixVisionTransformer(**CONFIG).load_state_dict(written['state_dict'], strict=True)
     assert [path.name for path in (tmp_path / 'new').iterdir()] == ['mit.pth']
@@ -160,10 +161,10 @@ def test_command_line(tmp_path: Path, wrapped: bool) -> None:
 def test_command_line_errors_name_the_file(tmp_path: Path) -> None:
     source, target = tmp_path / 'source.pth', tmp_path / 'mit.pth'
     with pytest.raises(SystemExit, match=f'no checkpoint at {source}'):
-        convert_mit.main([str(source), str(target)])
+        main([str(source), str(target)])
     torch.save({'block1.0.attn.w': torch.zeros(1)}, source)
     with pytest.raises(SystemExit, match=rf'{source}: .* MiT: block1\.0\.attn\.w'):
-        convert_mit.main([str(source), str(target)])
+        main([str(source), str(target)])
     assert not target.exists()
 
 
@@ -206,7 +207,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
 def test_a_file_with_mmseg_names_needs_no_conversion(tmp_path: Path) -> None:
     torch.save({'layers.0.0.projection.weight': torch.zeros(1)}, tmp_path / 'mit.pth')
     with pytest.raises(SystemExit, match=r"mit\.pth: the names are mmseg's already: use the file as it is"):
-        convert_mit.main([str(tmp_path / 'mit.pth'), str(tmp_path / 'out.pth')])
+        main([str(tmp_path / 'mit.pth'), str(tmp_path / 'out.pth')])
     assert not (tmp_path / 'out.pth').exists()
 
 
@@ -218,5 +219,5 @@ def test_of_many_foreign_names_some_are_shown() -> None:
 def test_a_file_without_an_encoder_is_refused(tmp_path: Path) -> None:
     torch.save({'head.weight': torch.zeros(2)}, tmp_path / 'source.pth')
     with pytest.raises(SystemExit, match='no parameter of an original MiT encoder'):
-        convert_mit.main([str(tmp_path / 'source.pth'), str(tmp_path / 'mit.pth')])
+        main([str(tmp_path / 'source.pth'), str(tmp_path / 'mit.pth')])
     assert not (tmp_path / 'mit.pth').exists()

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmseg_sats.commands import build_parser
+from mmseg_sats.utils.installed import find_config
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md')), *sorted((ROOT / 'docs').glob('*.md'))]
-COMMAND = r'(?:[A-Z_]+=\S+ +)*(?:python3?|bash|make|pip|source|git|pre-commit|cd) '
+COMMAND = r'(?:[A-Z_]+=\S+ +)*(?:python3?|mmseg-sats|bash|make|pip|source|git|pre-commit|cd) '
 # Commands that no parser of ours can judge, by their first words.
 NOT_PARSED = {
     'pip': "pip's own command line; what is installed is tested in test_packaging.py",
@@ -79,6 +82,20 @@ def parser_of(script: Path) -> argparse.ArgumentParser:
     raise AssertionError(f'{script.name} reads no command line')
 
 
+@cache
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of `mmseg-sats`; of `prepare`, that of each data set."""
+
+    def leaves(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+        if parser._subparsers is None:
+            yield name, parser
+            return
+        for word, inner in parser._subparsers._group_actions[0].choices.items():
+            yield from leaves(inner, f'{name} {word}'.strip())
+
+    return dict(leaves(build_parser(), ''))
+
+
 def words_of(command: str) -> list[str]:
     """The words after variables; a synopsis' [optional] parts count as given, of a|b the first."""
     words = shlex.split(re.sub(r'[\[\]](?!\S*\.jpg)', ' ', command), comments=True)
@@ -90,27 +107,39 @@ def words_of(command: str) -> list[str]:
     return [word for word in words if not PLACEHOLDER.match(word)]
 
 
-def parse(script: Path, words: list[str], command: str) -> argparse.Namespace:
-    parser = parser_of(script)
+def parse_command(words: list[str], command: str) -> argparse.Namespace:
+    """The words after `mmseg-sats`; a mention without a command, or with COMMAND for any of them, gives none."""
+    if not words or words[0] in ('COMMAND', '--help', '--version'):
+        return argparse.Namespace()
+    for count in (2, 1):
+        parser = command_parsers().get(' '.join(words[:count]))
+        if parser is not None:
+            return parse(parser, words[count:], command)
+    raise AssertionError(f'mmseg-sats has no such command: {command}')
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str], command: str) -> argparse.Namespace:
     given = [option.split('=')[0] for option in words if option.startswith('--')]
     unknown = [option for option in given if option not in parser._option_string_actions]
-    assert not unknown, f'{script.name} has no {unknown}: {command}'
+    assert not unknown, f'there is no {unknown}: {command}'
     try:
         return parser.parse_args(words)
     except SystemExit:
         # A mention that names the tool alone, as prose does, gives no arguments to judge.
         if words:
-            raise AssertionError(f'{script.name} does not take: {command}') from None
+            raise AssertionError(f'not taken: {command}') from None
         return argparse.Namespace()
 
 
 def check_config(args: argparse.Namespace) -> None:
     """A config of ours that is named exists, and has the values that --cfg-options change."""
     path = getattr(args, 'config', None)
-    if path is None or not str(path).startswith('configs/'):
+    if path is None or not re.match(r'configs/|\w+/[\w-]+$', str(path)):
         return
-    assert (ROOT / path).is_file(), f'{path} does not exist'
-    cfg = Config.fromfile(ROOT / path)
+    try:
+        cfg = Config.fromfile(find_config(str(path).removeprefix('configs/')))
+    except FileNotFoundError as error:
+        raise AssertionError(str(error)) from error
     for key in getattr(args, 'cfg_options', None) or {}:
         assert key.split('.')[0] in cfg, f'{path} has no {key}'
 
@@ -128,6 +157,10 @@ def test_the_command_is_one_that_there_is(command: str) -> None:
         targets = [word for word in words[1:] if '=' not in word]
         assert set(targets) <= make_targets(), command
         return
+    for start in (['mmseg-sats'], ['python', '-m', 'mmseg_sats']):
+        if words[: len(start)] == start:
+            check_config(parse_command(words[len(start) :], command))
+            return
     script = ROOT / words[1]
     assert script.is_file(), f'{words[1]} does not exist: {command}'
     arguments = words[2:]
@@ -138,7 +171,7 @@ def test_the_command_is_one_that_there_is(command: str) -> None:
             'slurm_train.sh': lambda w: w[2:],
         }[script.name](arguments)
         script = ROOT / 'tools/train_incremental.py'
-    check_config(parse(script, arguments, command))
+    check_config(parse(parser_of(script), arguments, command))
 
 
 def test_commands_were_found() -> None:
@@ -152,6 +185,10 @@ def test_commands_were_found() -> None:
     [
         'python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py --workdir D',
         'python tools/nothing.py',
+        'mmseg-sats nothing',
+        'mmseg-sats train sats/none',
+        'mmseg-sats train sats/segformer_b2_voc_15-1 --workdir D',
+        'mmseg-sats prepare coco DOWNLOADS',
         'make nothing',
         'python tools/train_incremental.py configs/sats/none.py',
         'python tools/train_incremental.py configs/sats/segformer_b2_voc_15-1.py --cfg-options epoch=3',
@@ -172,11 +209,10 @@ def test_a_continued_line_is_one_command() -> None:
 def test_the_first_training_of_the_readme_runs_as_it_stands() -> None:
     """The environment is activated above it, and it needs neither data nor weights."""
     commands = list(commands_in((ROOT / 'README.md').read_text(encoding='utf-8')))
-    (first, *_) = (row for row, command in enumerate(commands) if command.startswith('python tools/'))
+    (first, *_) = (row for row, command in enumerate(commands) if command.startswith('mmseg-sats train'))
     assert words_of(commands[first - 1]) == ['source', '.venv/bin/activate']
-    script, *arguments = words_of(commands[first])[1:]
-    args = parse(ROOT / script, arguments, commands[first])
-    cfg = Config.fromfile(ROOT / args.config)
+    args = parse_command(words_of(commands[first])[1:], commands[first])
+    cfg = Config.fromfile(find_config(args.config))
     cfg.merge_from_dict(args.cfg_options)
     assert cfg.dataset == 'shapes'
     assert cfg.pretrained is None
@@ -195,5 +231,5 @@ def test_indented_code_fits_on_a_page() -> None:
 
 def test_every_tool_is_mentioned() -> None:
     text = '\n'.join(page.read_text(encoding='utf-8') for page in PAGES if page.exists())
-    tools = [path.relative_to(ROOT).as_posix() for path in (ROOT / 'tools').iterdir() if path.is_file()]
+    tools = [path.name for path in (ROOT / 'tools').iterdir() if path.is_file()]
     assert not [tool for tool in tools if tool not in text]

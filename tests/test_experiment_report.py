@@ -16,16 +16,16 @@ from mmseg_sats.engine.experiments.report import (
     read_published,
     to_csv,
 )
+from mmseg_sats.engine.experiments.run_table import PUBLISHED
 from mmseg_sats.engine.experiments.tables import TABLES, Part, Row
 from tests.shared import shared_path
 
-ROOT = Path(__file__).parents[1]
 FIGURES = dict(base=80.0, new=1 / 3, all=60.5, hIoU=0.7, average_all=70.0, forgetting=None)
 
 
 @pytest.fixture(scope='module')
 def published() -> Published:
-    return read_published(ROOT / 'benchmarks/published.csv')
+    return read_published(PUBLISHED)
 
 
 def cell(table: str, part: int, title: str, protocol: str, memory: int) -> Cell:

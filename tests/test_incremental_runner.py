@@ -179,7 +179,7 @@ def test_another_run_is_not_gone_on_with(finished: Path, shapes_cfg: MakeConfig)
 def test_missing_weights_name_the_command(shapes_cfg: MakeConfig) -> None:
     cfg = shapes_cfg('sats', pretrained='checkpoints/none.pth')
     with pytest.raises(
-        FileNotFoundError, match=r'convert_mit.py ORIGINAL.pth checkpoints/none.pth'
+        FileNotFoundError, match=r'convert-mit ORIGINAL.pth checkpoints/none.pth'
     ):
         RUNNERS.build(cfg)
 
@@ -188,7 +188,7 @@ def test_weights_of_another_model_are_found_before_training(
     shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
     torch.save({'patch_embed1.proj.weight': torch.zeros(1)}, tmp_path / 'original.pth')
-    with pytest.raises(ValueError, match=r'original SegFormer names: convert it by .*convert_mit'):
+    with pytest.raises(ValueError, match=r'original SegFormer names: convert it by .*convert-mit'):
         RUNNERS.build(shapes_cfg('sats', pretrained=str(tmp_path / 'original.pth')))
     wider = AttentionMixVisionTransformer(embed_dims=32, num_layers=[1] * 4, num_heads=[1, 2, 4, 8])
     torch.save(dict(state_dict=wider.state_dict()), tmp_path / 'wider.pth')

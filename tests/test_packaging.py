@@ -1,18 +1,19 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Requirements, setup.py and the Makefile; no test here installs anything or needs the network."""
+"""The wheel, the requirements and the Makefile; no test here needs the network, or installs anything for good."""
 
 import ast
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import pytest
-import setuptools
 
 from mmseg_sats.version import __version__
 
@@ -48,44 +49,175 @@ def is_mm(distribution: str) -> bool:
     return re.search(r'mm(cv|engine|seg)', distribution, re.IGNORECASE) is not None
 
 
-@pytest.fixture
-def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py says to setuptools."""
-    arguments: dict[str, Any] = {}
-    monkeypatch.setattr(setuptools, 'setup', lambda **given: arguments.update(given))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path('setup.py')
-    return arguments
+# What a build reads. In .mim are links, which stay links.
+SOURCES = (
+    'mmseg_sats', 'mmseg_sats_cli.py', 'configs', 'tools', 'model-index.yml', 'requirements', 'requirements.txt',
+    'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE',
+)  # fmt: skip
+BUILD = """
+from setuptools import build_meta
+print([getattr(build_meta, f'build_{kind}')('built') for kind in %r])
+"""
 
 
-def test_setup_depends_on_no_distribution_of_mm(setup_arguments: dict[str, Any]) -> None:
-    assert setup_arguments['install_requires']
-    assert not [name for name in setup_arguments['install_requires'] if is_mm(name)]
-    assert len([name for name in setup_arguments['extras_require']['mm'] if is_mm(name)]) == 3
+def build(folder: Path, *kinds: str) -> Path:
+    """What pip asks of setuptools for a source tree; returns the folder of the results."""
+    (folder / 'built').mkdir()
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', BUILD % (kinds,)], cwd=folder, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'would be ignored' not in done.stderr
+    return folder / 'built'
+
+
+@pytest.fixture(scope='module')
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel of this tree."""
+    folder = tmp_path_factory.mktemp('tree')
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, folder)
+    for place in ('configs/sats', 'tools', 'mmseg_sats/engine'):
+        (folder / place / '__pycache__').mkdir(exist_ok=True)
+        (folder / place / '__pycache__/left_over.pyc').touch()
+    return build(folder, 'sdist', 'wheel')
+
+
+@pytest.fixture(scope='module')
+def wheel(archives: Path) -> zipfile.ZipFile:
+    (path,) = archives.glob('*.whl')
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope='module')
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))
+    return message_from_string(wheel.read(name).decode())
+
+
+def requirements_of(metadata: Message, extra: str | None) -> list[str]:
+    """The requirements of the package itself, or of one extra."""
+    lines = [line.partition('; extra == ') for line in metadata.get_all('Requires-Dist')]
+    return [name for name, _, given in lines if given.strip('"') == (extra or '')]
+
+
+def test_the_package_depends_on_no_distribution_of_mm(metadata: Message) -> None:
+    assert requirements_of(metadata, None)
+    assert not [name for name in requirements_of(metadata, None) if is_mm(name)]
+    assert len([name for name in requirements_of(metadata, 'mm') if is_mm(name)]) == 3
     assert not [name for name in distributions('runtime') if is_mm(name)]
 
 
-def test_setup_takes_version_and_packages_from_the_tree(setup_arguments: dict[str, Any]) -> None:
-    assert setup_arguments['version'] == __version__
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / 'mmseg_sats').rglob('*.py')}
-    packages = {'.'.join(folder.parts) for folder in folders}
-    assert set(setup_arguments['packages']) == packages
-    assert 'mmseg_sats.models.losses' in packages
+def test_every_file_of_requirements_is_an_extra(metadata: Message) -> None:
+    files = {path.stem for path in (ROOT / 'requirements').glob('*.txt')}
+    assert set(metadata.get_all('Provides-Extra')) == files - {'runtime', 'constraints'}
+    for extra in files - {'runtime', 'constraints'}:
+        assert [re.match(r'[\w.-]+', line)[0] for line in requirements_of(metadata, extra)] == distributions(extra)
 
 
-def test_files_that_are_no_modules_are_installed_too(setup_arguments: dict[str, Any]) -> None:
-    patterns = {
-        ROOT.joinpath(*package.split('.'), pattern)
-        for package, given in setup_arguments['package_data'].items()
-        for pattern in given
+def test_the_page_of_the_wheel_says_what_it_is(metadata: Message) -> None:
+    assert metadata['Version'] == __version__
+    assert metadata['License-Expression'] == 'Apache-2.0'
+    assert metadata['Requires-Python'] == '>=3.10'
+    assert metadata.get_payload().strip() == (ROOT / 'README.md').read_text(encoding='utf-8').strip()
+    assert 'Typing :: Typed' in metadata.get_all('Classifier')
+
+
+def files_of(folder: Path, below: str) -> set[str]:
+    """The files of a folder of this tree, under another name."""
+    paths = (path for path in folder.rglob('*') if path.is_file() and path.suffix != '.pyc')
+    return {f'{below}/{path.relative_to(folder).as_posix()}' for path in paths if '.mim' not in path.parts}
+
+
+def test_the_wheel_holds_package_configs_tools_and_model_index(wheel: zipfile.ZipFile) -> None:
+    installed = {name for name in wheel.namelist() if '.dist-info/' not in name}
+    assert installed == {
+        'mmseg_sats_cli.py',
+        'mmseg_sats/.mim/model-index.yml',
+        *files_of(ROOT / 'mmseg_sats', 'mmseg_sats'),
+        *files_of(ROOT / 'configs', 'mmseg_sats/.mim/configs'),
+        *files_of(ROOT / 'tools', 'mmseg_sats/.mim/tools'),
     }
-    files = [path for path in (ROOT / 'mmseg_sats').rglob('*')
-             if path.is_file() and path.suffix not in ('.py', '.pyc')]
-    assert ROOT / 'mmseg_sats/visualization/report/templates/report.html.j2' in files
-    manifest = (ROOT / 'MANIFEST.in').read_text()
-    for path in files:
-        assert any(path.match(str(pattern)) for pattern in patterns), path
-        assert f'*{path.suffix}' in manifest
+    assert {
+        'mmseg_sats/py.typed',
+        'mmseg_sats/models/losses/crp_loss.py',
+        'mmseg_sats/datasets/checks/published_counts.csv',
+        'mmseg_sats/engine/experiments/published.csv',
+        'mmseg_sats/visualization/report/templates/report.html.j2',
+        'mmseg_sats/.mim/configs/sats/metafile.yml',
+    } <= installed
+    shell = wheel.getinfo('mmseg_sats/.mim/tools/dist_train.sh')
+    assert wheel.read(shell) == (ROOT / 'tools/dist_train.sh').read_bytes()
+
+
+def test_the_sdist_builds_the_same_wheel(
+    archives: Path, wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    (path,) = archives.glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (other,) = build(folder, 'wheel').glob('*.whl')
+    again = zipfile.ZipFile(other)
+    assert sorted(again.namelist()) == sorted(wheel.namelist())
+    for name in wheel.namelist():
+        if not name.endswith('RECORD'):  # in another order
+            assert again.read(name) == wheel.read(name), name
+
+
+def test_in_a_checkout_mim_is_links_to_what_it_stands_for() -> None:
+    for name in ('configs', 'tools', 'model-index.yml'):
+        path = ROOT / 'mmseg_sats/.mim' / name
+        assert path.is_symlink()
+        assert path.resolve() == ROOT / name
+
+
+@pytest.fixture(scope='module')
+def site(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the wheel."""
+    folder = tmp_path_factory.mktemp('site')
+    words = ['install', '--quiet', '--no-deps', '--no-index', '--no-compile', '--target', str(folder)]
+    done = subprocess.run([sys.executable, '-m', 'pip', *words, *map(str, archives.glob('*.whl'))], text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def in_empty_folder(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where there is nothing, with what was installed and without this checkout."""
+    env = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-W', 'ignore', *words], cwd=folder, env=env, text=True,
+                          capture_output=True, check=False)
+
+
+def test_the_command_is_installed_and_finds_its_configs(site: Path, tmp_path: Path) -> None:
+    done = in_empty_folder(site, tmp_path, str(site / 'bin/mmseg-sats'), '--version')
+    assert done.stdout == f'mmseg-sats {__version__}\n', done.stderr
+    find = ("import sys, types; package = types.ModuleType('mmseg_sats'); "
+            f"package.__path__ = [{str(site / 'mmseg_sats')!r}]; sys.modules['mmseg_sats'] = package; "
+            "from mmseg_sats.utils.installed import find_config; print(find_config('sats/segformer_b2_voc_15-1'))")
+    found = in_empty_folder(site, tmp_path, '-c', find).stdout.strip()
+    assert found == str(site / 'mmseg_sats/.mim/configs/sats/segformer_b2_voc_15-1.py')
+
+
+def test_the_installed_package_trains_a_config_that_inherits_from_its_own(
+    site: Path, tmp_path: Path, shapes_root: Path
+) -> None:
+    """From a user's folder, in which there is nothing of ours."""
+    (tmp_path / 'own.py').write_text("_base_ = 'mmseg_sats::sats/segformer_tiny_shapes_3-1.py'\n")
+    options = [
+        f'data_root={shapes_root}', 'protocol=3-3', 'epochs=1', 'image_size=64', 'crop_size=64', 'batch_size=4',
+        'train_images=24', 'val_images=12', 'train_dataloader.num_batch_per_epoch=1',
+        'test_dataloader.num_batch_per_epoch=2', 'report=None',
+    ]  # fmt: skip
+    words = ['train', 'own.py', '--work-dir', 'run', '--cfg-options', *options]
+    done = in_empty_folder(site, tmp_path, '-m', 'mmseg_sats', *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert sorted(path.parent.name for path in tmp_path.glob('run/*/done')) == ['stage_0', 'stage_1']
+    assert '_scope_' not in (tmp_path / 'run/stage_1/config.py').read_text()
 
 
 def test_every_requirement_is_pinned() -> None:
@@ -100,7 +232,7 @@ def test_every_requirement_is_pinned() -> None:
 
 def test_every_import_is_required() -> None:
     known = {IMPORT_NAMES.get(name, name) for name in distributions('runtime')}
-    known |= MM_IMPORT_NAMES | {'mmseg_sats'} | set(sys.stdlib_module_names)
+    known |= MM_IMPORT_NAMES | {'mmseg_sats', 'mmseg_sats_cli'} | set(sys.stdlib_module_names)
     known |= {'triton'}  # CUDA builds of torch bring it; nothing imports it without a GPU
     unknown = set()
     for path in [*(ROOT / 'mmseg_sats').rglob('*.py'), *(ROOT / 'tools').glob('*.py')]:
@@ -121,7 +253,7 @@ def checkout(tmp_path: Path) -> Path:
     """A fresh clone's packaging files, and a `python` whose virtual environments are stubs."""
     if shutil.which('make') is None:
         pytest.skip('make is not installed')
-    for name in ('Makefile', 'setup.py', 'requirements.txt'):
+    for name in ('Makefile', 'pyproject.toml', 'requirements.txt'):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / 'requirements', tmp_path / 'requirements')
     write_script(tmp_path / 'python', PYTHON_STUB.format(python=sys.executable))
@@ -201,7 +333,7 @@ def test_a_failed_install_is_told_and_not_taken_as_whole(checkout: Path) -> None
 def test_an_interrupted_update_is_not_taken_as_whole(checkout: Path) -> None:
     assert make(checkout, 'venv').returncode == 0
     later = (checkout / '.venv' / '.installed').stat().st_mtime + 10
-    os.utime(checkout / 'setup.py', (later, later))
+    os.utime(checkout / 'pyproject.toml', (later, later))
     (checkout / 'no-index').touch()
     assert make(checkout, 'venv').returncode != 0
     assert not (checkout / '.venv' / '.installed').exists()

@@ -20,7 +20,6 @@ from mmseg_sats.visualization import panel, theme
 from mmseg_sats.visualization.report import curves, heatmap, losses
 from mmseg_sats.visualization.report.page import (
     check_report_options,
-    main,
     write_report,
     write_run_report,
 )
@@ -32,6 +31,7 @@ from mmseg_sats.visualization.report.run_record import (
     run_labels,
 )
 from mmseg_sats.visualization.stage_model import eval_dataset, load_stage
+from tools.report import main
 
 PICTURES = ['costs', 'iou_by_class_0', 'losses_0', 'miou_by_stage', 'old_and_new', 'photographs']
 

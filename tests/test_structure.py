@@ -15,14 +15,20 @@ LAYERS = (
     ('models', 'datasets', 'evaluation'),
     ('visualization',),
     ('engine',),
-    ('tools', 'benchmarks'),
+    ('commands',),
+    ('tools', 'benchmarks', 'mmseg_sats_cli', '__main__'),
 )
 MOST_FILES = 12
 
 
 def modules() -> dict[str, Path]:
     """Dotted name to file, of the package and of the scripts above it."""
-    files = [*PACKAGE.rglob('*.py'), *(ROOT / 'tools').glob('*.py'), *(ROOT / 'benchmarks').glob('*.py')]
+    files = [
+        *(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts),
+        *(ROOT / 'tools').glob('*.py'),
+        *(ROOT / 'benchmarks').glob('*.py'),
+        ROOT / 'mmseg_sats_cli.py',
+    ]
     return {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for path in files}
 
 
@@ -78,7 +84,8 @@ def folder_of(module: str, parent: str) -> str | None:
 
 
 def folders() -> list[str]:
-    return sorted('.'.join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob('__init__.py'))
+    return sorted('.'.join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob('__init__.py')
+                  if '.mim' not in path.parts)
 
 
 @pytest.mark.parametrize('folder', folders())

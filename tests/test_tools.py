@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The command line, as a person uses it."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmseg_sats.engine.experiments.evaluate_again import stage_config
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.in_process import call
 from tests.shared import shared_path
@@ -64,25 +64,22 @@ def test_evaluating_again_gives_the_same_figures(trained: Path) -> None:
 
 
 def test_options_of_an_evaluation_reach_the_stage(tiny_runs: list[Path], tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location('evaluation', ROOT / 'tools/test_incremental.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     folder = tiny_runs[0] / 'stage_1'
     options = {'eval_images': 'all', 'data_root': str(tmp_path), 'test_dataloader.batch_size': 3}
-    cfg = tool.stage_config(folder, options)
+    cfg = stage_config(folder, options)
     assert cfg.test_dataloader.dataset.eval_images == 'all'
     assert cfg.test_dataloader.dataset.dataset.data_root == str(tmp_path)
     assert cfg.test_dataloader.batch_size == 3
-    assert tool.stage_config(folder, {}).pretty_text == Config.fromfile(folder / 'config.py').pretty_text
+    assert stage_config(folder, {}).pretty_text == Config.fromfile(folder / 'config.py').pretty_text
     with pytest.raises(KeyError, match=r"eval_image: .*did you mean 'eval_images'"):
-        tool.stage_config(folder, {'eval_image': 'all'})
+        stage_config(folder, {'eval_image': 'all'})
     # A stage's folder alone: what is resolved in it is not taken for changed.
     alone = tmp_path / 'stage_1'
     alone.mkdir()
     shutil.copy(folder / 'config.py', alone)
-    assert tool.stage_config(alone, {'test_dataloader.batch_size': 3}).test_dataloader.batch_size == 3
+    assert stage_config(alone, {'test_dataloader.batch_size': 3}).test_dataloader.batch_size == 3
     with pytest.raises(FileNotFoundError, match='eval_images can be changed in the config of the run'):
-        tool.stage_config(alone, {'eval_images': 'all'})
+        stage_config(alone, {'eval_images': 'all'})
 
 
 def test_resuming_a_finished_run_trains_nothing(trained: Path, shapes_root: Path) -> None:

@@ -2,75 +2,20 @@
 """Forgetting, and how SATS stops it, on the embedded data: FT and SATS from one stage 0, and joint.
 
 make demo
+
+The same as `mmseg-sats demo`, see mmseg_sats/commands.
 """
 
-import argparse
-import json
-import shutil
 import sys
-import time
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
+from collections.abc import Sequence
 
-import rich
-from mmengine.config import Config
-from mmengine.registry import RUNNERS
-
-from mmseg_sats.engine.files.results import comparison_table, forgetting_table, stage_table
-from mmseg_sats.visualization.report.page import write_report
-
-CONFIGS = Path(__file__).parents[1] / 'configs'
-CONFIG = 'segformer_tiny_shapes_3-1.py'
+from mmseg_sats_cli import script
 
 
-def run(method: str, out: Path, base: Path | None = None) -> dict:
-    """Trains one method through all stages; returns its results."""
-    cfg = Config.fromfile(CONFIGS / method / CONFIG)
-    cfg.work_dir, cfg.base = str(out / method), str(base) if base else None
-    cfg.report = None  # one report for all three is written at the end
-    shutil.rmtree(out / method, ignore_errors=True)
-    (out / method).mkdir(parents=True)
-    # The terminal only gets the tables; everything else goes to log.txt.
-    with (out / method / 'log.txt').open('w') as log, redirect_stdout(log), redirect_stderr(log):
-        RUNNERS.build(cfg).train()
-    return json.loads((out / method / 'results.json').read_text())
-
-
-def main() -> None:
-    """Runs the three methods and prints their tables."""
-    parser = argparse.ArgumentParser(description='FT, SATS and joint on the embedded data')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/demo'),
-        help='work dir of the three runs (default: work_dirs/demo); what earlier demos left there is deleted',
-    )
-    out = parser.parse_args().out
-    # The training's display is drawn here, while all else that it prints goes to a file.
-    rich.reconfigure(file=sys.stdout)
-    console = rich.get_console()
-    start = time.perf_counter()
-    runs = []
-    for method, base in (
-        ('sats', None),
-        ('finetune', out / 'sats/stage_0/snapshot.pth'),
-        ('joint', None),
-    ):
-        console.print(f'\nTraining {method} on the embedded data, log in {out / method}/log.txt')
-        runs.append(run(method, out, base))
-        console.print(
-            f'{method}: mIoU in percent after each stage ({time.perf_counter() - start:.0f} s so far)'
-        )
-        print(stage_table(runs[-1]))
-        if len(runs[-1]['stages']) > 1:
-            print(forgetting_table(runs[-1]))
-    console.print('\nmIoU after the last stage: base classes, classes learned later, all')
-    print(comparison_table(runs))
-    console.print(f'figures: {out}/*/results.json and results.csv')
-    with console.status('drawing the report ...'):
-        page = write_report([out / one['method'] for one in runs], out / 'report')
-    console.print(f'pictures: {page}, to be opened in a browser')
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return script('demo', arguments)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -2,45 +2,20 @@
 """ADE20K's scene parsing data from its archive.
 
 python tools/prepare_ade20k.py DOWNLOADS [--out data/ade]
+
+The same as `mmseg-sats prepare ade20k`, see mmseg_sats/commands.
 """
 
-import argparse
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
-from rich.console import Console
-from rich.progress import track
-
-from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
+from mmseg_sats_cli import script
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description='Unpack and count ADEChallengeData2016',
-        epilog=f'Download before: {ADE20K.archive.where} (0.97 GB)',
-    )
-    parser.add_argument('archives', type=Path, help='folder with the downloaded archive')
-    parser.add_argument(
-        '--out', type=Path, default=Path('data/ade'), help='where to unpack (default: data/ade)'
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Prepares the data and says what was counted."""
-    args = parse_args()
-    console = Console(stderr=True)
-    try:
-        root = prepare_ade20k(
-            args.archives,
-            args.out,
-            progress=lambda items: track(items, description='preparing ADE20K', console=console),
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    counted = f'{ADE20K.training} training and {ADE20K.validation} validation images'
-    print(f'{root}: {counted}, all annotated')
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return script('prepare', arguments, 'add_ade20k')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -2,9 +2,20 @@
 """One page with the curves, heat maps, losses and photographs of one run or several.
 
 python tools/report.py WORK_DIR [WORK_DIR ...] [--out DIR]
+
+The same as `mmseg-sats report`, see mmseg_sats/commands.
 """
 
-from mmseg_sats.visualization.report.page import main
+import sys
+from collections.abc import Sequence
+
+from mmseg_sats_cli import script
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return script('report', arguments)
+
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

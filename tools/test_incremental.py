@@ -2,116 +2,20 @@
 """Evaluates the stages of a run again, from their snapshots.
 
 python tools/test_incremental.py work_dirs/sats/segformer_b2_voc_15-1 [--stage 5]
+
+The same as `mmseg-sats test`, see mmseg_sats/commands.
 """
 
-import argparse
-import inspect
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
-
-from mmseg_sats.engine.command_line import add_cfg_options, message_of, read_config
-from mmseg_sats.engine.config.stage_config import build_stage_config
-from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
-from mmseg_sats.engine.files.results import stage_results
-from mmseg_sats.engine.files.snapshot import load_snapshot
-from mmseg_sats.engine.run_plan import build_protocol
-from mmseg_sats.engine.training.stage_runner import StageRunner
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely, write_json
+from mmseg_sats_cli import script
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description='Evaluate the stages of a run from their snapshots'
-    )
-    parser.add_argument('work_dir', type=Path, help="a run's work dir")
-    parser.add_argument('--stage', type=int, help='this stage only (default: every finished one)')
-    parser.add_argument(
-        '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
-    )
-    add_cfg_options(parser)
-    return parser.parse_args()
-
-
-def stage_config(folder: Path, options: dict) -> Config:
-    """The config of a stage, made anew with the options.
-
-    Options for keys such as ``data_root`` or ``eval_pipeline`` are applied to the run's ``config.py``,
-    since the stage's own has their values already filled in. Options for parts of the stage, such as
-    ``test_dataloader.batch_size``, are applied to the stage's config.
-    """
-    parts = {
-        key: value
-        for key, value in options.items()
-        if '.' in key and key.split('.')[0] in inspect.signature(Runner).parameters
-    }
-    words = {key: value for key, value in options.items() if key not in parts}
-    path = folder.parent / 'config.py'
-    if not path.is_file():
-        if words:
-            raise FileNotFoundError(
-                f'{path} does not exist: {", ".join(words)} can be changed in the config of the run '
-                f'alone, in {folder / "config.py"} they are resolved'
-            )
-        return read_config(folder / 'config.py', parts)
-    cfg = read_config(path, words)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    protocol = build_protocol(cfg)
-    stage = protocol.stage(int(folder.name.removeprefix('stage_')))
-    cfg = build_stage_config(cfg, protocol, stage, folder.parent)
-    cfg.merge_from_dict(parts)
-    return cfg
-
-
-def test_stage(folder: Path, out: Path, options: dict | None) -> dict:
-    """Evaluates the snapshot in ``folder``; returns the stage's entry as in results.json."""
-    cfg = stage_config(folder, options or {})
-    cfg.work_dir = str(out / folder.name)
-    # Nothing is trained: the old model and the snapshot it starts from may be gone.
-    cfg.load_from, cfg.model.old_model = None, None
-    dataset = evaluation_set(cfg)
-    classes = dataset.metainfo['classes']
-    trained = load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes']
-    if list(trained) != list(classes):
-        raise ValueError(
-            f'{folder}/snapshot.pth was trained on classes {list(trained)}, the data have {list(classes)}: '
-            'expected the same in this order'
-        )
-    runner = StageRunner.from_cfg(cfg)
-    load_snapshot(runner.model, folder / 'snapshot.pth')
-    runner.call_hook('before_run')
-    # A stage 0 that came from a checkpoint may have no images.
-    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
-    new = classes[len(classes) - len(dataset.stage.new) :]
-    return stage_results(dataset.stage.index, new, None, metrics, classes)
-
-
-def main() -> None:
-    """Evaluates one stage or all of them."""
-    args = parse_args()
-    pattern = 'stage_*' if args.stage is None else f'stage_{args.stage}'
-    folders = sorted(
-        (path.parent for path in args.work_dir.glob(f'{pattern}/snapshot.pth')),
-        key=lambda path: int(path.name.removeprefix('stage_')),
-    )
-    if not folders:
-        hint = ''
-        if (args.work_dir / 'snapshot.pth').is_file():
-            index = args.work_dir.resolve().name.removeprefix('stage_')
-            hint = f'; for one stage: {args.work_dir.resolve().parent} --stage {index}'
-        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot{hint}')
-    out = args.out or args.work_dir / 'test'
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        stages = [test_stage(folder, out, args.cfg_options) for folder in folders]
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(message_of(error)) from error
-    write_json(out / 'test.json', stages)
-    print(f'wrote {out / "test.json"}')
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    return script('test', arguments)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

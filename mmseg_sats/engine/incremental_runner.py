@@ -22,6 +22,7 @@ from mmseg_sats.engine.checks.preflight import check_base, check_config, check_d
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
 from mmseg_sats.engine.config.config_text import config_text
 from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.config.replay import check_outside_folder, check_replay, keep_exemplars
 from mmseg_sats.engine.config.stage_config import (
     build_stage_config,
@@ -103,6 +104,7 @@ class IncrementalRunner:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = copy.deepcopy(cfg)
+        drop_own_scope(self.cfg)
         set_defaults(self.cfg)
         self.work_dir = Path(self.cfg.work_dir)
         self.base = Path(cfg.base) if cfg.get('base') else None

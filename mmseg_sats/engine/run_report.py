@@ -43,5 +43,5 @@ def report_at_end(work_dir: Path, options: Mapping[str, Any] | None) -> None:
         return
     words = [f'--{name}={value}' for name, value in check_report_options(options).items()]
     environment = {key: os.environ[key] for key in os.environ if key not in _RANK_VARIABLES}
-    command = [sys.executable, '-m', 'mmseg_sats.visualization.report.page', str(work_dir), *words]
+    command = [sys.executable, '-m', 'mmseg_sats', 'report', str(work_dir), *words]
     subprocess.run(command, env=environment, check=False)

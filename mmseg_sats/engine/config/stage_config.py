@@ -152,7 +152,7 @@ def check_pretrained(cfg: Config) -> None:
         return
     unloaded = {key: value for key, value in backbone_cfg.items() if key != 'pretrained'}
     backbone = MODELS.build(dict(unloaded, init_cfg=None))
-    command = f'`python tools/convert_mit.py ORIGINAL.pth {checkpoint}`'
+    command = f'`mmseg-sats convert-mit ORIGINAL.pth {checkpoint}`'
     how_to_make = (
         f'From the original SegFormer checkpoint make them by {command}'
         if isinstance(backbone, MixVisionTransformer)

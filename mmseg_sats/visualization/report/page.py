@@ -1,10 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The report: one page that opens from disk, with its pictures inside, and as files for a paper.
+"""The report: one page that opens from disk, with its pictures inside, and as files for a paper."""
 
-    python -m mmseg_sats.visualization.report.page WORK_DIR [WORK_DIR ...] [--out DIR]
-"""
-
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -187,35 +183,8 @@ def write_run_report(work_dir: str | Path, options: Mapping[str, Any]) -> Path |
     except Exception as error:
         print_log(
             f'the report of {work_dir} could not be written ({type(error).__name__}: {error}); '
-            f'the run is complete. `python tools/report.py {work_dir}` tries again',
+            f'the run is complete. `mmseg-sats report {work_dir}` tries again',
             logger='current',
             level=logging.WARNING,
         )
         return None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description='One page with the curves and pictures of runs')
-    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help="a run's work dir")
-    parser.add_argument(
-        '--out',
-        type=Path,
-        help='folder to write into (default: WORK_DIR/report; of several runs, report beside the first)',
-    )
-    parser.add_argument('--images', type=int, default=OPTIONS['images'], help='photographs (default: %(default)s)')
-    parser.add_argument(
-        '--attention', type=int, default=OPTIONS['attention'], help='pictures of attention (default: %(default)s)'
-    )
-    args = parser.parse_args(arguments)
-    first = Path(args.work_dirs[0])
-    out = args.out or (first if len(args.work_dirs) == 1 else first.parent) / 'report'
-    try:
-        page = write_report(args.work_dirs, out, args.images, args.attention)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    print(f'wrote {page}, and its pictures as PNG and PDF beside it')
-
-
-if __name__ == '__main__':
-    main()

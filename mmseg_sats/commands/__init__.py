@@ -1,0 +1,51 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""What `mmseg-sats` can do, one file each: ``add_arguments(parser)`` and ``run(args)``.
+
+The command line is read before the package is imported (see mmseg_sats_cli.py). So these files import
+torch, mmengine, mmseg and whatever needs them within functions alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.version import __version__
+
+COMMANDS = (
+    'train', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'prepare',
+    'convert-mit', 'demo',
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `mmseg-sats`, with that of each command."""
+    parser = argparse.ArgumentParser(
+        prog='mmseg-sats',
+        description='Continual semantic segmentation with self-attention transfer',
+        epilog='`mmseg-sats COMMAND --help` says what a command takes.',
+    )
+    parser.add_argument('--version', action='version', version=f'mmseg-sats {__version__}')
+    kinds = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    for command in COMMANDS:
+        module = import_module(f'{__name__}.{command.replace("-", "_")}')
+        summary = module.__doc__.split('\n')[0].rstrip('.')
+        module.add_arguments(kinds.add_parser(command, help=summary))
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What `mmseg-sats` was asked for; its ``run`` is the function that does it.
+
+    Args:
+        arguments: the words after `mmseg-sats`; by default those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    if arguments and not arguments[0].startswith('-') and arguments[0] not in COMMANDS:
+        parser.error(
+            f'unknown command {arguments[0]!r}{near_match(arguments[0], COMMANDS)}; '
+            f'expected one of {", ".join(COMMANDS)}'
+        )
+    return parser.parse_args(arguments)

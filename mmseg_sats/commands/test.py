@@ -1,0 +1,46 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Evaluate the stages of a run from their snapshots."""
+
+import argparse
+from pathlib import Path
+
+from mmseg_sats.utils.arguments import add_cfg_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.description = 'Evaluate the stages of a run from their snapshots'
+    parser.add_argument('work_dir', type=Path, help="a run's work dir")
+    parser.add_argument('--stage', type=int, help='this stage only (default: every finished one)')
+    parser.add_argument(
+        '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
+    )
+    add_cfg_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates one stage or all of them."""
+    from mmseg_sats.engine.command_line import message_of
+    from mmseg_sats.engine.experiments.evaluate_again import evaluate_again
+    from mmseg_sats.utils.checkpoint import write_json
+
+    pattern = 'stage_*' if args.stage is None else f'stage_{args.stage}'
+    folders = sorted(
+        (path.parent for path in args.work_dir.glob(f'{pattern}/snapshot.pth')),
+        key=lambda path: int(path.name.removeprefix('stage_')),
+    )
+    if not folders:
+        hint = ''
+        if (args.work_dir / 'snapshot.pth').is_file():
+            index = args.work_dir.resolve().name.removeprefix('stage_')
+            hint = f'; for one stage: {args.work_dir.resolve().parent} --stage {index}'
+        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot{hint}')
+    out = args.out or args.work_dir / 'test'
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        stages = [evaluate_again(folder, out, args.cfg_options) for folder in folders]
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise SystemExit(message_of(error)) from error
+    write_json(out / 'test.json', stages)
+    print(f'wrote {out / "test.json"}')

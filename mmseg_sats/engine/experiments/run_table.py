@@ -1,0 +1,161 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""A table of the paper: which of its runs are missing, their training, and the results beside the published."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mmseg_sats.engine.experiments.plan import Plan, make_plan, memory_sizes
+from mmseg_sats.engine.experiments.record import Record
+from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
+from mmseg_sats.engine.experiments.scheduler import Scheduler
+from mmseg_sats.engine.experiments.split import write_split
+from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
+from mmseg_sats.utils.checkpoint import write_text
+from mmseg_sats.utils.config_keys import IDENTITY
+from mmseg_sats.utils.installed import CONFIGS, TOOLS
+from mmseg_sats.utils.spelling import check_choice
+
+PUBLISHED = Path(__file__).parent / 'published.csv'
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Checks what argparse cannot, and fills in what the table says.
+
+    Raises:
+        ValueError: an unknown name, or options that do not go together.
+    """
+    check_choice('table', args.table, TABLES)
+    table = TABLES[args.table]
+    args.dataset = args.dataset or table.dataset
+    check_choice('--dataset', args.dataset, TABLE_DATASETS)
+    if args.methods and table.parts:
+        raise ValueError(
+            f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
+            'expected table1 or table2'
+        )
+    if args.variants and not table.parts:
+        raise ValueError(
+            f'--variants {",".join(args.variants)}: the rows of {args.table} are systems, named by --methods'
+        )
+    given = {option.split('=')[0] for option in args.cfg_options}
+    for key in IDENTITY:
+        for option in {key, f'{key}s'} & vars(args).keys():
+            if key in given:
+                raise ValueError(f'--cfg-options {key}=...: it names the runs; give it by --{option}')
+    for option in ('jobs', 'threads'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f'--{option} {value}: expected 1 or more')
+    args.out = args.out or Path('work_dirs') / args.dataset
+
+
+def read_plan(args: argparse.Namespace) -> Plan:
+    """The table's runs.
+
+    Raises:
+        ValueError: an unknown method, or an impossible size of the memory.
+    """
+    table = TABLES[args.table]
+    return make_plan(
+        table,
+        args.dataset,
+        CONFIGS,
+        systems=args.methods,
+        variants=args.variants,
+        protocols=args.protocols,
+        memories=memory_sizes(args.memory or table.memory, args.dataset),
+        seeds=args.seeds,
+        options=args.cfg_options,
+    )
+
+
+def check_records(plan: Plan, args: argparse.Namespace) -> dict[str, Record]:
+    """The runs' records, by name; a config that cannot be run is found before any is.
+
+    Raises:
+        ValueError: a config, or an option for it, is wrong.
+    """
+    records = {
+        run.name: Record(args.out, run, args.stage_0_per_seed, args.accept) for run in plan.runs
+    }
+    for name, record in records.items():
+        try:
+            record.asked  # noqa: B018  reads and resolves the config
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{name} ({record.run.config}): {error}') from error
+    return records
+
+
+def split_training_images(plan: Plan, folder: Path) -> str:
+    """Writes the split of the first run's training images; returns what to say."""
+    if not plan.runs:
+        raise ValueError('--write-split: there is no config to take the training images from')
+    cfg = plan.runs[0].load()
+    if not cfg.get('train_list'):
+        raise ValueError(f'--write-split: {plan.runs[0].config} has no train_list')
+    fit, held = write_split(Path(cfg.data_root) / cfg.train_list, folder)
+    return f'{folder}/fit.txt: {fit} images, {folder}/held.txt: {held} images'
+
+
+def run_table(args: argparse.Namespace, console: Console) -> int:
+    """Trains and reports; returns the exit status."""
+    check_args(args)
+    plan = read_plan(args)
+    if args.write_split:
+        print(split_training_images(plan, args.write_split))
+        return 0
+    records = check_records(plan, args)
+    conflicts = {name: text for name, record in records.items() if (text := record.conflict())}
+    todo = [
+        record
+        for name, record in records.items()
+        if name not in conflicts and record.results() is None
+    ]
+    notes = [f'left out: {text}' for text in plan.missing]
+    notes += [
+        f'{args.out / name} holds another run ({text}): choose another --out, or remove it'
+        for name, text in conflicts.items()
+    ]
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if not plan.runs:
+        console.print('no config for anything that was asked for: no table is written', soft_wrap=True)
+        return 1
+    failed: list[str] = []
+    if todo and not args.report:
+        scheduler = Scheduler(
+            todo, TOOLS / 'train_incremental.py', console, jobs=args.jobs, threads=args.threads
+        )
+        failed = scheduler.run()
+    report(args, plan, records, notes)
+    if failed:
+        console.print(f'failed: {", ".join(failed)}', markup=False, highlight=False, soft_wrap=True)
+    return 1 if failed or conflicts else 0
+
+
+def report(
+    args: argparse.Namespace, plan: Plan, records: dict[str, Record], notes: Sequence[str]
+) -> None:
+    """Prints the table, and writes it beside the runs as markdown and CSV."""
+    table = TABLES[args.table]
+    lines = make_lines(
+        args.table, plan.cells, records, read_published(PUBLISHED)
+    )
+    if any(line.published for line in lines):
+        notes = [
+            f'Published: {table.dataset}, centre crops. {args.dataset} is measured as its config says; '
+            'figures compare only where data, weights, schedule and crop are the same.',
+            *notes,
+        ]
+    if args.accept:
+        notes = [f'Differences accepted in: {", ".join(args.accept)}.', *notes]
+    text = f'## {table.title}, on {args.dataset}\n\nIoU means in percent.\n\n{markdown(lines)}'
+    text += ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / f'{args.table}.md', text)
+    write_text(args.out / f'{args.table}.csv', to_csv(args.table, lines))
+    print(f'written: {args.out / args.table}.md and .csv')

@@ -1,0 +1,39 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The configs and scripts that come with the package, in a checkout as in what was installed.
+
+``mmseg_sats/.mim`` is where OpenMMLab's packages have them, and where mmengine looks for the config of
+``_base_ = 'mmseg_sats::sats/...'``. In a checkout it holds links; a wheel and an sdist hold the files.
+"""
+
+from pathlib import Path
+
+from mmseg_sats.utils.spelling import near_match
+
+_MIM = Path(__file__).parents[1] / '.mim'
+CONFIGS = (_MIM / 'configs').resolve()
+TOOLS = (_MIM / 'tools').resolve()
+
+
+def config_names() -> list[str]:
+    """``METHOD/CONFIG`` of every run that the package has a config for."""
+    return sorted(
+        f'{path.parent.name}/{path.stem}'
+        for path in CONFIGS.glob('[!_]*/*.py')
+        if path.stem != path.parent.name  # what the configs of a method share
+    )
+
+
+def find_config(given: str | Path) -> Path:
+    """The file of a config that is named by its path, or as ``sats/segformer_b2_voc_15-1``.
+
+    Raises:
+        FileNotFoundError: neither is there; the message has the nearest name.
+    """
+    if Path(given).exists():
+        return Path(given)
+    name = str(given).removesuffix('.py')
+    named = CONFIGS / f'{name}.py'
+    if named.is_file():
+        return named
+    near = near_match(name.removeprefix('configs/'), config_names())
+    raise FileNotFoundError(f'config {given} does not exist{near}')
