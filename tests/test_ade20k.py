@@ -61,7 +61,7 @@ def labels_of(dataset: IncrementalDataset, index: int) -> np.ndarray:
 
 
 def test_a_run_finds_nothing_wrong_with_it(ade_root: Path) -> None:
-    cfg = config('100-10', ade_root)
+    cfg = config('100-10', ade_root, crop_size=64)
     assert IncrementalRunner(cfg).protocol.stages == build_protocol(cfg).stages
 
 

@@ -28,7 +28,7 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'plain_pyramid.py').write_text(CODE)
     path = tmp_path / 'plain_pyramid_shapes_3-3.py'
-    path.write_text(CONFIG.replace("'configs/", f"'{CONFIGS}/"))
+    path.write_text(CONFIG)
     return path
 
 

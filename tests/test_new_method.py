@@ -23,9 +23,8 @@ PAGE = ROOT / 'docs' / 'new_method.md'
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's files, beside the project's configs."""
+    """The page's files, in a folder outside the project."""
     root = tmp_path_factory.mktemp('page')
-    (root / 'configs').symlink_to(ROOT / 'configs')
     # A block belongs to the file that the text before it names.
     named = re.compile(r'`(my_methods/[\w./-]+\.py)`[^`]*```python\n(.*?)```', re.DOTALL)
     for name, code in named.findall(PAGE.read_text()):
