@@ -31,23 +31,22 @@ if 'pytest' not in sys.modules:
 
 @HOOKS.register_module()
 class Tell(Hook):
-    """Rank 0 leaves each iteration's losses in ``losses.json``, every rank its images in ``images_RANK.json``.
-
-    A resumed stage goes on with them.
-    """
+    """Rank 0 leaves each iteration's losses in ``losses.json``, every rank its images in ``images_RANK.json``."""
 
     def before_train(self, runner: Runner) -> None:
-        folder = Path(runner.work_dir)
-        self.paths = dict(losses=folder / 'losses.json', images=folder / f'images_{get_rank()}.json')
-        self.told = {name: json.loads(path.read_text()) if runner.iter else [] for name, path in self.paths.items()}
+        self.losses: list[dict[str, float]] = []
+        self.images: list[list] = []
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict) -> None:
-        self.told['losses'].append({name: float(value) for name, value in outputs.items()})
+        self.losses.append({name: float(value) for name, value in outputs.items()})
         pairs = zip(data_batch['inputs'], data_batch['data_samples'], strict=True)
-        self.told['images'].append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
-        self.paths['images'].write_text(json.dumps(self.told['images']))
+        self.images.append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
+
+    def after_train(self, runner: Runner) -> None:
+        folder = Path(runner.work_dir)
+        (folder / f'images_{get_rank()}.json').write_text(json.dumps(self.images))
         if get_rank() == 0:
-            self.paths['losses'].write_text(json.dumps(self.told['losses']))
+            (folder / 'losses.json').write_text(json.dumps(self.losses))
 
 
 @HOOKS.register_module()

@@ -36,7 +36,7 @@ def stage_configs(cfg: Config, work_dir: str = 'work_dirs/run') -> list[Config]:
 # Words
 
 
-def test_words_resolve_anywhere() -> None:
+def test_variables_resolve_anywhere() -> None:
     value = dict(
         plain='$size', nested=[dict(a='$name'), ('$size', ['$size'])], other='no $word', number=3, none=None,
         price='$', escaped='$size px',
@@ -50,7 +50,7 @@ def test_words_resolve_anywhere() -> None:
     assert value['plain'] == '$size'
 
 
-def test_a_word_may_stand_for_anything_with_words_in_it() -> None:
+def test_a_variable_may_stand_for_anything_with_variables_in_it() -> None:
     words = dict(
         pipeline=[dict(type='Crop', size='$crop'), '$last'], crop='$size', size=7, last=dict(type='$name'),
         name='Pack', nothing=None,
@@ -60,13 +60,13 @@ def test_a_word_may_stand_for_anything_with_words_in_it() -> None:
     )
 
 
-def test_places_that_name_the_same_word_do_not_share_it() -> None:
+def test_places_that_name_the_same_variable_do_not_share_it() -> None:
     resolved = resolve_variables(dict(a='$norm', b='$norm'), dict(norm=dict(type='BN')))
     resolved['a']['type'] = 'SyncBN'
     assert resolved['b'] == dict(type='BN')
 
 
-def test_an_undefined_word_names_its_place_and_a_near_match() -> None:
+def test_an_undefined_variable_names_its_place_and_a_near_match() -> None:
     config = dict(model=dict(heads=[dict(size=1), dict(size='$crop_sise')]))
     with pytest.raises(KeyError) as error:
         resolve_variables(config, dict(crop_size=3, epochs=2))
@@ -76,12 +76,12 @@ def test_an_undefined_word_names_its_place_and_a_near_match() -> None:
     assert "['crop_size', 'epochs']" in message
 
 
-def test_an_undefined_word_behind_another_names_the_place_where_it_is_wanted() -> None:
+def test_an_undefined_variable_behind_another_names_the_place_where_it_is_wanted() -> None:
     with pytest.raises(KeyError, match=r"a\.b='\$missing'"):
         resolve_variables(dict(a=dict(b='$outer')), dict(outer='$missing'))
 
 
-def test_a_word_that_stands_for_itself_is_refused() -> None:
+def test_a_variable_that_stands_for_itself_is_refused() -> None:
     with pytest.raises(KeyError, match=r"x='\$epochs' stands for itself"):
         resolve_variables(dict(x='$epochs'), dict(epochs='$epochs'))
 
@@ -134,7 +134,7 @@ def test_a_stage_config_leaves_the_runs_config_alone(shapes_cfg: Callable[..., C
     assert cfg.pretty_text == before
 
 
-def test_stage_words_reach_any_place(shapes_cfg: Callable[..., Config]) -> None:
+def test_stage_variables_reach_any_place(shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg('sats', crop_size=32)
     cfg.note = dict(words=[f'${name}' for name in STAGE_VARIABLES])
     notes = [c.note['words'] for c in stage_configs(cfg)]
@@ -249,7 +249,7 @@ def test_a_model_zoo_is_left_to_mmengine_and_a_file_is_looked_at(tmp_path: Path)
         check(resnet, path)
 
 
-def test_an_undefined_word_of_a_config_is_named(shapes_cfg: Callable[..., Config]) -> None:
+def test_an_undefined_variable_of_a_config_is_named(shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg('sats')
     cfg.train_dataloader.batch_size = '$batchsize'
     with pytest.raises(KeyError, match=r"train_dataloader\.batch_size='\$batchsize'.*'batch_size'"):
@@ -271,3 +271,12 @@ def test_parameters_share_groups_unless_a_constructor_is_named() -> None:
     cfg.optim_wrapper.constructor = 'DefaultOptimWrapperConstructor'
     for stage in stage_configs(cfg):
         assert stage.optim_wrapper.constructor == 'DefaultOptimWrapperConstructor'
+
+
+@pytest.mark.parametrize(('workers', 'persistent'), [(0, False), (2, True)])
+def test_workers_persist_where_there_are_any(
+    shapes_cfg: Callable[..., Config], workers: int, persistent: bool
+) -> None:
+    """torch refuses to keep workers that there are not."""
+    for cfg in stage_configs(shapes_cfg('sats', num_workers=workers, persistent_workers=True)):
+        assert cfg.train_dataloader.persistent_workers is persistent
