@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 class Key(NamedTuple):
     """A row of the table.
 
-    Attributes:
+    Args:
         name: the key.
         read_by: who reads the key. ``'mmengine'``: its Runner and hooks. ``'package'``: this package;
             ``--cfg-options`` may set the key even in a config that lacks it. ``'config'``: only other values of
