@@ -39,6 +39,7 @@ def imported(path: Path, names: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f'{path}: a relative import, which this test does not follow'
             found |= {f'{node.module}.{alias.name}' for alias in node.names} | {node.module}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)  # import_module('mmseg_sats.models...')

@@ -2,6 +2,7 @@
 """Prepare VOC or ADE20K from their archives."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 _EPILOG = 'Where to download from is in docs/data.md, and in the message about an archive that is missing.'
@@ -39,38 +40,32 @@ def add_ade20k(parser: argparse.ArgumentParser) -> None:
 
 def run_voc(args: argparse.Namespace) -> None:
     """Prepares VOC and says what was counted."""
-    from rich.console import Console
-    from rich.progress import track
-
     from mmseg_sats.datasets.preparation.voc import VOC, prepare_voc
 
-    console = Console(stderr=True)
-    try:
-        root = prepare_voc(
-            args.archives,
-            args.out,
-            progress=lambda items: track(items, description='preparing VOC', console=console),
-        )
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    root = _prepare('VOC', prepare_voc, args)
     print(f'{root}: {VOC.train_aug} images in train_aug.txt, {VOC.val} in val.txt, all masks there')
 
 
 def run_ade20k(args: argparse.Namespace) -> None:
     """Prepares ADE20K and says what was counted."""
+    from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
+
+    root = _prepare('ADE20K', prepare_ade20k, args)
+    counted = f'{ADE20K.training} training and {ADE20K.validation} validation images'
+    print(f'{root}: {counted}, all annotated')
+
+
+def _prepare(name: str, prepare: Callable[..., Path], args: argparse.Namespace) -> Path:
+    """The folder that ``prepare`` made, with a progress bar meanwhile; its errors end the command in one line."""
     from rich.console import Console
     from rich.progress import track
 
-    from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
-
     console = Console(stderr=True)
     try:
-        root = prepare_ade20k(
+        return prepare(
             args.archives,
             args.out,
-            progress=lambda items: track(items, description='preparing ADE20K', console=console),
+            progress=lambda items: track(items, description=f'preparing {name}', console=console),
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    counted = f'{ADE20K.training} training and {ADE20K.validation} validation images'
-    print(f'{root}: {counted}, all annotated')
