@@ -59,6 +59,25 @@ def test_images_of_any_kind_find_their_masks(tmp_path: Path) -> None:
     assert len(folder(tmp_path, ann_file='list.txt')) == 1
 
 
+def test_several_folders_are_one_data_set(tmp_path: Path) -> None:
+    """Names may repeat in them: each image keeps the mask of its own folder, and its name in a memory."""
+    write(tmp_path, 'a.jpg', [3])
+    write(tmp_path / 'old', 'a.jpg', [1])
+    write(tmp_path / 'old', 'b.jpg', [2])
+    more = [('old/images', 'old/masks')]
+    data = stage_1(tmp_path, 'sequential', more_folders=more)
+    assert data.image_files() == ['a.jpg']
+    rows = data.dataset.load_data_list()
+    assert [Path(row['seg_map_path']).relative_to(tmp_path).as_posix() for row in rows] == [
+        'masks/a.png', 'old/masks/a.png', 'old/masks/b.png'
+    ]
+    before = IncrementalDataset(data.dataset, '2-2', 0, pipeline=LOAD)
+    assert before.image_files() == ['../old/images/a.jpg', '../old/images/b.jpg']
+    (tmp_path / 'old/masks/b.png').unlink()
+    with pytest.raises(FileNotFoundError, match=r'1 of 3 images in .*images and .*old/images .*b\.png'):
+        folder(tmp_path, more_folders=more)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r'folder of images .*images does not exist'):
         folder(tmp_path)

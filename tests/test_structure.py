@@ -15,6 +15,7 @@ LAYERS = (
     ('models', 'datasets', 'evaluation'),
     ('visualization',),
     ('engine',),
+    ('api',),
     ('commands',),
     ('tools', 'benchmarks', 'mmseg_sats_cli', '__main__'),
 )

@@ -14,7 +14,7 @@ from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.version import __version__
 
 COMMANDS = (
-    'train', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'prepare',
+    'train', 'add', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'prepare',
     'convert-mit', 'demo',
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ IGNORED = 255
 
 @DATASETS.register_module()
 class FolderDataset(BaseSegDataset):
-    """Images of one folder with the masks of another, which may number their classes in their own way.
+    """Images of folders with the masks of others, which may number their classes in their own way.
 
     An image ``sub/name.jpg`` has the mask ``sub/name.png``; all usual image formats may be mixed.
 
@@ -27,12 +27,14 @@ class FolderDataset(BaseSegDataset):
             learned: class i of a protocol is ``classes[i]``.
         data_root: In front of the two folders below.
         data_prefix: ``img_path`` and ``seg_map_path``, the two folders.
+        more_folders: Pairs of further folders (images, masks), whose masks use the same numbers; below
+            ``data_root``, as the two above.
         mask_values: Name to number in the masks, for the classes that occur in these masks. Background
             is 0 where that is nobody's number; 255 is ignored unless it has a name. None or empty: class i has
             number i.
         palette: A colour (r, g, b) for each class; drawn from a fixed seed by default.
         ignore_values: Numbers in the masks that stand for ignored pixels, beside 255.
-        ann_file: A list of the names to use, without suffix; all images by default.
+        ann_file: A list of the names to use of the first folder, without suffix; all images by default.
         img_suffix: What every image's name ends with, and its mask's name is without; by default any of the
             usual suffixes.
         seg_map_suffix: What a mask has in the place of its image's suffix.
@@ -57,6 +59,7 @@ class FolderDataset(BaseSegDataset):
         ann_file: str = '',
         img_suffix: str | None = None,
         seg_map_suffix: str = '.png',
+        more_folders: Sequence[tuple[str, str]] = (),
         **options: Any,
     ) -> None:
         classes = tuple(classes)
@@ -69,6 +72,7 @@ class FolderDataset(BaseSegDataset):
             values = mask_values or own
             self.label_ids = label_ids(classes, values, ignore_values)
         self.image_suffix = img_suffix
+        self.more_folders = [tuple(os.path.join(data_root or '', one) for one in pair) for pair in more_folders]
         metainfo: dict[str, Any] = dict(classes=classes)
         if palette is not None:
             metainfo['palette'] = [list(colour) for colour in palette]
@@ -90,20 +94,28 @@ class FolderDataset(BaseSegDataset):
         missing = [mask for mask in masks if not os.path.isfile(mask)]
         if missing:
             raise FileNotFoundError(
-                f'{len(missing)} of {len(masks)} images in {self.data_prefix["img_path"]} have no '
+                f'{len(missing)} of {len(masks)} images in {self._folders()} have no '
                 f'mask; expected {_some(missing)}'
             )
+
+    def _folders(self) -> str:
+        return ' and '.join(str(folder) for folder in (self.data_prefix['img_path'], *dict(self.more_folders)))
 
     def load_data_list(self) -> list[dict]:
         """One entry per image, sorted by path, with the mask that it should have."""
         images = _images_by_name(Path(self.data_prefix['img_path']), self.image_suffix)
         if self.ann_file:
             images = _listed(images, Path(self.ann_file))
-        masks = Path(self.data_prefix['seg_map_path'])
+        rows = self._rows(images, self.data_prefix['seg_map_path'])
+        for folder, masks in self.more_folders:
+            rows += self._rows(_images_by_name(Path(folder), self.image_suffix), masks)
+        return rows
+
+    def _rows(self, images: Mapping[str, Path], masks: str) -> list[dict]:
         return [
             dict(
                 img_path=str(image),
-                seg_map_path=str(masks / f'{name}{self.seg_map_suffix}'),
+                seg_map_path=str(Path(masks, f'{name}{self.seg_map_suffix}')),
                 label_map=self.label_map,
                 reduce_zero_label=self.reduce_zero_label,
                 seg_fields=[],

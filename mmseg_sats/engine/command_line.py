@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What the commands share: a config by its path or name, and values that override the config's."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ def message_of(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
-def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+def read_config(given: str | Path | Config, options: Mapping[str, Any] | None = None) -> Config:
     """Reads the config of a run and overrides some of its values.
 
     Args:
-        path: the config file, or the name of one that comes with the package, such as ``sats/segformer_b2_voc_15-1``.
+        given: the config file, the name of one that comes with the package, such as ``sats/segformer_b2_voc_15-1``,
+            or a config, which is left as it is.
         options: dotted key to value, as ``--cfg-options`` gives them.
 
     Raises:
@@ -32,7 +34,19 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         ValueError: the file is not a config, or is only a base that other configs inherit from.
         KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
-    path = Path(path)
+    cfg = copy.deepcopy(given) if isinstance(given, Config) else _read(Path(given))
+    drop_own_scope(cfg)
+    if cfg.get('model') is None:
+        raise ValueError(
+            f'{cfg.filename or "the config"} says nothing of a model: it is a part that configs inherit from, expected '
+            f'one of a run, such as {_EXAMPLE}'
+        )
+    check_cfg_options(cfg, options or {})
+    cfg.merge_from_dict(options or {})
+    return cfg
+
+
+def _read(path: Path) -> Config:
     if path.is_dir():
         inside = path / 'config.py'
         hint = f', did you mean {inside}?' if inside.is_file() else ''
@@ -40,13 +54,4 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     path = find_config(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
-    cfg = Config.fromfile(path)
-    drop_own_scope(cfg)
-    if cfg.get('model') is None:
-        raise ValueError(
-            f'{path} says nothing of a model: it is a part that configs inherit from, expected one '
-            f'of a run, such as {_EXAMPLE}'
-        )
-    check_cfg_options(cfg, options or {})
-    cfg.merge_from_dict(options or {})
-    return cfg
+    return Config.fromfile(path)

@@ -23,6 +23,11 @@ def config_names() -> list[str]:
     )
 
 
+def method_names() -> list[str]:
+    """The methods that the package has configs for."""
+    return sorted(path.stem for path in CONFIGS.glob('[!_]*/*.py') if path.stem == path.parent.name)
+
+
 def find_config(given: str | Path) -> Path:
     """The file of a config that is named by its path, or as ``sats/segformer_b2_voc_15-1``.
 

@@ -2,6 +2,7 @@
 """A stage's model for an mmseg without this package: config, checkpoint, and a check that they agree."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,25 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
 from mmseg_sats.engine.files.snapshot import write_weights
-from mmseg_sats.utils.checkpoint import write_text
+from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.visualization import stage_model
 
 _PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
 
 
-def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
+def export_stage(stage_dir: Path, out: Path, safetensors: bool = False) -> tuple[Path, Path]:
     """Writes ``config.py`` and ``model.pth`` that stock mmseg runs.
 
     Args:
         stage_dir: a finished stage, with ``config.py`` and ``snapshot.pth``.
         out: the folder to write to, made if needed.
+        safetensors: whether to write the same weights as ``model.safetensors`` too, with the classes' names in
+            its metadata.
 
     Returns:
         The paths of config and checkpoint.
@@ -39,6 +43,11 @@ def export_stage(stage_dir: Path, out: Path) -> tuple[Path, Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_weights(out / 'model.pth', model.state_dict(), dict(dataset_meta=model.dataset_meta))
     write_text(out / 'config.py', stock.pretty_text)
+    if safetensors:
+        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+        metadata = dict(format='pt', classes=json.dumps(model.dataset_meta['classes']))
+        content = save(tensors, metadata)
+        write_atomically(out / 'model.safetensors', lambda file: file.write(content))
     return out / 'config.py', out / 'model.pth'
 
 

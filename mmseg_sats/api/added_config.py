@@ -1,0 +1,136 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""The config of a run that adds classes to a trained model, as a file to read, change and repeat."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmseg.registry import MODELS
+
+from mmseg_sats.api.class_table import IGNORED, ClassTable
+from mmseg_sats.api.folders import MaskedImages
+from mmseg_sats.api.old_model import OldModel
+from mmseg_sats.engine.config.own_options import stock_parent
+from mmseg_sats.models import backbones
+from mmseg_sats.utils.installed import CONFIGS, method_names
+from mmseg_sats.utils.spelling import check_choice
+
+_LEAST_EPOCHS = 12
+_LEAST_ITERATIONS = 400
+_BATCH_SIZE = 8
+
+
+def config_text(
+    old: OldModel,
+    base: Path,
+    table: ClassTable,
+    new: MaskedImages,
+    replayed: MaskedImages | None,
+    val: MaskedImages,
+    val_numbers: Mapping[str, int],
+    method: str,
+    values: Mapping[str, Any],
+) -> str:
+    """The text of the config, which inherits from the package's.
+
+    Args:
+        old: the old model.
+        base: its checkpoint, see :meth:`OldModel.base`.
+        table: the classes.
+        new: the images of the new classes.
+        replayed: images of old classes, their masks with the numbers of ``table.numbers_for_all()``; None for none.
+        val: the images for evaluation.
+        val_numbers: name to number in their masks.
+        method: name of a method of this package.
+        values: what the caller sets, by dotted key of the config.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    check_choice('method', method, method_names())
+    numbers = table.numbers_for_all()
+    own = dict(img_path='$val_images', seg_map_path='$val_masks')
+    content = dict(
+        method=method,
+        dataset=Path(new.images).parent.name,
+        model_config=str(old.config.resolve()),
+        base=str(base.resolve()),
+        protocol=table.protocol,
+        class_names=list(table.names),
+        # Old classes that are drawn beside new ones keep their labels.
+        setting='sequential' if table.matched else 'overlapped',
+        mask_values={name: n for name, n in numbers.items() if name != IGNORED and (replayed or name in table.drawn)},
+        ignore_values=[] if numbers[IGNORED] == 255 else [numbers[IGNORED]],
+        data_root='',
+        train_images=new.images,
+        train_masks=new.masks,
+        val_images=val.images,
+        val_masks=val.masks,
+        train_dataset=dict(
+            ann_file=new.list_file,
+            more_folders=[[replayed.images, replayed.masks]] if replayed else [],
+        ),
+        eval_dataset=dict(
+            _delete_=True, type='FolderDataset', classes='$class_names', mask_values=dict(val_numbers),
+            data_prefix=own, ann_file=val.list_file, pipeline='$eval_pipeline',
+        ),
+        memory=_memory(table, new, replayed),
+        **_as_trained(old),
+        **_model(old, table, method),
+    )  # fmt: skip
+    batch_size = values.get('batch_size') or content.get('batch_size') or _BATCH_SIZE
+    stage_images = int(new.showing(table.drawn[name] for name in table.new).sum())
+    content['batch_size'] = min(batch_size, max(2, stage_images))
+    content['epochs'] = max(_LEAST_EPOCHS, math.ceil(_LEAST_ITERATIONS * content['batch_size'] / stage_images))
+    bases = ['mmseg_sats::_base_/add_classes.py', f'mmseg_sats::{method}/{method}.py']
+    cfg = Config(content)
+    cfg.merge_from_dict({key: value for key, value in values.items() if key != 'batch_size'})
+    return (
+        f'"""Adds {", ".join(table.new)} to {old.checkpoint.name}; made by `mmseg-sats add`."""\n'
+        f'_base_ = {bases}\n{cfg.pretty_text}'
+    )
+
+
+def _memory(table: ClassTable, new: MaskedImages, replayed: MaskedImages | None) -> int:
+    """Images to be replayed: all that show an old class, if some of them would not be used otherwise; else 0."""
+    matched = new.showing(table.drawn[name] for name in table.matched)
+    unused = matched & ~new.showing(table.drawn[name] for name in table.new)
+    if replayed is None and not unused.any():
+        return 0
+    count = int(matched.sum()) + (0 if replayed is None else len(replayed))
+    return max(count, len(table.old))
+
+
+def _as_trained(old: OldModel) -> dict[str, Any]:
+    """The transforms, sizes and batch size that the old model was trained with, as far as its config has them."""
+    train = old.pipeline('train_dataloader')
+    found = dict(
+        train_pipeline=None if old.crop_size is None else train,  # ours crops
+        test_pipeline=old.pipeline('test_dataloader'),
+        crop_size=old.crop_size,
+        batch_size=old.batch_size,
+    )
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def attention_backbone(stock: str) -> str | None:
+    """The backbone of this package that is an mmseg backbone and also returns its self-attention; None if none is."""
+    own = (MODELS.get(name) for name in backbones.__all__)
+    return next((cls.__name__ for cls in own if cls is not None and stock_parent(cls).__name__ == stock), None)
+
+
+def _model(old: OldModel, table: ClassTable, method: str) -> dict[str, Any]:
+    """What depends on the old model: the backbone with attention, or a distillation that does without."""
+    stock = old.cfg.model.backbone.type
+    own = attention_backbone(stock)
+    parts = Config.fromfile(CONFIGS / method / f'{method}.py').get('distillation') or {}
+    distillation: dict[str, Any] = {}
+    if own is None and not stock.startswith('Attention') and 'attention' in parts:
+        distillation['attention'] = dict(source='feature')
+    if not table.old_background and 'output' in parts:
+        # MiB's distillation lets new classes take probability from background alone, which has none yet.
+        distillation['output'] = None
+    found = {} if own is None else dict(model=dict(backbone=dict(type=own)))
+    return found | (dict(distillation=distillation) if distillation else {})
