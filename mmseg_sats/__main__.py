@@ -1,10 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""`python -m mmseg_sats` is the command `mmseg-sats`; it imports torch before it reads the command line."""
+"""`python -m mmseg_sats` is the command `mmseg-sats`."""
 
 import sys
 
-from mmseg_sats.commands import parse
+from mmseg_sats.commands import main
 
 if __name__ == '__main__':
-    args = parse()
-    sys.exit(args.run(args))
+    sys.exit(main())

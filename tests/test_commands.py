@@ -9,8 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
-import mmseg_sats_cli
-from mmseg_sats.commands import COMMANDS, build_parser, report, table
+from mmseg_sats.commands import COMMANDS, build_parser, main, report, script, table
 from mmseg_sats.engine.command_line import read_config
 from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
 from mmseg_sats.utils.installed import CONFIGS, TOOLS, config_names, find_config
@@ -21,7 +20,7 @@ SHAPES = 'sats/segformer_tiny_shapes_3-1'
 # Heavy is what takes a second to import, and whatever pulls it in.
 HELP = """
 import contextlib, io, runpy, sys
-import mmseg_sats_cli
+from mmseg_sats.commands import main
 
 def helps(call, *words):
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -32,15 +31,15 @@ def helps(call, *words):
     assert out.getvalue().startswith('usage: '), words
 
 for command in {commands}:
-    helps(mmseg_sats_cli.main, [*command.split(), '--help'])
+    helps(main, [*command.split(), '--help'])
 for script in {scripts}:
     helps(runpy.run_path(script)['main'], ['--help'])
-heavy = {{'torch', 'mmengine', 'mmcv', 'mmseg', 'numpy', 'matplotlib', 'rich', 'mmseg_sats'}}
+heavy = {{'torch', 'mmengine', 'mmcv', 'mmseg', 'numpy', 'matplotlib', 'rich'}}
 print(sorted(heavy & {{name.split('.')[0] for name in sys.modules}}))
 """
 WITHOUT_MMSEG = """
 import sys
-import mmseg_sats_cli
+from mmseg_sats.commands import main
 
 class Absent:
     def find_spec(self, name, *_):
@@ -48,7 +47,7 @@ class Absent:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 sys.meta_path.insert(0, Absent())
-mmseg_sats_cli.main(['check', 'sats/segformer_tiny_shapes_3-1'])
+main(['check', 'sats/segformer_tiny_shapes_3-1'])
 """
 
 
@@ -58,7 +57,6 @@ def python(text: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_help_comes_without_torch() -> None:
-    """And leaves nothing half imported behind."""
     scripts = sorted(map(str, (ROOT / 'tools').glob('*.py')))
     commands = ['', *COMMANDS, 'prepare voc', 'prepare ade20k']
     done = python(HELP.format(commands=commands, scripts=scripts))
@@ -72,14 +70,11 @@ def test_without_mmseg_one_line_says_what_to_install() -> None:
     assert "mmseg is not installed: `pip install 'mmseg_sats[mm]'`" in done.stderr
 
 
-def test_a_command_runs_in_a_process_that_has_the_package(capsys: pytest.CaptureFixture) -> None:
-    """Which is not imported a second time: its registries would refuse."""
-    before = sys.modules['mmseg_sats']
+def test_a_command_runs_in_a_process_that_has_the_package() -> None:
     with pytest.raises(SystemExit, match=r'nothing/stage_.*no such snapshot'):
-        mmseg_sats_cli.main(['test', 'nothing'])
+        main(['test', 'nothing'])
     with pytest.raises(SystemExit, match='no checkpoint at a'):
-        mmseg_sats_cli.script('convert_mit', ['a', 'b'])
-    assert sys.modules['mmseg_sats'] is before
+        script('convert_mit', ['a', 'b'])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_a_command_runs_in_a_process_that_has_the_package(capsys: pytest.Capture
 )
 def test_what_is_no_command_is_named(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        mmseg_sats_cli.main(words)
+        main(words)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def is_mm(distribution: str) -> bool:
 
 # What a build reads. In .mim are links, which stay links.
 SOURCES = (
-    'mmseg_sats', 'mmseg_sats_cli.py', 'configs', 'tools', 'model-index.yml', 'requirements', 'requirements.txt',
+    'mmseg_sats', 'configs', 'tools', 'model-index.yml', 'requirements', 'requirements.txt',
     'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE',
 )  # fmt: skip
 BUILD = """
@@ -134,7 +134,6 @@ def files_of(folder: Path, below: str) -> set[str]:
 def test_the_wheel_holds_package_configs_tools_and_model_index(wheel: zipfile.ZipFile) -> None:
     installed = {name for name in wheel.namelist() if '.dist-info/' not in name}
     assert installed == {
-        'mmseg_sats_cli.py',
         'mmseg_sats/.mim/model-index.yml',
         *files_of(ROOT / 'mmseg_sats', 'mmseg_sats'),
         *files_of(ROOT / 'configs', 'mmseg_sats/.mim/configs'),
@@ -196,9 +195,7 @@ def in_empty_folder(site: Path, folder: Path, *words: str) -> subprocess.Complet
 def test_the_command_is_installed_and_finds_its_configs(site: Path, tmp_path: Path) -> None:
     done = in_empty_folder(site, tmp_path, str(site / 'bin/mmseg-sats'), '--version')
     assert done.stdout == f'mmseg-sats {__version__}\n', done.stderr
-    find = ("import sys, types; package = types.ModuleType('mmseg_sats'); "
-            f"package.__path__ = [{str(site / 'mmseg_sats')!r}]; sys.modules['mmseg_sats'] = package; "
-            "from mmseg_sats.utils.installed import find_config; print(find_config('sats/segformer_b2_voc_15-1'))")
+    find = "from mmseg_sats.utils.installed import find_config; print(find_config('sats/segformer_b2_voc_15-1'))"
     found = in_empty_folder(site, tmp_path, '-c', find).stdout.strip()
     assert found == str(site / 'mmseg_sats/.mim/configs/sats/segformer_b2_voc_15-1.py')
 
@@ -232,7 +229,7 @@ def test_every_requirement_is_pinned() -> None:
 
 def test_every_import_is_required() -> None:
     known = {IMPORT_NAMES.get(name, name) for name in distributions('runtime')}
-    known |= MM_IMPORT_NAMES | {'mmseg_sats', 'mmseg_sats_cli'} | set(sys.stdlib_module_names)
+    known |= MM_IMPORT_NAMES | {'mmseg_sats'} | set(sys.stdlib_module_names)
     known |= {'triton'}  # CUDA builds of torch bring it; nothing imports it without a GPU
     unknown = set()
     for path in [*(ROOT / 'mmseg_sats').rglob('*.py'), *(ROOT / 'tools').glob('*.py')]:

@@ -17,7 +17,7 @@ LAYERS = (
     ('engine',),
     ('api',),
     ('commands',),
-    ('tools', 'benchmarks', 'mmseg_sats_cli', '__main__'),
+    ('tools', 'benchmarks', '__main__'),
 )
 MOST_FILES = 12
 
@@ -28,7 +28,6 @@ def modules() -> dict[str, Path]:
         *(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts),
         *(ROOT / 'tools').glob('*.py'),
         *(ROOT / 'benchmarks').glob('*.py'),
-        ROOT / 'mmseg_sats_cli.py',
     ]
     return {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for path in files}
 

@@ -9,7 +9,7 @@ The same as `mmseg-sats test`, see mmseg_sats/commands.
 import sys
 from collections.abc import Sequence
 
-from mmseg_sats_cli import script
+from mmseg_sats.commands import script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,15 +1,17 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What `mmseg-sats` can do, one file each: ``add_arguments(parser)`` and ``run(args)``.
 
-The command line is read before the package is imported (see mmseg_sats_cli.py). So these files import
-torch, mmengine, mmseg and whatever needs them within functions alone.
+The command line is read before anything heavy is imported. So these files import torch, mmengine, mmseg and
+whatever needs them within functions alone.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from mmseg_sats.utils.installed import MM
 from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.version import __version__
 
@@ -49,3 +51,43 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f'expected one of {", ".join(COMMANDS)}'
         )
     return parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        import_module('mmseg_sats.utils.stock_messages')
+    except ModuleNotFoundError as error:
+        if error.name not in MM:
+            raise
+        raise SystemExit(str(error)) from error
+    return args.run(args) or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `mmseg-sats`.
+
+    Args:
+        arguments: the words after it; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    if '_ARGCOMPLETE' in os.environ:  # the shell asks for the words that fit; the process ends with them
+        import_module('argcomplete').autocomplete(build_parser())
+    return _run(parse(arguments))
+
+
+def script(command: str, arguments: Sequence[str] | None = None, adder: str = 'add_arguments') -> int:
+    """One command alone, as a script of tools/.
+
+    Args:
+        command: the file in mmseg_sats/commands.
+        arguments: the words after the script's name; by default those of the process.
+        adder: the function of that file which adds the arguments.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser()
+    getattr(import_module(f'{__name__}.{command}'), adder)(parser)
+    return _run(parser.parse_args(arguments))

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Data sets seen through the stages of a protocol."""
 
+import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mmseg
 from mmseg_sats.datasets.folder import FolderDataset
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
 from mmseg_sats.datasets.memory.outside import ImageFolder, OutsideDataset, Unlabelled

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The runner that trains stage after stage, the files that it writes, and its hooks."""
 
+import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mmseg
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,

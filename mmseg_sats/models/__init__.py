@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Models: attention, backbones, losses, pseudo-labels and the incremental segmentor."""
 
+import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mmseg
 from mmseg_sats.models.attention import AttentionMap, WindowAttentionMap
 from mmseg_sats.models.backbones import (
     AttentionMixVisionTransformer,

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The configs and scripts that come with the package, in a checkout as in what was installed.
+"""What is installed beside the package's code: its configs and scripts, and the libraries that it registers in.
 
 ``mmseg_sats/.mim`` is where OpenMMLab's packages have them, and where mmengine looks for the config of
 ``_base_ = 'mmseg_sats::sats/...'``. In a checkout it holds links; a wheel and an sdist hold the files.
@@ -12,6 +12,8 @@ from mmseg_sats.utils.spelling import near_match
 _MIM = Path(__file__).parents[1] / '.mim'
 CONFIGS = (_MIM / 'configs').resolve()
 TOOLS = (_MIM / 'tools').resolve()
+# The import names of what ``pip install 'mmseg_sats[mm]'`` brings.
+MM = ('mmengine', 'mmcv', 'mmseg')
 
 
 def config_names() -> list[str]:

@@ -4,15 +4,28 @@
 mmseg's datasets print 'Could not import OneDL' (a service of the fork's makers). mmcv's transformers
 warn that mmcv-lite has no deformable attention, which this package does not use. mmseg's cross-entropy
 warns at every stage about the default of ``avg_non_ignore``, which the configs keep on purpose.
+
+Raises:
+    ModuleNotFoundError: mmengine, mmcv or mmseg is not installed; the message says how to install them.
 """
 
 import io
 import warnings
 from contextlib import redirect_stdout
 
-with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-    warnings.filterwarnings('ignore', message='Fail to import')
-    import mmseg.datasets
-    import mmseg.models  # noqa: F401
+from mmseg_sats.utils.installed import MM
+
+try:
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Fail to import')
+        import mmseg.datasets
+        import mmseg.models  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in MM:
+        raise
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed: `pip install 'mmseg_sats[mm]'` brings mmengine, mmcv and mmseg",
+        name=error.name,
+    ) from None
 
 warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
