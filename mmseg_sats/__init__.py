@@ -17,15 +17,21 @@ from mmseg_sats.utils.first_use import register_on_first_use
 from mmseg_sats.version import __version__
 
 if TYPE_CHECKING:
-    from mmseg_sats import datasets, engine, evaluation, models, visualization
+    from mmseg_sats import api, datasets, engine, evaluation, models, visualization
+    from mmseg_sats.api import add_classes, load_run, train
     from mmseg_sats.protocol import Protocol, Stage
 
-__all__ = ['Protocol', 'Stage', '__version__', 'datasets', 'engine', 'evaluation', 'models', 'visualization']
+__all__ = [
+    'Protocol', 'Stage', '__version__', 'add_classes', 'api', 'datasets', 'engine', 'evaluation', 'load_run', 'models',
+    'train', 'visualization',
+]  # fmt: skip
 
 # What registers parts.
 _REGISTERING = ('datasets', 'engine', 'evaluation', 'models', 'visualization')
 # Functions and classes, each with the module that has it.
-_HOMES = {'Protocol': 'protocol', 'Stage': 'protocol'}
+_HOMES = {
+    'Protocol': 'protocol', 'Stage': 'protocol', 'add_classes': 'api', 'load_run': 'api', 'train': 'api',
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,7 @@ def test_a_command_runs_in_a_process_that_has_the_package() -> None:
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        (['trian'], r"unknown command 'trian' (did you mean 'train'?); expected one of train, test,"),
+        (['trian'], r"unknown command 'trian' (did you mean 'train'?); expected one of train, add, test,"),
         (['convert_mit'], r"(did you mean 'convert-mit'?)"),
         ([], 'the following arguments are required: COMMAND'),
         (['prepare', 'coco', 'downloads'], "invalid choice: 'coco'"),

@@ -36,6 +36,12 @@ IMPORTABLE = (
     'mmseg_sats.protocol.Stage',
     # What docs/new_method.md and docs/new_backbone.md tell people to import.
     'mmseg_sats.engine.unwrap',
+    # What docs/python.md calls.
+    'mmseg_sats.train',
+    'mmseg_sats.load_run',
+    'mmseg_sats.add_classes',
+    'mmseg_sats.api.Run',
+    'mmseg_sats.api.AddedClasses',
     'mmseg_sats.models.DistillationPart',
     'mmseg_sats.models.PseudoLabeler',
     'mmseg_sats.models.SegmentorOutput',

@@ -102,7 +102,8 @@ def test_no_circle_in_a_folder(folder: str, arrows: dict[str, set[str]]) -> None
     TopologicalSorter(inner).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize('folder', folders())
+# commands/ is a list: one file for each command, found by the command's name.
+@pytest.mark.parametrize('folder', [name for name in folders() if name != 'mmseg_sats.commands'])
 def test_a_folder_holds_a_dozen_things_at_most(folder: str) -> None:
     path = ROOT.joinpath(*folder.split('.'))
     things = [

@@ -1,21 +1,23 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """A run from Python: train it, or open one that is there, and ask for its figures and models."""
 
+from __future__ import annotations
+
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from torch import nn
 
-from mmseg_sats.engine.command_line import read_config
-from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.command_line import run_config
 from mmseg_sats.engine.export.stock import load_for_export
 from mmseg_sats.utils.checkpoint import read_json
-from mmseg_sats.visualization.report.curves import draw_curves
 from mmseg_sats.visualization.report.run_record import RunRecord, load_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Run:
@@ -89,47 +91,14 @@ class Run:
 
     def plot(self) -> Figure:
         """The mIoU of all, base and new classes after each stage."""
+        from mmseg_sats.visualization.report.curves import draw_curves  # imports matplotlib
+
         return draw_curves([self._record])
 
 
 def load_run(work_dir: str | Path) -> Run:
     """Opens a run that has at least one finished stage, as :class:`Run` says."""
     return Run(work_dir)
-
-
-def run_config(
-    config: str | Path | Config,
-    options: dict[str, Any] | None = None,
-    *,
-    work_dir: str | Path | None = None,
-    resume: bool = False,
-    base: str | Path | None = None,
-    amp: bool = False,
-) -> Config:
-    """The config of a run as ``mmseg-sats train`` has it.
-
-    Args:
-        config: its file, the name of one that comes with the package, or the config itself.
-        options: values that replace the config's, by dotted key.
-        work_dir: where the run writes; by default the config's, else ``work_dirs/METHOD/CONFIG``.
-        resume: whether to continue the run in the work dir.
-        base: a checkpoint from which stage 0 is taken.
-        amp: mixed precision in float16 with loss scaling, which mmengine has for GPUs alone.
-
-    Raises:
-        FileNotFoundError: no such file or name.
-        ValueError: it is not the config of a run.
-        KeyError: an option sets a key that the config does not have.
-    """
-    cfg = read_config(config, options)
-    set_defaults(cfg)
-    cfg.work_dir = str(work_dir or cfg.work_dir)
-    cfg.resume = resume or cfg.get('resume', False)
-    cfg.base = str(base) if base else cfg.get('base')
-    if amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
-    return cfg
 
 
 def train(

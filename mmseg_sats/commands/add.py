@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, exports and prints what was learned and what was forgotten."""
-    from mmseg_sats.api.add_classes import add_classes
+    from mmseg_sats.api.add import add_classes
     from mmseg_sats.engine.command_line import message_of
     from mmseg_sats.engine.files.work_dir import WorkDirBusyError
 

@@ -1,18 +1,12 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Train a method through all stages of its protocol."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING
 
 from mmseg_sats.utils.arguments import add_cfg_options
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,28 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def use_amp(cfg: Config) -> None:
-    """Mixed precision in float16 with loss scaling, which mmengine has for GPUs alone."""
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.loss_scale = 'dynamic'
-
-
-def load_config(args: argparse.Namespace) -> Config:
-    """The run's config, with what the command line adds."""
-    from mmseg_sats.engine.command_line import read_config
-    from mmseg_sats.engine.config.defaults import set_defaults
-
-    cfg = read_config(args.config, args.cfg_options)
-    set_defaults(cfg)
-    cfg.work_dir = args.work_dir or cfg.work_dir
-    cfg.launcher = args.launcher
-    cfg.resume = args.resume or cfg.get('resume', False)
-    cfg.base = args.base or cfg.get('base')
-    if args.amp:
-        use_amp(cfg)
-    return cfg
-
-
 def run(args: argparse.Namespace) -> None:
     """Builds the config and runs it."""
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -72,14 +44,18 @@ def run(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from mmengine.registry import RUNNERS
 
-    from mmseg_sats.engine.command_line import message_of
+    from mmseg_sats.engine.command_line import message_of, run_config
     from mmseg_sats.engine.files.work_dir import WorkDirBusyError
     from mmseg_sats.engine.training.distributed import own_error_on_top
 
     # If a full disk does not take the log, do not print a traceback for every line of it.
     logging.raiseExceptions = False
     try:
-        runner = RUNNERS.build(load_config(args))
+        cfg = run_config(
+            args.config, args.cfg_options, work_dir=args.work_dir, resume=args.resume, base=args.base, amp=args.amp,
+            launcher=args.launcher,
+        )  # fmt: skip
+        runner = RUNNERS.build(cfg)
     except (KeyError, OSError, TypeError, ValueError) as error:
         # A mistake of the user, found before any training; the message says what and where.
         raise SystemExit(f'{type(error).__name__}: {message_of(error)}') from error

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options
+from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.utils.installed import find_config
 
@@ -55,3 +56,41 @@ def _read(path: Path) -> Config:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
     return Config.fromfile(path)
+
+
+def run_config(
+    config: str | Path | Config,
+    options: Mapping[str, Any] | None = None,
+    *,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    base: str | Path | None = None,
+    amp: bool = False,
+    launcher: str = 'none',
+) -> Config:
+    """The config of a run as ``mmseg-sats train`` has it.
+
+    Args:
+        config: its file, the name of one that comes with the package, or the config itself.
+        options: values that replace the config's, by dotted key.
+        work_dir: where the run writes; by default the config's, else ``work_dirs/METHOD/CONFIG``.
+        resume: whether to continue the run in the work dir.
+        base: a checkpoint from which stage 0 is taken.
+        amp: mixed precision in float16 with loss scaling, which mmengine has for GPUs alone.
+        launcher: how the processes of the run were started.
+
+    Raises:
+        FileNotFoundError: no such file or name.
+        ValueError: it is not the config of a run.
+        KeyError: an option sets a key that the config does not have.
+    """
+    cfg = read_config(config, options)
+    set_defaults(cfg)
+    cfg.work_dir = str(work_dir or cfg.work_dir)
+    cfg.launcher = launcher
+    cfg.resume = resume or cfg.get('resume', False)
+    cfg.base = str(base) if base else cfg.get('base')
+    if amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    return cfg

@@ -18,7 +18,8 @@ from mmseg_sats.api.class_table import BACKGROUND, ClassTable, match_classes, nu
 from mmseg_sats.api.folders import MaskedImages, hold_out, masked_images
 from mmseg_sats.api.old_images import picked_old_images, write_old_images
 from mmseg_sats.api.old_model import read_old_model
-from mmseg_sats.api.run import Run, run_config
+from mmseg_sats.api.run import Run
+from mmseg_sats.engine.command_line import run_config
 from mmseg_sats.engine.export.model_card import ModelCard, write_model_card
 from mmseg_sats.engine.export.stock import export_stage
 from mmseg_sats.utils.checkpoint import write_json, write_text
