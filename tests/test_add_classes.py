@@ -162,7 +162,7 @@ def test_without_images_for_evaluation_a_fifth_is_kept(data: Path, tmp_path: Pat
 
 
 def test_classes_are_matched_by_name() -> None:
-    table = match_classes(['road', 'Potted Plant', 'car'], numbered('car=3,pottedplant=9,tree=4', '--classes'), True)
+    table = match_classes(['road', 'Potted Plant', 'car'], numbered('car=3,pottedplant=9,tree=4', 'classes'), True)
     assert table.matched == ('Potted Plant', 'car')
     assert table.new == ('tree',)
     assert table.names == ('background', 'road', 'Potted Plant', 'car', 'tree')
@@ -199,7 +199,7 @@ def test_a_new_name_that_looks_like_an_old_one_is_noted(old: list[str], new: str
 )
 def test_impossible_classes_are_named(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        numbered(words, '--classes')
+        numbered(words, 'classes')
 
 
 def test_matched_classes_keep_their_labels(
@@ -259,7 +259,7 @@ def test_the_old_models_own_images_are_a_memory(scenes: list[tuple[Path, Path]],
         for name, number in old.numbers.items():
             expected[labels == number] = numbers[name]
         assert np.array_equal(read_mask(Path(kept_mask)), expected)
-    with pytest.raises(ValueError, match='--memory 2: expected at least one image for each of 3 old classes'):
+    with pytest.raises(ValueError, match='memory 2: expected at least one image for each of 3 old classes'):
         picked_old_images(old, 2)
 
 
@@ -286,11 +286,11 @@ def test_pipelines_and_sizes_are_the_old_models(tmp_path: Path) -> None:
         (dict(classes='road,car'), 'the old model has all of them'),
         (dict(classes='tree'), r'does not name the numbers \[2\] in the masks'),
         (dict(classes='tree,house,pond'), 'names pond with the number 3, which no mask'),
-        (dict(val_images='x'), '--val-images goes with --val-masks'),
+        (dict(val_images='x'), 'val_images goes with val_masks'),
         (dict(old_images='x', old_masks='x', memory=9), 'expected one of them'),
-        (dict(memory=9), '--memory: the training data that .* names cannot be read'),
+        (dict(memory=9), 'memory: the training data that .* names cannot be read'),
         (dict(method='stas'), "method='stas' is unknown .*did you mean 'sats'"),
-        (dict(background='sky'), '--background sky: the old model has no such class'),
+        (dict(background='sky'), 'background sky: the old model has no such class'),
         (dict(old_classes='road,grass'), 'has 3 channels, but its classes are 2'),
         (dict(checkpoint='none.pth'), 'the checkpoint of the old model, none.pth, does not exist'),
         (dict(images='none'), 'the folder of images .*none does not exist'),

@@ -182,7 +182,7 @@ CASES = [
     Case('no config', r'config .*nothing\.py does not exist', words=('nothing.py',)),
     Case(
         'option misspelt',
-        r"--cfg-options epoch: the config has no 'epoch' \(did you mean 'epochs'\?\)",
+        r"option epoch: the config has no 'epoch' \(did you mean 'epochs'\?\)",
         ('epoch=3',),
     ),
     Case(
@@ -277,7 +277,7 @@ CASES = [
     ),
     Case(
         'work dir in use',
-        r'run is in use: it holds stage_0 \(finished\), stage_1 \(unfinished: epoch_2\.pth\)\. Pass --resume',
+        r'is in use: it holds stage_0 \(finished\), stage_1 \(unfinished: epoch_2\.pth\)\. Resume that run \(--resume\)',
         spoil=lambda p: used(p, 'stage_0/done', 'stage_1/epoch_2.pth'),
     ),
     Case(
@@ -299,7 +299,7 @@ CASES = [
         words=('--resume',),
     ),
     # checkpoints to start from
-    Case('base missing', r'--base .*base\.pth: no such checkpoint', words=BASE),
+    Case('base missing', r'base .*base\.pth: no such checkpoint', words=BASE),
     Case(
         'base cut off',
         r'base\.pth is not a checkpoint that can be read safely',
@@ -450,7 +450,7 @@ CASES = [
     ),
     Case(
         'base named by an option',
-        r'--base /nowhere/model\.pth: no such checkpoint',
+        r'base /nowhere/model\.pth: no such checkpoint',
         ('base=/nowhere/model.pth',),
     ),
     Case(

@@ -168,5 +168,5 @@ def test_a_word_that_no_config_has_is_refused_before_anything_is_trained() -> No
 
 def test_a_word_without_a_value_is_refused_by_name() -> None:
     plan = make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats'], options=['vis_backends='])
-    with pytest.raises(ValueError, match=r"--cfg-options vis_backends= has no value"):
+    with pytest.raises(ValueError, match=r"option vis_backends= has no value"):
         plan.runs[0].load()

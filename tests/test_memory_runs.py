@@ -321,7 +321,7 @@ def test_outside_root_must_be_named(method: str, shapes_cfg: MakeConfig, tmp_pat
     assert voc.outside_root is None
     cfg = shapes_cfg(method, outside_root=None)
     cfg.outside_dataset = voc.outside_dataset
-    with pytest.raises(ValueError, match='pass --cfg-options outside_root=FOLDER'):
+    with pytest.raises(ValueError, match='set outside_root=FOLDER'):
         RUNNERS.build(cfg)
     cfg.outside_root = str(tmp_path / 'nowhere')
     with pytest.raises(FileNotFoundError, match='nowhere: no such folder of images'):

@@ -167,7 +167,7 @@ def test_a_number_without_a_name_is_named(
 
 
 def test_training_stage_0_needs_its_images(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r'stage 0: none of .* is left for train.* by --base'):
+    with pytest.raises(ValueError, match=r'stage 0: none of .* is left for train.* \(--base\)'):
         RUNNERS.build(config(yard, monkeypatch, base=None)).train()
 
 

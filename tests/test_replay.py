@@ -279,7 +279,7 @@ def test_a_folder_of_outside_images_must_be_there(tmp_path: Path) -> None:
     def build(root: str | None) -> None:
         DATASETS.build(dict(type='ImageFolder', root=root, lazy_init=True))
 
-    with pytest.raises(ValueError, match='pass --cfg-options outside_root=FOLDER'):
+    with pytest.raises(ValueError, match='set outside_root=FOLDER'):
         build(None)
     with pytest.raises(FileNotFoundError, match=r'outside_root=.*nowhere: no such folder'):
         build(str(tmp_path / 'nowhere'))

@@ -125,8 +125,8 @@ def add_classes(
     """
     start, out = time.perf_counter(), Path(out)
     _check_pairs(old_images, old_masks, val_images, val_masks, memory)
-    drawn = numbered(classes, '--classes')
-    old_numbers = None if old_classes is None else numbered(old_classes, '--old-classes')
+    drawn = numbered(classes, 'classes')
+    old_numbers = None if old_classes is None else numbered(old_classes, 'old_classes')
     old = read_old_model(checkpoint, config, None if old_numbers is None else list(old_numbers), background)
     table = match_classes(old.classes, drawn, old.background is not None)
     print(table.rows(), flush=True)
@@ -141,11 +141,11 @@ def add_classes(
         val = masked_images(val_images, val_masks)
         val_numbers = {name: channel for channel, name in enumerate(table.names)}
     if val_classes is not None:
-        val_numbers = table.own_names(numbered(val_classes, '--val-classes'), '--val-classes')
+        val_numbers = table.own_names(numbered(val_classes, 'val_classes'), 'val_classes')
     if not resume:
         pairs = masked_images(old_images, old_masks).pairs if old_images else ()
         pairs = picked_old_images(old, memory) if memory else pairs
-        own_numbers = table.own_names(old_numbers or old.numbers, '--old-classes')
+        own_numbers = table.own_names(old_numbers or old.numbers, 'old_classes')
         replayed = write_old_images(pairs, own_numbers, table, out / 'old_images') if pairs else None
         text = config_text(old, old.base(out), table, new, replayed, val, val_numbers, method, values)
         out.mkdir(parents=True, exist_ok=True)
@@ -188,9 +188,9 @@ def _check_pairs(old_images: Any, old_masks: Any, val_images: Any, val_masks: An
     for kind, images, masks in (('old', old_images, old_masks), ('val', val_images, val_masks)):
         if (images is None) != (masks is None):
             given, wanted = ('images', 'masks') if masks is None else ('masks', 'images')
-            raise ValueError(f'--{kind}-{given} goes with --{kind}-{wanted}, which is missing')
+            raise ValueError(f'{kind}_{given} goes with {kind}_{wanted}, which is missing')
     if old_images is not None and memory:
-        raise ValueError('--old-images and --memory both name old images: expected one of them')
+        raise ValueError('old_images and memory both name old images: expected one of them')
 
 
 def _check_shown(new: MaskedImages, table: ClassTable) -> None:
@@ -200,13 +200,13 @@ def _check_shown(new: MaskedImages, table: ClassTable) -> None:
     if strange:
         mask = new.pairs[int(new.showing(strange).argmax())][1]
         raise ValueError(
-            f'--classes does not name the numbers {strange} in the masks (the first such mask is {mask}); named are '
+            f'classes does not name the numbers {strange} in the masks (the first such mask is {mask}); named are '
             f'{dict(table.drawn)}, 0 for background and 255 for ignored pixels'
         )
     absent = [name for name, number in table.drawn.items() if name != BACKGROUND and not new.showing([number]).any()]
     if absent:
         raise ValueError(
-            f'--classes names {absent[0]} with the number {table.drawn[absent[0]]}, which no mask in {new.masks} '
+            f'classes names {absent[0]} with the number {table.drawn[absent[0]]}, which no mask in {new.masks} '
             f'holds; they hold {[number for number in range(256) if new.showing([number]).any()]}'
         )
 

@@ -172,7 +172,7 @@ def match_classes(old: Sequence[str], drawn: Mapping[str, int], old_background: 
     table = ClassTable(tuple(old), {own.get(_plain(name), name): n for name, n in drawn.items()}, old_background)
     if not table.new:
         raise ValueError(
-            f"--classes {','.join(drawn)}: the old model has all of them ({', '.join(old)}): expected a class that it "
+            f"classes {','.join(drawn)}: the old model has all of them ({', '.join(old)}): expected a class that it "
             "does not know. To train it further on known classes, use mmseg's own train.py with load_from"
         )
     table.numbers_for_all()

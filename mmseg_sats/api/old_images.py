@@ -33,7 +33,7 @@ def picked_old_images(old: OldModel, size: int, seed: int = 0) -> Pairs:
         ValueError: ``size`` is smaller than the number of classes.
     """
     if size < len(old.classes):
-        raise ValueError(f'--memory {size}: expected at least one image for each of {len(old.classes)} old classes')
+        raise ValueError(f'memory {size}: expected at least one image for each of {len(old.classes)} old classes')
     dataset = old_dataset(old)
     infos = [dataset.get_data_info(row) for row in range(len(dataset))]
     present = np.unpackbits(scan_masks([info['seg_map_path'] for info in infos]), axis=1).astype(bool)
@@ -67,7 +67,7 @@ def write_old_images(pairs: Pairs, numbers: Mapping[str, int], table: ClassTable
         strange = np.unique(labels[~known[labels]]).tolist()
         if strange:
             raise ValueError(
-                f'{mask} holds the numbers {strange}, which --old-classes does not name; known are '
+                f'{mask} holds the numbers {strange}, which old_classes does not name; known are '
                 f'{dict(numbers)}, 0 for background and 255 for ignored pixels'
             )
         name = f'{place:05}_{Path(image).stem}'  # images of several folders may have the same name

@@ -146,14 +146,14 @@ def _names(
     found = given or in_checkpoint or _classes_of(_dataset(cfg))
     if found is None:
         raise ValueError(
-            f'neither {checkpoint} nor its config names its {count} classes: name them by --old-classes, '
+            f'neither {checkpoint} nor its config names its {count} classes: name them by old_classes, '
             'in the order of its channels'
         )
     found = tuple(str(name) for name in found)
     if len(found) != count:
         raise ValueError(
             f'{checkpoint} has {count} channels, but its classes are {len(found)}: {", ".join(found)}; expected a name '
-            'for each channel, which --old-classes can give'
+            'for each channel, which old_classes can give'
             + (' (a head with one channel for two classes cannot grow)' if count == 1 else '')
         )
     return found
@@ -163,7 +163,7 @@ def _background(channels: Sequence[str], name: str | None) -> int | None:
     if name is not None:
         if name not in channels:
             raise ValueError(
-                f'--background {name}: the old model has no such class{near_match(name, channels)}; it has '
+                f'background {name}: the old model has no such class{near_match(name, channels)}; it has '
                 f'{", ".join(channels)}'
             )
         return channels.index(name)
@@ -222,6 +222,6 @@ def old_dataset(old: OldModel) -> Any:
             raise FileNotFoundError('no image is in them')
     except (AssertionError, OSError) as error:
         raise FileNotFoundError(
-            f'--memory: the training data that {old.config} names cannot be read ({error}): expected them there, or '
-            'old images by --old-images and --old-masks'
+            f'memory: the training data that {old.config} names cannot be read ({error}): expected them there, or '
+            'old images by old_images and old_masks'
         ) from error

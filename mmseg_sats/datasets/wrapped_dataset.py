@@ -56,7 +56,7 @@ def _build(cfg: Mapping[str, Any]) -> BaseDataset:
             raise
         raise FileNotFoundError(
             f'{absent[0]} does not exist (data_root={root!r}, seen from {os.getcwd()}): expected the '
-            'data there, name its place by --cfg-options data_root=DIR; docs/data.md says how to make it'
+            'data there, name its place by data_root=DIR (of --cfg-options); docs/data.md says how to make it'
         ) from error
 
 

@@ -35,7 +35,7 @@ class ImageFolder(BaseDataset):
     ) -> None:
         if not root:
             raise ValueError(
-                'no folder of outside images is named: pass --cfg-options outside_root=FOLDER'
+                'no folder of outside images is named: set outside_root=FOLDER (of --cfg-options)'
             )
         if not os.path.isdir(root):
             raise FileNotFoundError(f'outside_root={root}: no such folder of images')

@@ -49,11 +49,11 @@ def check_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
         key = option.split('.')[0]
         if key not in known:
             raise KeyError(
-                f'--cfg-options {option}: the config has no {key!r}{near_match(key, known)}'
+                f'option {option}: the config has no {key!r}{near_match(key, known)}'
             )
         if options[option] == '':
             raise ValueError(
-                f"--cfg-options {option}= has no value. Where it was a $name, the shell took it for its "
+                f"option {option}= has no value. Where it was a $name, the shell took it for its "
                 f"own: expected quotes around it, '{option}=$name'"
             )
 
@@ -198,7 +198,7 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
             if first or not cfg.get('model_config'):
                 raise
             raise NoImagesError(
-                f'{error}. model_config names a trained model: expected its checkpoint by --base'
+                f'{error}. model_config names a trained model: expected its checkpoint as base (--base)'
             ) from error
         if isinstance(dataset, IncrementalDataset):
             known = known or dataset
@@ -264,7 +264,7 @@ def check_base(cfg: Config, base: Path) -> None:
         ValueError: it cannot be read safely, or has other classes or another model.
     """
     if not base.is_file():
-        raise FileNotFoundError(f'--base {base}: no such checkpoint')
+        raise FileNotFoundError(f'base {base}: no such checkpoint')
     classes = evaluation_set(cfg).metainfo['classes']
     model = build_model(cfg)
     adopt_base(model, head_names(model), base, classes)

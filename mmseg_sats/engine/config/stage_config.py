@@ -161,8 +161,7 @@ def check_pretrained(cfg: Config) -> None:
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(
             f"the encoder's weights {checkpoint} do not exist. {how_to_make}, name others by "
-            '`--cfg-options pretrained=FILE`, or start from random weights by '
-            '`--cfg-options pretrained=None`'
+            '`pretrained=FILE`, or start from random weights by `pretrained=None` (of --cfg-options)'
         )
     prefix = (init_cfg.get('prefix') or '').rstrip('.')
     state_dict = {

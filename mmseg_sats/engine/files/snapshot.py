@@ -107,14 +107,14 @@ def adopt_base(
     expected = list(classes[1:] if without_background else classes)
     if names is not None and len(names) == len(expected) and list(names) != expected:
         raise ValueError(
-            f'--base {checkpoint} was trained on classes {list(names)}, expected {expected} in this order'
+            f'base {checkpoint} was trained on classes {list(names)}, expected {expected} in this order'
         )
     if without_background:
         for name in head_names:
             add_background(state_dict, f'{name}.')
     if names is None:
         print_log(
-            f'--base {checkpoint} does not name its classes: that they are {expected}, in this order, cannot '
+            f'base {checkpoint} does not name its classes: that they are {expected}, in this order, cannot '
             'be checked',
             logger='current',
             level=logging.WARNING,
@@ -131,13 +131,13 @@ def adopt_base(
     problems += shape_mismatches(state_dict, model)
     if problems:
         raise ValueError(
-            f'--base {checkpoint} does not fit stage 0 ({len(classes)} classes with background): '
+            f'base {checkpoint} does not fit stage 0 ({len(classes)} classes with background): '
             + '; '.join(problems[:5])
         )
     spoilt = [key for key in own if not state_dict[key].isfinite().all()]
     if spoilt:
         raise ValueError(
-            f'--base {checkpoint} has numbers that are not finite in {", ".join(spoilt[:5])}: expected a model '
+            f'base {checkpoint} has numbers that are not finite in {", ".join(spoilt[:5])}: expected a model '
             'whose training went well'
         )
     return {key: state_dict[key] for key in own}

@@ -42,7 +42,7 @@ def check_writable(work_dir: Path) -> None:
         raise OSError(
             error.errno,
             f'work dir {work_dir} cannot be written to: {error.strerror} ({place}); '
-            'expected a folder of your own, named by --work-dir',
+            'expected a folder of your own as work dir (--work-dir)',
         ) from error
 
 
@@ -59,8 +59,8 @@ def check_unused(work_dir: Path) -> None:
     ]
     if found:
         raise ValueError(
-            f'{work_dir} is in use: it holds {", ".join(found)}. Pass --resume to go on with that '
-            'run, or name another --work-dir; nothing there is overwritten'
+            f'{work_dir} is in use: it holds {", ".join(found)}. Resume that run (--resume), '
+            'or name another work dir (--work-dir); nothing there is overwritten'
         )
 
 
@@ -78,7 +78,8 @@ def locked(work_dir: Path) -> Iterator[None]:
     try:
         if fcntl and not _take(descriptor, time.monotonic() + PATIENCE):
             raise WorkDirBusyError(
-                f'{work_dir}: another process is training in this work dir; wait for it, or name another --work-dir'
+                f'{work_dir}: another process is training in this work dir; wait for it, or name '
+                'another'
             )
         yield
     finally:
@@ -113,7 +114,7 @@ def check_own_config(work_dir: Path, filename: str | None) -> None:
     if not used and filename and kept.exists() and Path(filename).exists() and kept.samefile(filename):
         raise ValueError(
             f'{filename} would be overwritten by the config that a run keeps in its work dir {work_dir}: '
-            'expected another --work-dir'
+            'expected another work dir'
         )
 
 
@@ -151,8 +152,8 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
     if found:
         more = f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
         raise ValueError(
-            f'{work_dir} holds another run: {"; ".join(found[:_SHOWN])}{more}. Give --resume the '
-            'config and options of that run, or name another --work-dir'
+            f'{work_dir} holds another run: {"; ".join(found[:_SHOWN])}{more}. To resume, give the '
+            'config and options of that run, or name another work dir (--work-dir)'
         )
 
 
