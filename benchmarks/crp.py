@@ -11,9 +11,9 @@ from prettytable import PrettyTable, TableStyle
 from torch import Tensor
 
 from benchmarks.measure import PRECISIONS, Ratio, Work, device, median_seconds, peak_bytes
-from mmseg_sats.models.attention import attention_map as attention_module
-from mmseg_sats.models.attention.attention_map import AttentionMap
-from mmseg_sats.models.attention.class_regions import find_regions
+from mmseg_sats.functional.attention import attention_map as attention_module
+from mmseg_sats.functional.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.class_regions import find_regions
 from mmseg_sats.models.losses import crp_loss
 
 BATCH, CLASSES, DIM = 4, 4, 64

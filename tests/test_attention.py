@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmseg_sats.models.attention import attention_map as module
-from mmseg_sats.models.attention.attention_map import AttentionMap
-from mmseg_sats.models.attention.class_regions import find_regions, find_regions_on_grids
+from mmseg_sats.functional.attention import attention_map as module
+from mmseg_sats.functional.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.class_regions import find_regions, find_regions_on_grids
 from mmseg_sats.models.losses import crp_loss
 
 

@@ -11,7 +11,7 @@ from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer, mix_ffn
 from mmseg_sats.models.backbones.self_attention import reduce_tokens
 from tests.shared import shared_path

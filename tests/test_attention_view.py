@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
-from mmseg_sats.models.losses.crp_loss import crp_loss
+from mmseg_sats.functional import crp_loss
+from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.visualization import attention_view, theme
 from mmseg_sats.visualization.stage_model import (
     StageModel,

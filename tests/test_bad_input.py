@@ -277,7 +277,7 @@ CASES = [
     ),
     Case(
         'work dir in use',
-        r'is in use: it holds stage_0 \(finished\), stage_1 \(unfinished: epoch_2\.pth\)\. Resume that run \(--resume\)',
+        r'is in use: it holds stage_0 \(finished\), stage_1 \(unfinished: epoch_2\.pth\)\. Resume that run',
         spoil=lambda p: used(p, 'stage_0/done', 'stage_1/epoch_2.pth'),
     ),
     Case(

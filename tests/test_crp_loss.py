@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention import attention_map as attention_module
-from mmseg_sats.models.attention.attention_map import AttentionMap
-from mmseg_sats.models.losses import region_distances
+from mmseg_sats.functional.attention import attention_map as attention_module
+from mmseg_sats.functional.attention.attention_map import AttentionMap
+from mmseg_sats.functional.features import region_distances
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 

@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmseg_sats.models import resizing
+from mmseg_sats.functional import resizing
 from mmseg_sats.models.losses import (
     SigmoidCrossEntropyLoss,
     knowledge_distillation,

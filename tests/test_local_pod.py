@@ -8,8 +8,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses import LocalPODLoss, local_pod
-from mmseg_sats.models.losses.local_pod import fold_new_into_background
+from mmseg_sats.functional import fold_new_into_background, local_pod
+from mmseg_sats.models.losses import LocalPODLoss
 from tests.tensors import Output, random_tensor, value_and_gradient
 
 

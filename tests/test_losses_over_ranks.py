@@ -17,8 +17,9 @@ from torch.utils.data import BatchSampler
 from mmseg_sats.datasets import SharedBatchSampler
 from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
+from mmseg_sats.functional import over_ranks as module
 from mmseg_sats.models import prototypes
-from mmseg_sats.models.losses import over_ranks as module
+from mmseg_sats.models.losses import over_ranks as losses
 from mmseg_sats.models.losses.over_ranks import (
     labels_over_ranks,
     losses_over_ranks,
@@ -47,7 +48,8 @@ class Group:
         self._given: list[Tensor] = [torch.empty(0)] * world_size
         for one in (module, prototypes):
             patch.setattr(one, 'all_reduce', self.all_reduce)
-        patch.setattr(module, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
+        for one in (module, losses):
+            patch.setattr(one, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
 
     def all_reduce(self, tensor: Tensor, op: str = 'sum') -> None:
         if not hasattr(self._rank, 'value'):

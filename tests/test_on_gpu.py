@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmseg_sats.models import resizing
-from mmseg_sats.models.attention import attention_map as attention
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.functional import resizing
+from mmseg_sats.functional.attention import attention_map as attention
+from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
 from mmseg_sats.models.pixel_losses.shared import shared_losses
 from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.losses.one_vs_rest import OneVsRestLoss, one_vs_rest
+from mmseg_sats.functional import one_vs_rest
+from mmseg_sats.models.losses import OneVsRestLoss
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 
 

@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from mmseg_sats.functional import fused_labels
 from mmseg_sats.models.losses import SelfEntropyLoss, self_entropy
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
-from mmseg_sats.models.pseudo_labels.old_model import (
-    FusedPseudoLabeler,
-    OldModelPseudoLabeler,
-    fused_labels,
-)
+from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from tests.small_models import build, images, model_cfg, samples, save_weights
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmseg_sats.models.losses.sdr_loss import (
-    PrototypeAttractionLoss,
-    PrototypeMatchingLoss,
-    RepulsionLoss,
-    SparsityLoss,
+from mmseg_sats.functional import (
     prototype_attraction,
     prototype_matching,
     repulsion,
     sparsity,
+)
+from mmseg_sats.models.losses import (
+    PrototypeAttractionLoss,
+    PrototypeMatchingLoss,
+    RepulsionLoss,
+    SparsityLoss,
 )
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.segmentor_output import SegmentorOutput

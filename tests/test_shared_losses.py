@@ -11,7 +11,9 @@ from mmseg.models import CrossEntropyLoss, FCNHead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmseg_sats.models import resizing
+from mmseg_sats.functional import resizing
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.functional.resizing import ResizedLogits
 from mmseg_sats.models.losses import (
     KnowledgeDistillationLoss,
     SelfEntropyLoss,
@@ -19,11 +21,9 @@ from mmseg_sats.models.losses import (
     UnbiasedDistillationLoss,
 )
 from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss
-from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
-from mmseg_sats.models.resizing import ResizedLogits
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from tests.small_models import CROSS_ENTROPY, samples
 from tests.tensors import random_labels, random_tensor

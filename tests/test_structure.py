@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'mmseg_sats'
 # From the ground up. Those of one line stand side by side, and none of them imports another.
 LAYERS = (
+    ('functional',),
     ('models', 'datasets', 'evaluation'),
     ('visualization',),
     ('engine',),

@@ -11,15 +11,15 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from mmseg_sats.models.attention.attention_map import AttentionMap, _RegionMean
-from mmseg_sats.models.attention.class_regions import find_regions
+from mmseg_sats.functional.attention.attention_map import AttentionMap, _RegionMean
+from mmseg_sats.functional.attention.class_regions import find_regions
 from tests.test_attention import make_labels, make_map
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 if not find_spec('triton') or not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip('needs a GPU, or triton and TRITON_INTERPRET=1', allow_module_level=True)
 
-fused_pooling = import_module('mmseg_sats.models.attention.triton_pooling')
+fused_pooling = import_module('mmseg_sats.functional.attention.triton_pooling')
 FusedRegionMean, can_fuse = fused_pooling.FusedRegionMean, fused_pooling.can_fuse
 
 DEVICE = 'cpu' if INTERPRETED else 'cuda'

@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.unbiased import (
-    UnbiasedCrossEntropyLoss,
-    UnbiasedDistillationLoss,
-    unbiased_cross_entropy,
-    unbiased_distillation,
-)
+from mmseg_sats.functional import unbiased_cross_entropy, unbiased_distillation
+from mmseg_sats.models.losses import UnbiasedCrossEntropyLoss, UnbiasedDistillationLoss
 from tests.tensors import Output, random_labels, random_tensor, value_and_gradient
 
 

@@ -8,9 +8,9 @@ import torch
 from mmseg.models.backbones.beit import BEiTAttention
 from torch import Tensor, nn
 
+from mmseg_sats.functional.features.region_distances import DISTANCES
 from mmseg_sats.models.attention import AttentionMap, WindowAttentionMap, Windows
 from mmseg_sats.models.losses import crp_loss
-from mmseg_sats.models.losses.region_distances import DISTANCES
 from tests.test_attention import _LargestTensor, make_labels, pool_dense, set_chunks
 from tests.test_crp_loss import OPTIONS, distance_of, regions_of
 from tests.test_crp_loss import make_labels as make_large_labels

@@ -13,17 +13,7 @@ from mmengine.dist import all_reduce
 from mmseg.registry import MODELS
 from torch import Tensor
 
-
-def labels_on_grid(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels (B, H, W) resized to ``size`` (h, w) by nearest neighbour."""
-    if labels.shape[1:] == size:
-        return labels
-    return F.interpolate(labels[:, None].float(), tuple(size), mode='nearest')[:, 0].to(labels.dtype)
-
-
-def pixels_of(features: Tensor, where: Tensor) -> Tensor:
-    """The feature vectors (N, C) of features (B, C, h, w) at the N places of a (B, h, w) mask."""
-    return features.permute(0, 2, 3, 1)[where]
+from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 
 
 @MODELS.register_module()

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.attention.base import BaseAttentionMap
-from mmseg_sats.models.precision import full_precision
+from mmseg_sats.functional.attention.base import BaseAttentionMap
+from mmseg_sats.functional.precision import full_precision
+from mmseg_sats.functional.resizing import ResizedLogits
 from mmseg_sats.models.prototypes import ClassPrototypes
-from mmseg_sats.models.resizing import ResizedLogits
 
 
 class _NotAskedFor(tuple):

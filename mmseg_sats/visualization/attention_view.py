@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mmseg_sats.models.attention.base import BaseAttentionMap
+from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.models.segmentors.old_model import run_segmentor
 from mmseg_sats.visualization.stage_model import StageModel
 from mmseg_sats.visualization.theme import new_figure

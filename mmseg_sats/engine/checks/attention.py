@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from mmseg_sats.models.attention.base import BaseAttentionMap
+from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.models.backbones.check_maps import check_maps
 from mmseg_sats.models.losses import CRPDistillationLoss
 from mmseg_sats.models.parts import DistillationPart, flag

@@ -11,7 +11,7 @@ from mmseg.models.utils import nlc_to_nchw
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones.self_attention import (
     ATTENTION_LAYERS,
     GridSize,

@@ -9,8 +9,8 @@ from mmseg.models.backbones.swin import ShiftWindowMSA, SwinBlock, WindowMSA
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention.window_attention_map import WindowAttentionMap
-from mmseg_sats.models.attention.windows import Windows
+from mmseg_sats.functional.attention.window_attention_map import WindowAttentionMap
+from mmseg_sats.functional.attention.windows import Windows
 from mmseg_sats.models.backbones.self_attention import ATTENTION_LAYERS, GridSize, run_layer
 from mmseg_sats.utils.spelling import check_choice
 

@@ -9,7 +9,7 @@ from mmseg.models.backbones.vit import TransformerEncoderLayer
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones.self_attention import (
     ATTENTION_LAYERS,
     GridSize,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmseg_sats.models.attention.base import BaseAttentionMap
-from mmseg_sats.models.attention.window_attention_map import WindowAttentionMap
+from mmseg_sats.functional.attention.base import BaseAttentionMap
+from mmseg_sats.functional.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.models.backbones.check_maps import check_maps
 
 # Relative to each entry of an attention map, and to the largest entry of a feature map.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmseg_sats.models.attention.base import BaseAttentionMap
-from mmseg_sats.models.attention.class_regions import Grid
+from mmseg_sats.functional.attention.base import BaseAttentionMap
+from mmseg_sats.functional.attention.class_regions import Grid
 
 # How many rows of a map are checked.
 ROWS = 16

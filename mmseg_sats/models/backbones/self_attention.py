@@ -6,7 +6,7 @@ mmseg's modules call ``nn.MultiheadAttention.forward``, which builds the dense m
 projected queries and keys.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,64 +14,13 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.attention_map import AttentionMap
+from mmseg_sats.functional.attention.projections import attend_with_map
 
 GridSize = tuple[int, int]
 
 # Which of a block's layers return their attention map.
 ATTENTION_LAYERS = {'last': slice(-1, None), 'all': slice(None)}
-
-
-def attend_with_map(
-    module: nn.MultiheadAttention,
-    x: Tensor,
-    hw: GridSize,
-    *,
-    context: Tensor | None = None,
-    key_hw: GridSize | None = None,
-    extra_tokens: int = 0,
-) -> tuple[Tensor, AttentionMap]:
-    """Computes ``module(x, context, context)`` without the dense map, and returns the map as an ``AttentionMap``.
-
-    Args:
-        module: PyTorch's attention, with one packed projection for queries, keys and values; its
-            ``batch_first`` does not matter.
-        x: (B, extra_tokens + L, C) tokens for the queries.
-        hw: (h, w) of their grid, L = h * w.
-        context: (B, S, C) tokens for the keys and values; ``x`` itself by default.
-        key_hw: (h, w) of the grid of ``context``, S = h * w; required with ``context``.
-        extra_tokens: how many tokens of ``x`` come before those of the grid, e.g. 1 for a class
-            token. They have no position in the image and so no label: the map has no rows for them.
-            They are still among the keys, since the softmax includes them.
-
-    Returns:
-        The output after the output projection (B, extra_tokens + L, C), and the map of the L
-        positions before attention dropout.
-
-    Raises:
-        ValueError: if the module has separate projections, added keys or added zeros.
-    """
-    if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
-        raise ValueError(
-            'expected an nn.MultiheadAttention with one packed projection and no added keys'
-            f' (kdim, vdim, add_bias_kv, add_zero_attn left alone), got {module}'
-        )
-    if context is None:
-        (query, key, value), key_hw = _project(module, x, range(3)), hw
-    else:
-        (query,) = _project(module, x, range(1))
-        key, value = _project(module, context, range(1, 3))
-    dropout = module.dropout if module.training else 0.0
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    attention = AttentionMap(
-        query[:, :, extra_tokens:],
-        key,
-        module.head_dim**-0.5,
-        tuple(hw),
-        tuple(key_hw),
-        extra_keys=extra_tokens if context is None else 0,
-    )
-    return module.out_proj(out.transpose(1, 2).flatten(2)), attention
 
 
 def self_attention(
@@ -140,17 +89,3 @@ def run_layer(
     if getattr(layer, 'with_cp', False) and x.requires_grad:
         return checkpoint(step, layer, x, *args, use_reentrant=False)
     return step(layer, x, *args)
-
-
-def _project(module: nn.MultiheadAttention, x: Tensor, parts: Sequence[int]) -> Sequence[Tensor]:
-    """Computes some of queries, keys and values (parts 0, 1 and 2, which must be neighbours) by one product.
-
-    Each returned tensor is a view (B, heads, L, d) of the result.
-    """
-    dim = module.embed_dim
-    chosen = slice(parts[0] * dim, (parts[-1] + 1) * dim)
-    bias = None if module.in_proj_bias is None else module.in_proj_bias[chosen]
-    packed = F.linear(x, module.in_proj_weight[chosen], bias)
-    return packed.unflatten(-1, (len(parts), module.num_heads, module.head_dim)).permute(
-        2, 0, 3, 1, 4
-    )

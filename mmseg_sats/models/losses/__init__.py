@@ -1,36 +1,40 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Losses: pure functions, and the registered modules that call them."""
+"""Losses: the registered modules, and the pure functions of ``mmseg_sats.functional`` that they call."""
 
-from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
-from mmseg_sats.models.losses.feature_mse import FeatureMSELoss, feature_mse
-from mmseg_sats.models.losses.knowledge_distillation import (
-    KnowledgeDistillationLoss,
-    knowledge_distillation,
-)
-from mmseg_sats.models.losses.local_pod import LocalPODLoss, local_pod
-from mmseg_sats.models.losses.one_vs_rest import OneVsRestLoss, one_vs_rest
-from mmseg_sats.models.losses.sdr_loss import (
-    PrototypeAttractionLoss,
-    PrototypeMatchingLoss,
-    RepulsionLoss,
-    SparsityLoss,
+from mmseg_sats.functional.features.feature_mse import feature_mse
+from mmseg_sats.functional.features.local_pod import local_pod
+from mmseg_sats.functional.features.prototypes import (
     prototype_attraction,
     prototype_matching,
     repulsion,
     sparsity,
 )
-from mmseg_sats.models.losses.self_entropy import SelfEntropyLoss, self_entropy
-from mmseg_sats.models.losses.sigmoid import (
-    SigmoidCrossEntropyLoss,
-    SigmoidDistillationLoss,
+from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
+from mmseg_sats.functional.pixels.self_entropy import self_entropy
+from mmseg_sats.functional.pixels.sigmoid import (
+    one_vs_rest,
     sigmoid_cross_entropy,
     sigmoid_distillation,
 )
-from mmseg_sats.models.losses.unbiased import (
+from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
+
+# The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
+from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
+from mmseg_sats.models.losses.features import FeatureMSELoss, LocalPODLoss
+from mmseg_sats.models.losses.pixelwise import (
+    KnowledgeDistillationLoss,
+    OneVsRestLoss,
+    SelfEntropyLoss,
+    SigmoidCrossEntropyLoss,
+    SigmoidDistillationLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
-    unbiased_cross_entropy,
-    unbiased_distillation,
+)
+from mmseg_sats.models.losses.sdr_loss import (
+    PrototypeAttractionLoss,
+    PrototypeMatchingLoss,
+    RepulsionLoss,
+    SparsityLoss,
 )
 
 __all__ = [

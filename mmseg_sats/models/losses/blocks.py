@@ -4,8 +4,6 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import Tensor
-
 T = TypeVar('T')
 
 
@@ -33,18 +31,3 @@ def pick_blocks(available: Sequence[T], blocks: tuple[int, ...], owner: str) -> 
             f' 0 to {len(available) - 1}'
         )
     return [available[index] for index in blocks]
-
-
-def check_features(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    """Raises ValueError unless both have the same number, at least one, of (B, C_j, h_j, w_j) of the same shapes."""
-    if len(student) != len(teacher) or not len(student):
-        raise ValueError(
-            'student and teacher must have the same number of features, at least one,'
-            f' got {len(student)} and {len(teacher)}'
-        )
-    for index, (new, old) in enumerate(zip(student, teacher, strict=True)):
-        if new.dim() != 4 or new.shape != old.shape:
-            raise ValueError(
-                f'features {index}: student and teacher must both be (B, C, h, w),'
-                f' got {tuple(new.shape)} and {tuple(old.shape)}'
-            )

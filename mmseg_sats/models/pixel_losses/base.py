@@ -1,61 +1,20 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The base classes of losses over the pixels of a batch, and their checks and reductions.
+"""The base classes of losses over the pixels of a batch, and their reductions.
 
 Such a loss computes the loss of each pixel of a chunk of pixels. See
-``mmseg_sats.models.pixel_losses.per_pixel`` for how several of them are computed in one pass.
+``mmseg_sats.functional.pixels.per_pixel`` for how several of them are computed in one pass.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from mmseg_sats.functional.pixels.means import check_channels, check_labels, mean_over_pixels
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.parts import DistillationPart
-from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.utils.spelling import check_choice
-
-
-def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Raises ValueError unless each label in (B, H, W) is a channel of logits (B, K, H, W) or ignored."""
-    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(f'logits must be (B, K, H, W) and labels (B, H, W) of that size, '
-                         f'got {tuple(logits.shape)} and {tuple(labels.shape)}')
-    check_label_values(labels, logits.shape[1], ignore_index)
-
-
-def check_label_values(labels: Tensor, channels: int, ignore_index: int) -> None:
-    """Raises ValueError unless each label is one of the channels or ignored."""
-    unknown = ((labels < 0) | (labels >= channels)) & (labels != ignore_index)
-    if unknown.any():
-        raise ValueError(f'labels must be in 0..{channels - 1} or ignore_index={ignore_index}, for '
-                         f'logits of {channels} channels, got {labels[unknown].unique().tolist()}')
-
-
-def check_distillation(student: Tensor, teacher: Tensor) -> None:
-    """Raises ValueError if student and old model differ in size, or the student has fewer channels."""
-    if student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(
-            f'student and teacher must agree in height and width, {_got(student, teacher)}'
-        )
-    check_channels(student, teacher)
-
-
-def check_channels(student: Tensor, teacher: Tensor) -> None:
-    """The same check for logits that are resized later, so that height and width may differ."""
-    new, old = student.shape, teacher.shape
-    got = _got(student, teacher)
-    if len(new) != 4 or len(old) != 4:
-        raise ValueError(f'student and teacher logits must be (B, K, H, W), {got}')
-    if new[0] != old[0]:
-        raise ValueError(f'student and teacher must agree in their number of images, {got}')
-    if new[1] < old[1]:
-        raise ValueError(f'the student must have at least the channels of the teacher, {got}')
-
-
-def _got(student: Tensor, teacher: Tensor) -> str:
-    return f'got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
 
 
 def _mean(loss: Tensor, avg_factor: float | None) -> Tensor:
@@ -196,24 +155,3 @@ class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
             align_corners=student.align_corners,
         )
         return self.loss_weight * loss.mean()
-
-
-def mean_over_pixels(
-    pixels: Callable[[PixelChunk], Tensor], student_logits: Tensor, teacher_logits: Tensor
-) -> Tensor:
-    """The mean of a distillation over all pixels, a scalar of at least float32.
-
-    Args:
-        pixels: computes the loss of each pixel of a chunk.
-        student_logits: (B, K, H, W).
-        teacher_logits: (B, K_o, H, W), the old model's logits, K_o <= K.
-
-    Raises:
-        ValueError: the shapes do not fit together.
-    """
-    check_distillation(student_logits, teacher_logits)
-    labels = student_logits.new_zeros((), dtype=torch.long).expand(
-        len(student_logits), *student_logits.shape[2:]
-    )
-    (loss,) = per_pixel_losses([pixels], student_logits, teacher_logits, labels)
-    return loss.mean()

@@ -13,13 +13,9 @@ from mmseg.models import CrossEntropyLoss
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
-from mmseg_sats.models.pixel_losses.base import (
-    PixelwiseDistillationLoss,
-    PixelwiseSegmentationLoss,
-    check_channels,
-    check_label_values,
-)
-from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.functional.pixels.means import check_channels, check_label_values
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, PixelwiseSegmentationLoss
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 

@@ -1,9 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""PLOP's pseudo-labels: the old model's class where it is confident; other background pixels are ignored.
-
-Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR
-2021, section 3.3: the entropy of the old model's prediction against a threshold for each class.
-"""
+"""PLOP's pseudo-labels, as a pseudo-labeler of a segmentor that keeps the thresholds of a stage."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,29 +8,15 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.functional.pseudo_labels.entropy import (
+    confident_share,
+    count_entropies,
+    entropy_labels,
+    entropy_thresholds,
+    no_entropies,
+)
+from mmseg_sats.functional.pseudo_labels.thresholds import find_rule
 from mmseg_sats.models.parts import PseudoLabeler
-from mmseg_sats.models.pseudo_labels.thresholds import find_rule
-from mmseg_sats.models.resizing import logits_for_labels
-
-
-def confident_share(labels: Tensor, completed: Tensor, ignore_index: int = 255) -> Tensor:
-    """PLOP's factor of an image: the share of its background pixels that got a pseudo-label.
-
-    If only few background pixels are confident, the new class's pixels would otherwise get too much
-    weight. PLOP's released code divides by zero if an image has no background; here its factor is 1.
-
-    Args:
-        labels: (B, H, W) integers, 0 for background.
-        completed: (B, H, W), the labels after the background pixels were pseudo-labelled or ignored.
-        ignore_index: label of the pixels without a pseudo-label.
-
-    Returns:
-        (B,) float32 in [0, 1], 1 for an image without background.
-    """
-    background = (labels == 0).flatten(1)
-    sure = background & (completed != ignore_index).flatten(1)
-    total = background.sum(1)
-    return torch.where(total > 0, sure.sum(1) / total.clamp(min=1), 1.0)
 
 
 @MODELS.register_module()
@@ -83,15 +65,13 @@ class EntropyPseudoLabeler(PseudoLabeler):
         self.scale_images = scale_images
         self.needs_pass = isinstance(threshold, str)
         """Whether thresholds must be computed (or loaded) before the first call."""
-        self._rule = find_rule(threshold)
+        find_rule(threshold)  # raises if it is unknown
         self._histograms: Tensor | None = None
         self._thresholds: Tensor | None = None
 
     def reset(self, num_old: int) -> None:
         """Starts a new pass, for an old model with ``num_old`` channels, background included."""
-        if num_old < 1:
-            raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
-        self._histograms = torch.zeros(num_old, self._rule.bins, dtype=torch.int64)
+        self._histograms = no_entropies(num_old, self.threshold)
         self._thresholds = None
 
     @property
@@ -124,7 +104,6 @@ class EntropyPseudoLabeler(PseudoLabeler):
                              f'{tuple(value.shape)}: {value.tolist()}')
         self._thresholds = value.detach().float()
 
-    @torch.no_grad()
     def update(self, labels: Tensor, teacher_logits: Tensor) -> None:
         """Counts the background pixels of a batch.
 
@@ -136,25 +115,17 @@ class EntropyPseudoLabeler(PseudoLabeler):
             ValueError: the shapes disagree with each other or with ``num_old``.
             RuntimeError: :meth:`reset` was not called.
         """
-        teacher_logits = self._for_labels(labels, teacher_logits, len(self.histograms))
         self._histograms = self.histograms.to(teacher_logits.device)
-        counts = self._histograms.view(-1)
-        entropy, pseudo = self._predict(teacher_logits)
-        # Boolean indexing is avoided, because on a GPU it would wait for the device.
-        bins = (entropy * self._rule.bins).long().clamp_(max=self._rule.bins - 1)
-        index = pseudo * self._rule.bins + bins
-        counts.scatter_add_(0, index.flatten(), (labels == 0).flatten().long())
+        count_entropies(self._histograms, labels, teacher_logits, self.threshold)
 
     @torch.no_grad()
     def compute(self) -> Tensor:
         """Computes, sets and returns the thresholds (K_o,) from all pixels counted since :meth:`reset`."""
         # The pass is over, so the counts are moved to the CPU to free GPU memory for training.
         self._histograms = self.histograms.cpu()
-        thresholds = self._rule.threshold(self._histograms)
-        self.thresholds = thresholds.clamp(min=self.floor) if self.needs_pass else thresholds
+        self.thresholds = entropy_thresholds(self._histograms, self.floor, self.threshold)
         return self._thresholds
 
-    @torch.no_grad()
     def __call__(self, labels: Tensor, teacher_logits: Tensor) -> Tensor:
         """Returns the completed labels.
 
@@ -171,12 +142,10 @@ class EntropyPseudoLabeler(PseudoLabeler):
         """
         if self._thresholds is None:
             self._start_without_pass(teacher_logits.shape[1])
-        teacher_logits = self._for_labels(labels, teacher_logits, len(self._thresholds))
         self._thresholds = self._thresholds.to(teacher_logits.device)
-        entropy, pseudo = self._predict(teacher_logits)
-        sure = entropy < self._thresholds[pseudo]
-        taught = torch.where(sure, pseudo, self.ignore_index).to(labels.dtype)
-        return torch.where(labels == 0, taught, labels)
+        return entropy_labels(
+            labels, teacher_logits, self._thresholds, ignore_index=self.ignore_index, rule=self.threshold
+        )
 
     def image_weights(self, labels: Tensor, completed: Tensor) -> Tensor | None:
         """The factor of each image's cross-entropy, (B,), or None if images are not scaled.
@@ -197,20 +166,6 @@ class EntropyPseudoLabeler(PseudoLabeler):
                 'reset, update and compute, or give a number as threshold')
         self.reset(num_old)
         self.compute()
-
-    def _predict(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Entropy and predicted class, both (B, H, W), of logits (B, K_o, H, W)."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # On a CPU, max is several times as fast as argmax.
-        return self._rule.entropy(logits.softmax(1)), logits.max(1).indices
-
-    @staticmethod
-    def _for_labels(labels: Tensor, logits: Tensor, num_old: int) -> Tensor:
-        resized = logits_for_labels(labels, logits)
-        if logits.shape[1] != num_old:
-            raise ValueError(f'teacher_logits have {logits.shape[1]} channels, expected the '
-                             f'{num_old} that the thresholds are for')
-        return resized
 
     def state_dict(self) -> dict[str, Any]:
         """The rule and its thresholds as plain values, for a JSON file."""

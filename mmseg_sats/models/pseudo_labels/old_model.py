@@ -9,62 +9,14 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_sats.functional.pseudo_labels.old_model import fill_background, fused_labels, old_labels
 from mmseg_sats.models.parts import PseudoLabeler
-
-
-def old_labels(teacher_logits: Tensor) -> Tensor:
-    """The old model's class at each pixel, background included: (B, H, W) long."""
-    return teacher_logits.argmax(1)
-
-
-def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """Fuses the labels of old and new model.
-
-    Let q be the old model's softmax and p the new model's. The old model's label is a = argmax q. The
-    new model is used only for the new classes: its probabilities of background and old classes are
-    summed, p_bg = p[0] + sum of p over old classes, and its label b is the most probable of background
-    and new classes. If one of the two labels is background, the other is taken. If both are classes, the
-    more confident one is taken: a if q_a >= p_b, else b.
-
-    Yu et al., "Self-training for Class-Incremental Semantic Segmentation", TNNLS 2022: fusion with
-    conflict reduction.
-
-    Args:
-        teacher_logits: (B, K_old, H, W), background included.
-        student_logits: (B, K, H, W), the old model's channels first.
-
-    Returns:
-        (B, H, W) long.
-
-    Raises:
-        ValueError: the shapes disagree, or the new model has fewer channels than the old model.
-    """
-    num_old = teacher_logits.shape[1]
-    same = teacher_logits.shape[:1] + teacher_logits.shape[2:]
-    if same != student_logits.shape[:1] + student_logits.shape[2:] or (
-        student_logits.shape[1] < num_old
-    ):
-        raise ValueError(
-            'expected (B, K_old, H, W) and (B, K, H, W) with K >= K_old, got '
-            f'{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}'
-        )
-    old_confidence, old = teacher_logits.softmax(1).max(1)
-    p = student_logits.softmax(1)
-    p = torch.cat([p[:, :num_old].sum(1, keepdim=True), p[:, num_old:]], 1)
-    new_confidence, new = p.max(1)
-    new_is_class = new > 0
-    new_wins = new_is_class & ((old == 0) | (new_confidence > old_confidence))
-    return torch.where(new_wins, new + num_old - 1, old)
 
 
 class _BackgroundLabeler(PseudoLabeler):
     """Base class of labelers that replace the label of every background pixel; other labels stay."""
 
     pixelwise = True
-
-    @staticmethod
-    def _fill(labels: Tensor, opinion: Tensor) -> Tensor:
-        return torch.where(labels == 0, opinion.to(labels.dtype), labels)
 
 
 @MODELS.register_module()
@@ -86,7 +38,7 @@ class OldModelPseudoLabeler(_BackgroundLabeler):
         Returns:
             A new tensor like ``labels``.
         """
-        return self._fill(labels, old_labels(teacher_logits))
+        return fill_background(labels, old_labels(teacher_logits))
 
 
 @MODELS.register_module()
@@ -109,4 +61,4 @@ class FusedPseudoLabeler(_BackgroundLabeler):
         Returns:
             A new tensor like ``labels``.
         """
-        return self._fill(labels, fused_labels(teacher_logits, student_logits))
+        return fill_background(labels, fused_labels(teacher_logits, student_logits))

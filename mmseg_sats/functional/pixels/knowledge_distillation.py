@@ -5,11 +5,10 @@ Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. (2), at temperature 
 number of old channels, as in the released codes of MiB and PLOP, which compare with LwF.
 """
 
-from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, mean_over_pixels
-from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
+from mmseg_sats.functional.pixels.means import mean_over_pixels
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk
 
 
 def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -28,23 +27,10 @@ def knowledge_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Te
     Raises:
         ValueError: the sizes disagree, or the student has fewer channels than the old model.
     """
-    return mean_over_pixels(_cross_entropy_to_teacher, student_logits, teacher_logits)
+    return mean_over_pixels(knowledge_distillation_of_pixels, student_logits, teacher_logits)
 
 
-def _cross_entropy_to_teacher(chunk: PixelChunk) -> Tensor:
+def knowledge_distillation_of_pixels(chunk: PixelChunk) -> Tensor:
+    """The loss of each pixel of a chunk, (n, w)."""
     log_p = chunk.student[:, : chunk.q.shape[1]].log_softmax(1)
     return -(chunk.q * log_p).mean(1)
-
-
-@MODELS.register_module()
-class KnowledgeDistillationLoss(PixelwiseDistillationLoss):
-    """:func:`knowledge_distillation` between student and old model, at the labels' size.
-
-    Args:
-        loss_weight: factor of the loss: 100 published for LwF and ILT, 10 for ILT in the SATS
-            comparison.
-    """
-
-    def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w)."""
-        return _cross_entropy_to_teacher(chunk)

@@ -11,17 +11,16 @@ With A = softmax(Q K^T * scale), rows m, keys n, share s_m of a row in its regio
 gradient of the means: dA_mn = s_m G_r(m)n, dS = A * (dA - sum_n A dA), dQ = scale dS K, dK = scale dS^T Q.
 """
 
-import logging
+import warnings
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmseg_sats.models.attention.class_regions import ClassRegions, find_regions
+from mmseg_sats.functional.attention.class_regions import ClassRegions, find_regions
 
 # About as many programs as keep a large GPU busy. If there are few keys and images, the rows are split too.
 PROGRAMS = 256
@@ -43,17 +42,16 @@ def can_fuse(query: Tensor, key: Tensor, regions: ClassRegions) -> bool:
 
 
 def kernels_run(device: torch.device) -> bool:
-    """Whether Triton can compile and run the kernels on the device; if not, the reason is logged."""
+    """Whether Triton can compile and run the kernels on the device; if not, a warning says why."""
     regions = find_regions(torch.ones(1, 4, 4, dtype=torch.long, device=device))
     query = torch.zeros(1, 1, 16, 16, device=device)
     try:
         FusedRegionMean.apply(query, query, 1.0, regions)
     except Exception as error:  # e.g. a missing compiler or driver
-        print_log(
+        warnings.warn(
             f'Triton makes no kernels for {device}, so attention is pooled in chunks, which takes '
             f'longer: {error}',
-            logger='current',
-            level=logging.WARNING,
+            stacklevel=2,
         )
         return False
     return True

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions
-from mmseg_sats.models.precision import full_precision, working_dtype
+from mmseg_sats.functional.attention.class_regions import ClassRegions, Grid, find_regions
+from mmseg_sats.functional.precision import full_precision, working_dtype
 
 # A function from differences (..., S) to distances (...). Entries that are 0 must not contribute.
 Measure = Callable[[Tensor], Tensor]

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention.base import BaseAttentionMap, Measure, attend
-from mmseg_sats.models.attention.class_regions import ClassRegions
-from mmseg_sats.models.precision import full_precision, working_dtype
+from mmseg_sats.functional.attention.base import BaseAttentionMap, Measure, attend
+from mmseg_sats.functional.attention.class_regions import ClassRegions
+from mmseg_sats.functional.precision import full_precision, working_dtype
 
 # How many entries of the map are computed at a time, by device type. On a CPU, a chunk should fit into the
 # cache; an accelerator needs few large kernels. The backward pass needs three arrays of this size.
@@ -126,7 +126,7 @@ def _fused_kernels(device: torch.device) -> ModuleType | None:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    kernels = import_module('mmseg_sats.models.attention.triton_pooling')
+    kernels = import_module('mmseg_sats.functional.attention.triton_pooling')
     return kernels if kernels.kernels_run(device) else None
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.precision import working_dtype
+from mmseg_sats.functional.precision import working_dtype
 
 # How many entries of resized logits are computed at a time, by device type. On a CPU, a chunk should fit into
 # the cache; an accelerator needs few large kernels. A tile of rows has several chunks, which share the source

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmseg_sats.models.precision import full_precision, working_dtype
-from mmseg_sats.models.resizing import ResizedLogits, Tile, TileIndex
+from mmseg_sats.functional.precision import full_precision, working_dtype
+from mmseg_sats.functional.resizing import ResizedLogits, Tile, TileIndex
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmseg_sats.models.attention.base import BaseAttentionMap, Measure
-from mmseg_sats.models.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
-from mmseg_sats.models.precision import working_dtype
+from mmseg_sats.functional.attention.base import BaseAttentionMap, Measure
+from mmseg_sats.functional.attention.class_regions import ClassRegions, Grid, find_regions_on_grids
+from mmseg_sats.functional.precision import working_dtype
 
 Block = BaseAttentionMap | Tensor
 

@@ -5,19 +5,16 @@ Cermelli et al., "Modeling the Background for Incremental Learning in Semantic S
 2020: the cross-entropy's probabilities are eq. (5), the distillation's eq. (8).
 """
 
+from functools import partial
+
 import torch
-from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.pixel_losses.base import (
-    PixelwiseDistillationLoss,
-    PixelwiseSegmentationLoss,
-    mean_over_pixels,
-)
-from mmseg_sats.models.pixel_losses.per_pixel import PixelChunk
+from mmseg_sats.functional.pixels.means import mean_over_labels, mean_over_pixels
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk
 
 
-def _cross_entropy_of_pixels(chunk: PixelChunk, num_old: int) -> Tensor:
+def unbiased_cross_entropy_of_pixels(chunk: PixelChunk, num_old: int) -> Tensor:
     """-log p of every pixel's label, (n, w); background's p includes that of all old classes."""
     own = chunk.log_p.gather(1, chunk.targets)[:, 0]
     any_old = chunk.log_p[:, :num_old].logsumexp(1)
@@ -25,13 +22,14 @@ def _cross_entropy_of_pixels(chunk: PixelChunk, num_old: int) -> Tensor:
     return -log_likelihood.masked_fill(chunk.ignored, 0)
 
 
-def _check_num_old(num_old: int, channels: int) -> None:
+def check_num_old(num_old: int, channels: int) -> None:
+    """Raises ValueError unless 1 <= num_old <= channels."""
     if not 1 <= num_old <= channels:
         raise ValueError(f'num_old must be in 1..K (background included), got num_old={num_old} '
                          f'for logits of K={channels} channels')
 
 
-def _distillation_of_pixels(chunk: PixelChunk) -> Tensor:
+def unbiased_distillation_of_pixels(chunk: PixelChunk) -> Tensor:
     """The distillation of every pixel, (n, w), divided by the old model's channels."""
     num_old = chunk.q.shape[1]
     background, old, new = chunk.log_p.split([1, num_old - 1, chunk.log_p.shape[1] - num_old], 1)
@@ -60,8 +58,9 @@ def unbiased_cross_entropy(
     Raises:
         ValueError: the shapes disagree, ``num_old`` is not in 1..K, or a label has no channel.
     """
-    _check_num_old(num_old, logits.shape[1])
-    return UnbiasedCrossEntropyLoss(num_old)(logits, labels, ignore_index=ignore_index)
+    check_num_old(num_old, logits.shape[1])
+    pixels = partial(unbiased_cross_entropy_of_pixels, num_old=num_old)
+    return mean_over_labels(pixels, logits, labels, ignore_index)
 
 
 def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -80,55 +79,4 @@ def unbiased_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Ten
     Raises:
         ValueError: the sizes disagree, or the student has fewer channels than the old model.
     """
-    return mean_over_pixels(_distillation_of_pixels, student_logits, teacher_logits)
-
-
-@MODELS.register_module()
-class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
-    """:func:`unbiased_cross_entropy` as the ``loss_decode`` of an mmseg head.
-
-    Only label 0 may be any old class. If a pixel is labelled as an old class (in the ``sequential``
-    setting, in exemplars, by pseudo-labels), its loss is plain cross-entropy. MiB's released code first
-    turns such labels into background, so that they mean no more than "some old class". Without such
-    labels, in ``overlapped`` and ``disjoint``, both are the same.
-
-    Args:
-        num_old: K_o, the old model's channels, background included.
-        loss_weight: factor of the loss.
-        loss_name: its key in the head's losses; must contain ``loss`` to be summed.
-
-    Raises:
-        ValueError: ``num_old`` is less than 1.
-    """
-
-    def __init__(self, num_old: int, loss_weight: float = 1.0, loss_name: str = 'loss_ce') -> None:
-        super().__init__(loss_weight, loss_name)
-        if num_old < 1:
-            raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
-        self.num_old = num_old
-
-    def check(self, channels: int) -> None:
-        """Raises ValueError if there are fewer channels than those of the old model."""
-        _check_num_old(self.num_old, channels)
-
-    def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w), 0 for ignored pixels."""
-        return _cross_entropy_of_pixels(chunk, self.num_old)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'num_old={self.num_old}, {super().extra_repr()}'
-
-
-@MODELS.register_module()
-class UnbiasedDistillationLoss(PixelwiseDistillationLoss):
-    """:func:`unbiased_distillation` between student and old model, at the labels' size.
-
-    Args:
-        loss_weight: factor of the loss: 10 published, 100 for VOC 15-1, 40 in the SATS comparison,
-            20 as SATS's lambda_d.
-    """
-
-    def per_pixel(self, chunk: PixelChunk) -> Tensor:
-        """The loss of each pixel of a chunk, (n, w)."""
-        return _distillation_of_pixels(chunk)
+    return mean_over_pixels(unbiased_distillation_of_pixels, student_logits, teacher_logits)

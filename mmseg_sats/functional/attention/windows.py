@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_sats.models.attention.class_regions import Grid
+from mmseg_sats.functional.attention.class_regions import Grid
 
 # Swin adds this to the score of two tokens that are in one window only because of the cyclic shift.
 APART = -100.0

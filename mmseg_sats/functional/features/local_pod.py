@@ -6,18 +6,13 @@ section 3.2, with the square before pooling, the factors and the schedule of the
 layers also include the decoder's last features; here they are the encoder's blocks and the logits.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
-from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.models.losses.blocks import block_indices, check_features, pick_blocks
-from mmseg_sats.models.parts import DistillationPart
-from mmseg_sats.models.pixel_losses.base import check_distillation
-from mmseg_sats.models.precision import full_precision, working_dtype
-from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.functional.features.checks import check_features
+from mmseg_sats.functional.precision import full_precision, working_dtype
 
 
 def local_pod(
@@ -78,66 +73,3 @@ def fold_new_into_background(logits: Tensor, num_old: int) -> Tensor:
     """Adds the new channels of logits (B, K, h, w) to background's channel and returns (B, K_o, h, w)."""
     background = logits[:, :1] + logits[:, num_old:].sum(1, keepdim=True)
     return torch.cat([background, logits[:, 1:num_old]], 1)
-
-
-@MODELS.register_module()
-class LocalPODLoss(DistillationPart):
-    """:func:`local_pod` on the encoder's features and on the logits, weighted as in PLOP.
-
-    The loss is sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, with the
-    student's channels K and the old model's channels K_o. The logits, at the head's resolution, are the
-    last layer; the student's are first reduced to K_o channels by :func:`fold_new_into_background`.
-
-    Args:
-        blocks: indices of the encoder's blocks.
-        scales: the numbers of cells along a side.
-        feature_weight: factor of each block of features.
-        logits_weight: factor of the logits.
-
-    Raises:
-        ValueError: ``blocks`` is empty or has negative or repeated indices.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[int] = (0, 1, 2, 3),
-        scales: Sequence[int] = (1, 2, 4),
-        feature_weight: float = 0.01,
-        logits_weight: float = 0.0005,
-    ) -> None:
-        super().__init__()
-        self.blocks = block_indices(blocks)
-        self.scales = tuple(scales)
-        self.feature_weight = feature_weight
-        self.logits_weight = logits_weight
-
-    def forward(
-        self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor
-    ) -> Tensor:
-        """The weighted loss, a scalar; the labels are not used.
-
-        Raises:
-            ValueError: a block is out of range, the student has no new channel, or one of the errors of
-                ``local_pod``.
-        """
-        check_distillation(student.logits, teacher.logits)
-        num_seen, num_old = student.logits.shape[1], teacher.logits.shape[1]
-        if num_seen == num_old:
-            raise ValueError(f'student and teacher both have {num_old} channels, expected new ones')
-        folded = fold_new_into_background(student.logits, num_old)
-        distances = local_pod(
-            [*pick_blocks(student.features, self.blocks, 'student'), folded],
-            [*pick_blocks(teacher.features, self.blocks, 'teacher'), teacher.logits],
-            self.scales,
-        )
-        schedule = math.sqrt(num_seen / (num_seen - num_old))
-        features, logits = distances[:-1].sum(), distances[-1]
-        total = self.feature_weight * features + self.logits_weight * logits
-        return schedule * total / len(distances)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return (
-            f'blocks={self.blocks}, scales={self.scales}, feature_weight={self.feature_weight}, '
-            f'logits_weight={self.logits_weight}'
-        )

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmseg_sats.models.attention.attention_map import chunk_elements
-from mmseg_sats.models.attention.base import BaseAttentionMap, Measure, attend
-from mmseg_sats.models.attention.class_regions import ClassRegions, Grid
-from mmseg_sats.models.attention.windows import Windows
-from mmseg_sats.models.precision import full_precision, working_dtype
+from mmseg_sats.functional.attention.attention_map import chunk_elements
+from mmseg_sats.functional.attention.base import BaseAttentionMap, Measure, attend
+from mmseg_sats.functional.attention.class_regions import ClassRegions, Grid
+from mmseg_sats.functional.attention.windows import Windows
+from mmseg_sats.functional.precision import full_precision, working_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,88 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Every channel as a separate binary classifier with a sigmoid: LwF-MC and SSUL.
+
+LwF-MC is the multi-class Learning without Forgetting that Rebuffi et al., "iCaRL", CVPR 2017, compare with
+(iCaRL's loss without its exemplars and its classifier), applied to pixels as in the released code of MiB.
+There the old channels are trained with the labels and with the old model's sigmoids. SSUL's segmentation loss
+is that of Cha et al., "SSUL", NeurIPS 2021, section 3.3. Unlike with a softmax, training a new class does not
+affect the probabilities of the frozen classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmseg_sats.functional.pixels.means import mean_over_labels, mean_over_pixels
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk
+
+
+def sigmoid_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Binary cross-entropy of all channels against one-hot labels, summed over the channels.
+
+    Args:
+        logits: (B, K, H, W), the new model's logits at the labels' size.
+        labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
+        ignore_index: label of pixels that add 0 to the sum and still count in the divisor.
+
+    Returns:
+        The mean over all B*H*W pixels, a scalar of at least float32.
+
+    Raises:
+        ValueError: the shapes disagree or a label has no channel.
+    """
+    return mean_over_labels(sigmoid_cross_entropy_of_pixels, logits, labels, ignore_index)
+
+
+def sigmoid_cross_entropy_of_pixels(chunk: PixelChunk) -> Tensor:
+    """The loss of each pixel of a chunk, (n, w), 0 for ignored pixels."""
+    one_hot = torch.zeros_like(chunk.student).scatter_(1, chunk.targets, 1)
+    loss = F.binary_cross_entropy_with_logits(chunk.student, one_hot, reduction='none').sum(1)
+    return loss.masked_fill(chunk.ignored, 0)
+
+
+def sigmoid_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """K_o mean BCE(x[0:K_o], the old model's sigmoids): a mean over pixels, a sum over old channels.
+
+    Args:
+        student_logits: (B, K, H, W), K >= K_o; the first K_o channels are those of the old model.
+        teacher_logits: (B, K_o, H, W), the old model's logits, which get no gradient.
+
+    Returns:
+        The mean over all B*H*W pixels, a scalar of at least float32.
+
+    Raises:
+        ValueError: the sizes disagree, or the student has fewer channels than the old model.
+    """
+    return mean_over_pixels(sigmoid_distillation_of_pixels, student_logits, teacher_logits)
+
+
+def sigmoid_distillation_of_pixels(chunk: PixelChunk) -> Tensor:
+    """The loss of each pixel of a chunk, (n, w)."""
+    x, old = chunk.student[:, : chunk.teacher.shape[1]], chunk.teacher.sigmoid()
+    return F.binary_cross_entropy_with_logits(x, old, reduction='none').sum(1)
+
+
+def one_vs_rest(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """The mean of -log s(x_y) - sum_{c != y} log(1 - s(x_c)) over all pixels with a label y; s is the sigmoid.
+
+    This is :func:`sigmoid_cross_entropy`, but ignored pixels do not count in the divisor, as in SSUL's
+    released code.
+
+    Args:
+        logits: (B, K, H, W).
+        labels: (B, H, W) integers in 0..K-1, or ``ignore_index``.
+        ignore_index: label of pixels that are left out of the sum and the divisor.
+
+    Returns:
+        A scalar of at least float32; 0 if all pixels are ignored.
+
+    Raises:
+        ValueError: the shapes disagree or a label has no channel.
+    """
+    mean = sigmoid_cross_entropy(logits, labels, ignore_index)
+    return mean * labels.numel() / number_of_labelled(labels, ignore_index)
+
+
+def number_of_labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """How many labels are not ignored, at least 1."""
+    return (labels != ignore_index).sum().clamp(min=1)

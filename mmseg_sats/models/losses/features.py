@@ -1,0 +1,110 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Distillations of the encoder's features; ``mmseg_sats.functional`` has the functions of the same names."""
+
+import math
+from collections.abc import Sequence
+
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_sats.functional.features.feature_mse import feature_mse
+from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
+from mmseg_sats.functional.pixels.means import check_distillation
+from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
+from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.segmentor_output import SegmentorOutput
+
+
+@MODELS.register_module()
+class FeatureMSELoss(DistillationPart):
+    """:func:`feature_mse` between student and old model.
+
+    Args:
+        blocks: indices of the encoder's blocks; by default the last of four, as published.
+        loss_weight: factor of the loss: 100 published for ILT, 10 in the SATS comparison.
+
+    Raises:
+        ValueError: ``blocks`` is empty or has negative or repeated indices.
+    """
+
+    def __init__(self, blocks: Sequence[int] = (3,), loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.blocks = block_indices(blocks)
+        self.loss_weight = loss_weight
+
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
+        """The weighted loss, a scalar; the labels are not used.
+
+        Raises:
+            ValueError: a block is out of range, or one of the errors of ``feature_mse``.
+        """
+        new = pick_blocks(student.features, self.blocks, 'student')
+        old = pick_blocks(teacher.features, self.blocks, 'teacher')
+        return self.loss_weight * feature_mse(new, old)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'blocks={self.blocks}, loss_weight={self.loss_weight}'
+
+
+@MODELS.register_module()
+class LocalPODLoss(DistillationPart):
+    """:func:`local_pod` on the encoder's features and on the logits, weighted as in PLOP.
+
+    The loss is sqrt(K / (K - K_o)) times the mean over the layers of factor times distance, with the
+    student's channels K and the old model's channels K_o. The logits, at the head's resolution, are the
+    last layer; the student's are first reduced to K_o channels by :func:`fold_new_into_background`.
+
+    Args:
+        blocks: indices of the encoder's blocks.
+        scales: the numbers of cells along a side.
+        feature_weight: factor of each block of features.
+        logits_weight: factor of the logits.
+
+    Raises:
+        ValueError: ``blocks`` is empty or has negative or repeated indices.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (0, 1, 2, 3),
+        scales: Sequence[int] = (1, 2, 4),
+        feature_weight: float = 0.01,
+        logits_weight: float = 0.0005,
+    ) -> None:
+        super().__init__()
+        self.blocks = block_indices(blocks)
+        self.scales = tuple(scales)
+        self.feature_weight = feature_weight
+        self.logits_weight = logits_weight
+
+    def forward(
+        self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor
+    ) -> Tensor:
+        """The weighted loss, a scalar; the labels are not used.
+
+        Raises:
+            ValueError: a block is out of range, the student has no new channel, or one of the errors of
+                ``local_pod``.
+        """
+        check_distillation(student.logits, teacher.logits)
+        num_seen, num_old = student.logits.shape[1], teacher.logits.shape[1]
+        if num_seen == num_old:
+            raise ValueError(f'student and teacher both have {num_old} channels, expected new ones')
+        folded = fold_new_into_background(student.logits, num_old)
+        distances = local_pod(
+            [*pick_blocks(student.features, self.blocks, 'student'), folded],
+            [*pick_blocks(teacher.features, self.blocks, 'teacher'), teacher.logits],
+            self.scales,
+        )
+        schedule = math.sqrt(num_seen / (num_seen - num_old))
+        features, logits = distances[:-1].sum(), distances[-1]
+        total = self.feature_weight * features + self.logits_weight * logits
+        return schedule * total / len(distances)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return (
+            f'blocks={self.blocks}, scales={self.scales}, feature_weight={self.feature_weight}, '
+            f'logits_weight={self.logits_weight}'
+        )
