@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmseg_sats.engine.checks.preflight import check_cfg_options
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.utils.installed import find_config
+from mmseg_sats.utils.user_modules import import_custom, read_file
 
 _SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 _EXAMPLE = 'sats/segformer_tiny_shapes_3-1'
@@ -29,7 +30,8 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
 
     Raises:
         FileNotFoundError: no such file or name.
-        ValueError: the file is not a config, or is only a base that other configs inherit from.
+        ValueError: the file is not a config, or is only a base that other configs inherit from; a module that it
+            names is not found or cannot be imported.
         KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
     path = Path(path)
@@ -40,7 +42,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     path = find_config(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
-    cfg = Config.fromfile(path)
+    cfg = read_file(path)
     drop_own_scope(cfg)
     if cfg.get('model') is None:
         raise ValueError(
@@ -49,4 +51,5 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         )
     check_cfg_options(cfg, options or {})
     cfg.merge_from_dict(options or {})
+    import_custom(cfg)  # the options may name modules too
     return cfg

@@ -12,9 +12,11 @@ from mmengine.config import Config, DictAction
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
 from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.utils.spelling import check_choice, near_match
+from mmseg_sats.utils.user_modules import read_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Run:
             KeyError: the config has no such option.
             ValueError: an option does not fit the config, or has no value.
         """
-        cfg = Config.fromfile(self.config)
+        cfg = read_file(self.config)
+        drop_own_scope(cfg)
         options = parse_options(self.options)
         check_cfg_options(cfg, options)
         try:
@@ -164,7 +167,7 @@ def make_plan(
 
 @lru_cache(maxsize=1024)
 def _known_keys(config: Path) -> frozenset[str]:
-    return frozenset(known_keys(Config.fromfile(config)))
+    return frozenset(known_keys(Config.fromfile(config, import_custom_modules=False)))
 
 
 def _key(option: str) -> str:
@@ -182,7 +185,7 @@ def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
 
 
 def _is_joint(config: Path | str) -> bool:
-    return isinstance(config, Path) and Config.fromfile(config).protocol == JOINT
+    return isinstance(config, Path) and Config.fromfile(config, import_custom_modules=False).protocol == JOINT
 
 
 def _protocols(part: Part, dataset: str) -> tuple[str, ...]:

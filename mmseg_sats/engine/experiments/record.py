@@ -7,11 +7,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from mmseg_sats.engine.config.stage_config import stage_dir
 from mmseg_sats.engine.experiments.compare import Fingerprint, explain, fingerprint, same_start
 from mmseg_sats.engine.experiments.plan import Run
+from mmseg_sats.utils.user_modules import read_file
 
 
 class Record:
@@ -125,5 +124,5 @@ class Record:
 def _read_version(
     path: Path, version: int, num_classes: int, seeded_start: bool
 ) -> tuple[Fingerprint, str | None]:
-    cfg = Config.fromfile(path)
+    cfg = read_file(path)
     return fingerprint(cfg, num_classes, seeded_start), cfg.get('base')
