@@ -2,7 +2,7 @@
 """From a table's rows to runs: which config, options and folder each figure of the table comes from."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -102,9 +102,11 @@ def memory_sizes(memory: str, dataset: str) -> tuple[int, ...]:
     Raises:
         ValueError: none of these.
     """
-    own = TABLE_DATASETS[dataset].memory
     if memory.isdecimal():
         return (int(memory),)
+    if dataset not in TABLE_DATASETS and memory != 'none':
+        raise ValueError(f'--memory {memory}: there is no usual number for {dataset}, expected none or a number')
+    own = TABLE_DATASETS[dataset].memory if dataset in TABLE_DATASETS else 0
     check_choice('--memory', memory, options := dict(none=(0,), memory=(own,), both=(0, own)))
     return options[memory]
 
@@ -135,8 +137,7 @@ def make_plan(
         options: further options for ``--cfg-options``; each is for the configs that have it.
 
     Raises:
-        ValueError: a system that neither the tables nor the folder know, a variant that the table lacks, or
-            an option that no config has.
+        ValueError: a system that neither the tables nor the folder know, or a variant that the table lacks.
     """
     known = find_systems(configs)
     for system in systems or ():
@@ -161,7 +162,6 @@ def make_plan(
                     )  # fmt: skip
                     plan.cells.append(Cell(part, row, protocol, memory, runs))
     plan.missing = list(dict.fromkeys(plan.missing))
-    _check_options(plan.runs, options)
     return plan
 
 
@@ -174,8 +174,17 @@ def _key(option: str) -> str:
     return option.split('=')[0].split('.')[0]
 
 
-def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
-    """Refuses an option that none of the configs has, since it would do nothing."""
+def fitting_options(config: Path, options: Sequence[str]) -> Iterator[str]:
+    """The options that a config has: Table 1 asks for a folder of outside images, which most systems do not know."""
+    return (option for option in options if _key(option) in _known_keys(config))
+
+
+def check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
+    """Checks that each option is one that some config has, since it would do nothing otherwise.
+
+    Raises:
+        ValueError: no config has it.
+    """
     known = {key for run in runs for key in _known_keys(run.config)}
     for option in options if runs else ():
         if _key(option) not in known:
@@ -213,6 +222,4 @@ def _run(
 ) -> Run:
     name = '_'.join(filter(None, (row.method, 'm' if memory else '', row.variant)))
     own = (f'seed={seed}', f'memory={memory}', *row.options)
-    # Table 1 asks for a folder of outside images, which most systems do not know.
-    fitting = (option for option in options if _key(option) in _known_keys(config))
-    return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting, *own))
+    return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting_options(config, options), *own))
