@@ -59,7 +59,7 @@ def test_every_config_of_a_run_is_a_row_and_nothing_else_is_run(write: Write) ->
         'cosine/shapes_3-3': ('cosine', 'shapes', '3-3', False, 12),
     }
     (note,) = notes
-    assert note.startswith('own/base.py is a part that configs inherit from: ')
+    assert note.startswith(f'{Path("own/base.py").absolute()} is a part that configs inherit from: ')
     assert "the config defines no 'pseudo_labeler'" in note
 
 
@@ -77,6 +77,16 @@ def test_runs_are_named_by_their_files(write: Write) -> None:
     cfg = run.load()
     assert run.options == ('epochs=2', 'seed=3', 'memory=12')
     assert (cfg.epochs, cfg.seed, cfg.memory, cfg.method) == (2, 3, 12, 'cosine')
+
+
+def test_a_config_in_the_current_folder_has_the_same_method_as_from_elsewhere(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write('own/one.py', SHAPES.format('mib', '3-1'))
+    there, _ = find_configs(Path('own'))
+    monkeypatch.chdir('own')
+    assert find_configs(Path('.')) == (there, [])
+    assert there[0].method == 'own'
 
 
 def test_a_config_with_a_base_of_its_own_takes_no_other_stage_0(write: Write) -> None:

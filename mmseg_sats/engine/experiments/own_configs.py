@@ -60,6 +60,7 @@ def find_configs(folder: Path) -> tuple[list[OwnConfig], list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f'--configs {folder} does not exist: expected a folder of configs')
     found, notes = [], []
+    folder = folder.absolute()  # the method's name may be that of the folder, wherever the command is given
     for path in _files(folder):
         try:
             cfg = read_file(path)
