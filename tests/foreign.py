@@ -22,14 +22,12 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[str]:
     """The indented lines of a page that start a command, continued lines joined."""
     text = page.read_text(encoding='utf-8').replace('\\\n', ' ')
-    return re.findall(r'^ {4}((?:[A-Z_]+=\S+ )*(?:python|bash|make|pip)\b .*)$', text, re.M)
+    return re.findall(r'^ {4}((?:[A-Z_]+=\S+ )*(?:mmseg-sats|python|bash|make|pip)\b .*)$', text, re.M)
 
 
 def lay_out(folder: Path) -> Path:
     """A folder where the page's commands run as they stand; ``yard.py`` in it is the page's config."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ('configs', 'tools'):
-        (folder / name).symlink_to(ROOT / name)
     (folder / 'old').mkdir()
     (folder / 'yard.py').write_text(code_blocks(PAGE, 'python')[0])
     return folder

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 
 import mmseg_sats  # noqa: F401  registers everything
-from mmseg_sats.engine.experiments.plan import make_plan, memory_sizes, parse_options
+from mmseg_sats.engine.experiments.plan import check_options, make_plan, memory_sizes, parse_options
 from mmseg_sats.engine.experiments.split import write_split
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, TABLES, Row
 
@@ -163,7 +163,7 @@ def test_a_word_goes_to_the_configs_that_have_it() -> None:
 
 def test_a_word_that_no_config_has_is_refused_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"--cfg-options epoch=2: none .* 'epoch' \(did you mean 'epochs'\?\)"):
-        make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall'], options=['epoch=2'])
+        check_options(make_plan(TABLES['table1'], 'voc', CONFIGS, systems=['sats', 'recall']).runs, ['epoch=2'])
 
 
 def test_a_word_without_a_value_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 
 import itertools
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from mmseg_sats.datasets.memory.selection import (
     reservoir_rows,
     round_robin,
 )
+from mmseg_sats.engine.command_line import read_config
+from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.config.replay import check_replay
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 
@@ -226,10 +230,16 @@ def test_candidates_are_checked() -> None:
         Candidates(table(['0'], 1), np.zeros(2, dtype=np.int64))
 
 
-def test_the_selection_of_the_docs_runs() -> None:
+def test_the_selection_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'path', list(sys.path))
     page = (Path(__file__).parents[1] / 'docs/memory.md').read_text()
-    (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
-    exec(code, {})
+    code, config = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    (tmp_path / 'first_memory.py').write_text(code)
+    (tmp_path / 'shapes_first.py').write_text(config)
+    cfg = read_config(tmp_path / 'shapes_first.py')
+    set_defaults(cfg)
+    check_replay(cfg, Protocol('3-1', num_classes=6))
+    assert cfg.memory_selection.type == 'FirstMemory'
     memory = TASK_UTILS.build(dict(type='FirstMemory', size=2))
     rows, classes = memory.select(Candidates(table(['0', '1', '1'], 2), NOTHING), 0)
     assert (rows.tolist(), classes.tolist()) == ([0, 1], [NONE, NONE])

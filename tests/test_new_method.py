@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
 
 from mmseg_sats.engine import ResumableTrainLoop
+from mmseg_sats.engine.experiments.own_configs import find_configs
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,14 @@ def test_the_loss_is_dkds(folder: Path) -> None:
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)
     assert same.grad[:, 4:].abs().max() == 0
+
+
+def test_each_method_is_a_row_of_a_table(folder: Path) -> None:
+    configs, left_out = find_configs(folder / 'my_methods')
+    assert [(one.name.split('/')[0], one.method, one.protocol) for one in configs] == [
+        (method, method, '3-1') for method in ('cosine', 'dkd', 'sats_ewf')
+    ]
+    assert left_out == []
 
 
 @pytest.fixture

@@ -19,10 +19,11 @@ from mmseg_sats.engine.config.trained_model import note_on_sizes, take_trained_m
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
-from tests.in_process import call
+from tests.in_process import ROOT, call
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.stage_folder import make_stage
 
+COMMAND = str(ROOT / 'mmseg_sats_cli.py')
 NEW = {6: 11, 7: 12, 8: 40}  # the page's numbers of crate, pallet and forklift
 OLD = ['road', 'grass', 'building', 'car', 'person']
 SMALL = ['epochs=1', 'crop_size=64', 'batch_size=4', 'num_workers=0']
@@ -77,9 +78,9 @@ def yard(drawn: list[tuple[Path, Path]], tmp_path: Path) -> Path:
 
 
 def follow(folder: Path, command: str, *more: str) -> None:
-    python, *words = shlex.split(command)
-    assert python == 'python'
-    done = call(*words, *more, cwd=folder)
+    name, *words = shlex.split(command)
+    assert name == 'mmseg-sats'
+    done = call(COMMAND, *words, *more, cwd=folder)
     assert done.returncode == 0, f'{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}'
 
 
@@ -90,16 +91,16 @@ def test_the_config_is_short() -> None:
 def test_the_page_word_by_word(yard: Path) -> None:
     done = commands(PAGE)
     assert [command.split()[1] for command in done] == [
-        'tools/check_dataset.py',
-        'tools/train_incremental.py',
-        'tools/predict.py',
-        'tools/export.py',
+        'check',
+        'train',
+        'predict',
+        'export',
     ]
     for command in done:
-        more = ['--cfg-options', *SMALL] if 'train_incremental' in command else []
+        more = ['--cfg-options', *SMALL] if command.split()[1] == 'train' else []
         follow(yard, command, *more)
     # Not on the page: evaluating again passes over stage 0 as the run did.
-    follow(yard, 'python tools/test_incremental.py work_dirs/yard')
+    follow(yard, 'mmseg-sats test work_dirs/yard')
     results = json.loads((yard / 'work_dirs/yard/results.json').read_text())
     assert results['method'] == 'yard'
     first, second = results['stages']

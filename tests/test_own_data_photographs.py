@@ -100,7 +100,7 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_old_model(folder / 'old', place / 'elsewhere', shared_path('weights/mit_b0.pth'))
     write_split(pairs(voc, 'train'), NEW, folder / 'data/yard', 'train', set(NEW))
     write_split(pairs(voc, 'val'), NEW | DRAWN_OLD, folder / 'data/yard', 'val', set(NEW) | set(OLD))
-    in_page = re.search(r'`(model = dict\(backbone=.*?\))` in the place', PAGE.read_text())[1]
+    in_page = re.search(r'by\s+`(model = dict\(backbone=.*?\))`', PAGE.read_text())[1]
     text = (folder / 'yard.py').read_text().splitlines()
     (folder / 'yard.py').write_text('\n'.join([*text[:-1], in_page]) + '\n')
     return folder
@@ -110,7 +110,7 @@ def follow(yard: Path, work_dir: str) -> tuple[float, float, float]:
     """The page's command; mean IoU of the old classes before and after, and of the new ones."""
     start = time.perf_counter()
     numbers = [f'mask_values.{name}={101 + place}' for place, name in enumerate(NAMES)]
-    (command,) = (line for line in commands(PAGE) if 'train_incremental' in line)
+    (command,) = (line for line in commands(PAGE) if line.startswith('mmseg-sats train'))
     words = shlex.split(command.replace('work_dirs/yard', work_dir))
     done = run(*words, '--cfg-options', *OPTIONS, *numbers, cwd=yard, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

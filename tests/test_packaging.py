@@ -223,7 +223,7 @@ def test_every_requirement_is_pinned() -> None:
             for line in lines if not line.startswith('#')]
     assert all(pins), 'a constraint is not NAME==VERSION'
     pinned = {pin[1].lower() for pin in pins}
-    for name in ('runtime', 'mm', 'tests', 'dev', 'onnx', 'voc', 'docs'):
+    for name in ('runtime', 'mm', 'tests', 'dev', 'onnx', 'voc', 'docs', 'tracking'):
         assert {distribution.lower() for distribution in distributions(name)} <= pinned
 
 

@@ -164,9 +164,11 @@ def test_a_report_that_fails_is_a_warning(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_and_weights_that_moved_are_named_on_the_page(
-    tiny_runs: list[Path], tmp_path: Path
+def test_data_weights_and_modules_that_moved_are_named_on_the_page_and_in_the_log(
+    tiny_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told: list[str] = []
+    monkeypatch.setattr('mmseg_sats.visualization.report.page.print_log', lambda text, **_: told.append(text))
     run = tmp_path / 'run'
     shutil.copytree(tiny_runs[0], run)
     (run / 'stage_1/snapshot.pth').unlink()
@@ -177,6 +179,9 @@ def test_data_and_weights_that_moved_are_named_on_the_page(
     config = run / 'stage_1/config.py'
     config.write_text(config.read_text().replace("type='ShapesDataset'", "type='LostDataset'"))
     assert 'No photographs: the evaluation data' in write_report([run], tmp_path / 'out').read_text()
+    config.write_text(config.read_text().replace("'mmseg_sats'", "'mmseg_sats', 'a_lost_module'", 1))
+    assert 'finds no module a_lost_module' in write_report([run], tmp_path / 'out').read_text()
+    assert ['snapshot.pth' in told[0], 'No photographs' in told[1], 'a_lost_module' in told[2]] == [True] * 3
 
 
 def test_options_are_checked_before_training() -> None:

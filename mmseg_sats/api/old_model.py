@@ -17,6 +17,7 @@ from mmseg_sats.api.class_table import BACKGROUND
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.user_modules import read_file
 
 _CLASSIFIER = 'decode_head.conv_seg.weight'
 _CALLED_BACKGROUND = (BACKGROUND, '_background_', 'bg')
@@ -133,7 +134,7 @@ def read_old_model(
         raise ValueError(
             f"{checkpoint} has no {_CLASSIFIER}: expected a model with one decode head on mmseg's BaseDecodeHead"
         )
-    cfg = Config.fromfile(config)
+    cfg = read_file(config)
     channels = _names(checkpoint, loaded.get('meta') or {}, cfg, weight, names)
     return OldModel(checkpoint, config, cfg, channels, _background(channels, background))
 

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the files and says how to use them."""
+    from mmengine.config import Config
     from rich.console import Console
 
     from mmseg_sats.engine.export.onnx import check_onnx_installed, export_onnx
@@ -31,6 +32,9 @@ def run(args: argparse.Namespace) -> None:
             check_onnx_installed()
         config, checkpoint = export_stage(args.stage_dir, out)
         print(f"stock mmseg computes the same: init_model('{config}', '{checkpoint}')")
+        own = Config.fromfile(config, import_custom_modules=False).get('custom_imports')
+        if own:
+            print(f'where Python finds {", ".join(own.imports)}: name the folder by PYTHONPATH')
         if args.onnx:
             with Console().status('writing ONNX and comparing it with PyTorch; this takes a minute or more'):
                 worst = export_onnx(load_for_export(args.stage_dir)[1], out / 'model.onnx')

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Train the missing runs of a table of the paper, and print it beside the published figures."""
+"""Train the missing runs of a table, of the paper or of your configs, and print it beside the published figures."""
 
 import argparse
 from pathlib import Path
@@ -14,11 +14,17 @@ DATASETS = ('voc', 'voc_mini', 'ade20k', 'shapes')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.description = 'Train the missing runs of a table, and print it beside the published figures'
-    parser.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
-    parser.add_argument('--dataset', help=f"{', '.join(DATASETS)} (default: the paper's)")
+    parser.add_argument('table', metavar='TABLE', nargs='?', help=', '.join(TABLES))
     parser.add_argument(
-        '--methods', type=comma_separated, metavar='A,B', help='rows of table1 and table2 (default: all)'
+        '--configs', type=Path, metavar='DIR', help='in place of TABLE: a row for each config in this folder'
     )
+    parser.add_argument(
+        '--dataset', help=f"{', '.join(DATASETS)} (default: the paper's); of --configs, their data set"
+    )
+    parser.add_argument(
+        '--methods', type=comma_separated, metavar='A,B',
+        help='rows of table1 and table2 (default: all), or beside --configs (default: none)',
+    )  # fmt: skip
     parser.add_argument(
         '--variants', type=comma_separated, metavar='A,B',
         help='rows of the other tables by the names of their runs (without_attention, ...), beside the full method',

@@ -12,6 +12,7 @@ from mmseg_sats.engine.checks.preflight import check_cfg_options
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.utils.installed import find_config
+from mmseg_sats.utils.user_modules import import_custom, read_file
 
 _SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 _EXAMPLE = 'sats/segformer_tiny_shapes_3-1'
@@ -32,7 +33,8 @@ def read_config(given: str | Path | Config, options: Mapping[str, Any] | None = 
 
     Raises:
         FileNotFoundError: no such file or name.
-        ValueError: the file is not a config, or is only a base that other configs inherit from.
+        ValueError: the file is not a config, or is only a base that other configs inherit from; a module that it
+            names is not found or cannot be imported.
         KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
     cfg = copy.deepcopy(given) if isinstance(given, Config) else _read(Path(given))
@@ -44,6 +46,7 @@ def read_config(given: str | Path | Config, options: Mapping[str, Any] | None = 
         )
     check_cfg_options(cfg, options or {})
     cfg.merge_from_dict(options or {})
+    import_custom(cfg)  # the options may name modules too
     return cfg
 
 
@@ -55,7 +58,7 @@ def _read(path: Path) -> Config:
     path = find_config(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
-    return Config.fromfile(path)
+    return read_file(path)
 
 
 def run_config(

@@ -73,6 +73,7 @@ from mmseg_sats.utils.checkpoint import (
 )
 from mmseg_sats.utils.config_keys import IDENTITY
 from mmseg_sats.utils.shared_values import Sharing
+from mmseg_sats.utils.user_modules import import_custom
 
 _SECONDS = 'train/time'  # mmengine's log of each iteration's seconds; a resumed stage continues it
 
@@ -105,6 +106,7 @@ class IncrementalRunner:
     def __init__(self, cfg: Config) -> None:
         self.cfg = copy.deepcopy(cfg)
         drop_own_scope(self.cfg)
+        import_custom(self.cfg)
         set_defaults(self.cfg)
         self.work_dir = Path(self.cfg.work_dir)
         self.base = Path(cfg.base) if cfg.get('base') else None

@@ -100,6 +100,8 @@ KEYS = (
     Key('later_stages', 'package', "a recipe's values for the later stages", 'part'),
     Key('method_hooks', 'package', "a method's hooks, beside custom_hooks"),
     Key('method_imports', 'package', "modules that register a method's parts", 'run', harmless=True),
+    Key('import_folders', 'package', "where the user's modules were found, for the commands on a finished run", 'run',
+        harmless=True, reported=False),
     Key('model_config', 'package', 'the mmseg config that the model of --base was trained with', 'run'),
     Key('held_out', 'package', 'the share of the training images that chooses the best epoch'),
     Key('memory_selection', 'package', 'what picks the exemplars', 'run'),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.datasets.class_index.index import labels_of
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.user_modules import read_file
 
 
 @dataclass(eq=False)
@@ -63,7 +64,8 @@ def load_stage(folder: str | Path) -> StageModel:
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
-        ValueError: the snapshot is no checkpoint, or lacks tensors of the model.
+        ValueError: the snapshot is no checkpoint, or lacks tensors of the model; a module that the config names
+            is not found or cannot be imported.
     """
     folder = Path(folder)
     for name in ('config.py', 'snapshot.pth'):
@@ -71,7 +73,7 @@ def load_stage(folder: str | Path) -> StageModel:
             raise FileNotFoundError(
                 f'{folder / name} does not exist: expected the folder of a finished stage, stage_k'
             )
-    cfg = Config.fromfile(folder / 'config.py')
+    cfg = read_file(folder / 'config.py')
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model_cfg = copy.deepcopy(cfg.model)
     if model_cfg.get('old_model') is not None:

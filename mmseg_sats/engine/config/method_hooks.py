@@ -2,7 +2,6 @@
 """What a method needs besides its losses: modules to import, and hooks."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from mmengine.config import Config
@@ -10,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmseg.registry import MODELS
 
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
+from mmseg_sats.utils.user_modules import import_modules
 
 
 def import_method(cfg: Config) -> None:
@@ -30,31 +30,10 @@ def import_method(cfg: Config) -> None:
         raise TypeError(f'method_imports={names!r}: expected a list of names of modules')
     if not names:
         return
-    for name in names:
-        _import(name)
+    import_modules(cfg, names, 'method_imports')
     own = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
     own['imports'] = list(dict.fromkeys([*own['imports'], *names]))
     cfg.custom_imports = own
-
-
-def _import(name: str) -> None:
-    if name.endswith('.py') or not all(part.isidentifier() for part in name.split('.')):
-        raise ValueError(
-            f"method_imports: {name!r} is no module's name: expected dots and no .py, such as 'my_methods.my_loss'"
-        )
-    try:
-        import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
-            raise ValueError(f'method_imports: {name} was found, but it imports {error.name}, which was not') from error
-        raise ValueError(
-            f'method_imports: Python finds no module {error.name} (of {name!r}): expected the name of a module, not '
-            'of a class, in a folder that PYTHONPATH names'
-        ) from error
-    except Exception as error:  # whatever the module's code raises
-        raise ValueError(
-            f'method_imports: {name} was found, but importing it failed: {type(error).__name__}: {error}'
-        ) from error
 
 
 def add_method_hooks(cfg: Config) -> None:

@@ -57,7 +57,8 @@ def build_stage_config(
         ValueError: a module of ``method_imports`` cannot be imported, the batch size is too small for
             replay, or ``held_out`` is impossible.
     """
-    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
+    # Its file tells where the user's modules may be.
+    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()), filename=cfg.filename)
     import_method(merged)
     take_trained_model(merged)
     parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}

@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.engine.config.own_options import own_options
+from mmseg_sats.utils.user_modules import read_file
 
 SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
 
@@ -24,14 +25,15 @@ def take_trained_model(cfg: Config) -> None:
     Raises:
         FileNotFoundError: the config does not exist.
         ValueError: the config has no model, its model is not an ``EncoderDecoder``, or an auxiliary head has
-            another number of channels than the decode head.
+            another number of channels than the decode head; or a module that the config names is not found or cannot
+            be imported.
     """
     path = cfg.get('model_config')
     if path is None:
         return
     if not Path(path).is_file():
         raise FileNotFoundError(f'model_config {path} does not exist')
-    trained = Config.fromfile(path)
+    trained = read_file(path)
     merged = Config(dict(model=_model_of(trained, path)))
     merged.merge_from_dict(dict(model=dict(cfg.get('model') or {})))
     cfg.model = merged.model
@@ -42,6 +44,8 @@ def take_trained_model(cfg: Config) -> None:
         own = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
         own = dict(own, imports=list(dict.fromkeys([*own['imports'], *imports])))
         cfg.custom_imports = own
+    if trained.get('import_folders'):
+        cfg.import_folders = list(dict.fromkeys([*(cfg.get('import_folders') or []), *trained.import_folders]))
 
 
 def _check_heads(model: Mapping[str, Any], path: Path) -> None:
@@ -65,7 +69,7 @@ def note_on_sizes(cfg: Config) -> str | None:
     path = cfg.get('model_config')
     if path is None:
         return None
-    trained = Config.fromfile(path)
+    trained = read_file(path)
     theirs, own = _resizing(trained.get('test_pipeline')), _resizing(cfg.get('eval_pipeline'))
     if theirs == own:
         return None

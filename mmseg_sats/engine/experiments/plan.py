@@ -2,7 +2,7 @@
 """From a table's rows to runs: which config, options and folder each figure of the table comes from."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,9 +12,11 @@ from mmengine.config import Config, DictAction
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
 from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.utils.spelling import check_choice, near_match
+from mmseg_sats.utils.user_modules import read_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Run:
             KeyError: the config has no such option.
             ValueError: an option does not fit the config, or has no value.
         """
-        cfg = Config.fromfile(self.config)
+        cfg = read_file(self.config)
+        drop_own_scope(cfg)
         options = parse_options(self.options)
         check_cfg_options(cfg, options)
         try:
@@ -99,9 +102,11 @@ def memory_sizes(memory: str, dataset: str) -> tuple[int, ...]:
     Raises:
         ValueError: none of these.
     """
-    own = TABLE_DATASETS[dataset].memory
     if memory.isdecimal():
         return (int(memory),)
+    if dataset not in TABLE_DATASETS and memory != 'none':
+        raise ValueError(f'--memory {memory}: there is no usual number for {dataset}, expected none or a number')
+    own = TABLE_DATASETS[dataset].memory if dataset in TABLE_DATASETS else 0
     check_choice('--memory', memory, options := dict(none=(0,), memory=(own,), both=(0, own)))
     return options[memory]
 
@@ -132,8 +137,7 @@ def make_plan(
         options: further options for ``--cfg-options``; each is for the configs that have it.
 
     Raises:
-        ValueError: a system that neither the tables nor the folder know, a variant that the table lacks, or
-            an option that no config has.
+        ValueError: a system that neither the tables nor the folder know, or a variant that the table lacks.
     """
     known = find_systems(configs)
     for system in systems or ():
@@ -158,21 +162,29 @@ def make_plan(
                     )  # fmt: skip
                     plan.cells.append(Cell(part, row, protocol, memory, runs))
     plan.missing = list(dict.fromkeys(plan.missing))
-    _check_options(plan.runs, options)
     return plan
 
 
 @lru_cache(maxsize=1024)
 def _known_keys(config: Path) -> frozenset[str]:
-    return frozenset(known_keys(Config.fromfile(config)))
+    return frozenset(known_keys(Config.fromfile(config, import_custom_modules=False)))
 
 
 def _key(option: str) -> str:
     return option.split('=')[0].split('.')[0]
 
 
-def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
-    """Refuses an option that none of the configs has, since it would do nothing."""
+def fitting_options(config: Path, options: Sequence[str]) -> Iterator[str]:
+    """The options that a config has: Table 1 asks for a folder of outside images, which most systems do not know."""
+    return (option for option in options if _key(option) in _known_keys(config))
+
+
+def check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
+    """Checks that each option is one that some config has, since it would do nothing otherwise.
+
+    Raises:
+        ValueError: no config has it.
+    """
     known = {key for run in runs for key in _known_keys(run.config)}
     for option in options if runs else ():
         if _key(option) not in known:
@@ -182,7 +194,7 @@ def _check_options(runs: Sequence[Run], options: Sequence[str]) -> None:
 
 
 def _is_joint(config: Path | str) -> bool:
-    return isinstance(config, Path) and Config.fromfile(config).protocol == JOINT
+    return isinstance(config, Path) and Config.fromfile(config, import_custom_modules=False).protocol == JOINT
 
 
 def _protocols(part: Part, dataset: str) -> tuple[str, ...]:
@@ -210,6 +222,4 @@ def _run(
 ) -> Run:
     name = '_'.join(filter(None, (row.method, 'm' if memory else '', row.variant)))
     own = (f'seed={seed}', f'memory={memory}', *row.options)
-    # Table 1 asks for a folder of outside images, which most systems do not know.
-    fitting = (option for option in options if _key(option) in _known_keys(config))
-    return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting, *own))
+    return Run(f'{name}_{protocol}_seed{seed}', config, (*fitting_options(config, options), *own))

@@ -7,11 +7,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from mmseg_sats.engine.config.stage_config import stage_dir
 from mmseg_sats.engine.experiments.compare import Fingerprint, explain, fingerprint, same_start
 from mmseg_sats.engine.experiments.plan import Run
+from mmseg_sats.utils.user_modules import read_file
 
 
 class Record:
@@ -88,6 +87,9 @@ class Record:
     def _foreign_start(self) -> str:
         """Why the stage 0 it was given is not the one asked for."""
         base = self.base()
+        if self._own_base:
+            same = base is not None and Path(self._own_base).resolve() == base.resolve()
+            return '' if same or 'base' in self.accept else f'base: {base} there, {self._own_base} asked'
         if base is None:
             return ''
         owner = base.parents[1]
@@ -98,8 +100,15 @@ class Record:
             return ''
         return f'stage 0 was taken from {base}, which is trained otherwise'
 
+    @cached_property
+    def _own_base(self) -> str | None:
+        """The checkpoint that its config takes stage 0 from."""
+        return self.run.load().get('base')
+
     def find_start(self) -> Path | None:
         """A finished stage 0 in the work dir that this run may take; None where it must train its own."""
+        if self._own_base:
+            return None
         for done in sorted(self.out.glob('*/stage_0/done')):
             owner = done.parents[1]
             if owner != self.folder and self._may_start_from(owner):
@@ -125,5 +134,5 @@ class Record:
 def _read_version(
     path: Path, version: int, num_classes: int, seeded_start: bool
 ) -> tuple[Fingerprint, str | None]:
-    cfg = Config.fromfile(path)
+    cfg = read_file(path)
     return fingerprint(cfg, num_classes, seeded_start), cfg.get('base')

@@ -3,22 +3,26 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from mmseg_sats.engine.experiments.plan import Plan, make_plan, memory_sizes
+from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
+from mmseg_sats.engine.experiments.plan import Plan, check_options, make_plan, memory_sizes
 from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.split import write_split
-from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
+from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES, Table
 from mmseg_sats.utils.checkpoint import write_text
 from mmseg_sats.utils.config_keys import IDENTITY
 from mmseg_sats.utils.installed import CONFIGS, TOOLS
 from mmseg_sats.utils.spelling import check_choice
 
 PUBLISHED = Path(__file__).parent / 'published.csv'
+# The table of --configs, in the names of its files.
+OWN = 'configs'
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -27,10 +31,13 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an unknown name, or options that do not go together.
     """
-    check_choice('table', args.table, TABLES)
-    table = TABLES[args.table]
-    args.dataset = args.dataset or table.dataset
-    check_choice('--dataset', args.dataset, TABLE_DATASETS)
+    if (args.table is None) == (args.configs is None):
+        raise ValueError(f'expected a table ({", ".join(TABLES)}), or --configs DIR with configs of your own')
+    if args.table is not None:
+        check_choice('table', args.table, TABLES)
+        args.dataset = args.dataset or TABLES[args.table].dataset
+        check_choice('--dataset', args.dataset, TABLE_DATASETS)
+    table = table_of(args)
     if args.methods and table.parts:
         raise ValueError(
             f'--methods {",".join(args.methods)}: the rows of {args.table} are variants of SATS; '
@@ -38,7 +45,7 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.variants and not table.parts:
         raise ValueError(
-            f'--variants {",".join(args.variants)}: the rows of {args.table} are systems, named by --methods'
+            f'--variants {",".join(args.variants)}: the rows of {args.table or OWN} are systems, named by --methods'
         )
     given = {option.split('=')[0] for option in args.cfg_options}
     for key in IDENTITY:
@@ -49,27 +56,77 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f'--{option} {value}: expected 1 or more')
-    args.out = args.out or Path('work_dirs') / args.dataset
+
+
+def table_of(args: argparse.Namespace) -> Table:
+    """The table that is asked for. Beside a user's own configs stand the systems of Table 1 or Table 2."""
+    if args.table is not None:
+        return TABLES[args.table]
+    return replace(TABLES[_systems(args.dataset)], title=f'The configs in {args.configs}', memory='none')
+
+
+def _systems(dataset: str) -> str:
+    """The table that has the systems on a data set."""
+    return 'table2' if dataset == 'ade20k' else 'table1'
 
 
 def read_plan(args: argparse.Namespace) -> Plan:
-    """The table's runs.
+    """The table's runs. Of configs of the user's own, ``dataset`` and ``out`` are filled in.
 
     Raises:
-        ValueError: an unknown method, or an impossible size of the memory.
+        FileNotFoundError: the folder of configs does not exist.
+        ValueError: an unknown method, an impossible size of the memory, an option that no config has, or configs that
+            cannot stand in one table.
     """
-    table = TABLES[args.table]
+    plan = _plan_of_own(args) if args.configs is not None else _plan_of_ours(args, args.protocols, args.methods)
+    check_options(plan.runs, args.cfg_options)
+    args.out = args.out or Path('work_dirs') / args.dataset
+    return plan
+
+
+def _plan_of_ours(args: argparse.Namespace, protocols: Sequence[str], systems: Sequence[str]) -> Plan:
+    table = table_of(args)
     return make_plan(
         table,
         args.dataset,
         CONFIGS,
-        systems=args.methods,
+        systems=systems,
         variants=args.variants,
-        protocols=args.protocols,
+        protocols=protocols,
         memories=memory_sizes(args.memory or table.memory, args.dataset),
         seeds=args.seeds,
         options=args.cfg_options,
     )
+
+
+def _plan_of_own(args: argparse.Namespace) -> Plan:
+    configs, notes = find_configs(args.configs)
+    datasets = list(dict.fromkeys(config.dataset for config in configs))
+    if args.dataset is None and len(datasets) > 1:
+        raise ValueError(f'--configs {args.configs} has several data sets: expected one of {datasets} by --dataset')
+    args.dataset = args.dataset or datasets[0]
+    check_choice('--dataset', args.dataset, datasets)
+    known = list(dict.fromkeys(config.protocol for config in configs if config.dataset == args.dataset))
+    for protocol in args.protocols or ():
+        check_choice('--protocols', protocol, known)
+    protocols = args.protocols or known
+    configs = [one for one in configs if one.dataset == args.dataset and one.protocol in protocols]
+    memories = None if args.memory is None else memory_sizes(args.memory, args.dataset)
+    plan = Plan(own_cells(configs, memories, args.seeds, args.cfg_options), notes)
+    if args.methods:
+        if args.dataset not in TABLE_DATASETS:
+            raise ValueError(
+                f'--methods {",".join(args.methods)}: the package has no configs for the data set {args.dataset!r}, '
+                f'only for {", ".join(TABLE_DATASETS)}'
+            )
+        ours = _plan_of_ours(args, protocols, args.methods)
+        plan = Plan([*plan.cells, *ours.cells], [*notes, *ours.missing])
+    plan.cells.sort(key=lambda cell: protocols.index(cell.protocol))  # a table for each protocol
+    files: dict[str, Path] = {}
+    for run in (run for cell in plan.cells for run in cell.runs):
+        if files.setdefault(run.name, run.config) != run.config:
+            raise ValueError(f'{files[run.name]} and {run.config} would both be trained in {run.name}: rename one')
+    return plan
 
 
 def check_records(plan: Plan, args: argparse.Namespace) -> dict[str, Record]:
@@ -140,10 +197,9 @@ def report(
     args: argparse.Namespace, plan: Plan, records: dict[str, Record], notes: Sequence[str]
 ) -> None:
     """Prints the table, and writes it beside the runs as markdown and CSV."""
-    table = TABLES[args.table]
-    lines = make_lines(
-        args.table, plan.cells, records, read_published(PUBLISHED)
-    )
+    table = table_of(args)
+    name = args.table or OWN
+    lines = make_lines(args.table or _systems(args.dataset), plan.cells, records, read_published(PUBLISHED))
     if any(line.published for line in lines):
         notes = [
             f'Published: {table.dataset}, centre crops. {args.dataset} is measured as its config says; '
@@ -156,6 +212,6 @@ def report(
     text += ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / f'{args.table}.md', text)
-    write_text(args.out / f'{args.table}.csv', to_csv(args.table, lines))
-    print(f'written: {args.out / args.table}.md and .csv')
+    write_text(args.out / f'{name}.md', text)
+    write_text(args.out / f'{name}.csv', to_csv(name, lines))
+    print(f'written: {args.out / name}.md and .csv')

@@ -3,6 +3,7 @@
 
 import copy
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def load_for_export(stage_dir: Path) -> tuple[Config, nn.Module]:
 
 
 def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
-    """The config of the same model with mmseg's own types only, enough for ``mmseg.apis`` and mmseg's tools.
+    """The config of the same model without a type of this package, enough for ``mmseg.apis`` and mmseg's tools.
+
+    Its types are mmseg's, and those of the user's modules, which it then imports.
 
     Args:
         cfg: a stage's config.
@@ -81,9 +84,11 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
         ValueError: a part of the model exists in this package alone.
     """
     model = _in_stock_words(cfg.model.to_dict())
+    own = _own_modules(model, (cfg.get('custom_imports') or {}).get('imports') or [])
     return Config(
         dict(
             default_scope='mmseg',
+            **(dict(custom_imports=dict(imports=own, allow_failed_imports=False)) if own else {}),
             model=model,
             test_pipeline=cfg.test_pipeline,
             test_dataloader=dict(
@@ -101,6 +106,22 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
             ),
         )
     )
+
+
+def _own_modules(model: Any, names: Sequence[str]) -> list[str]:
+    """Those of the modules that register a part of the model: the user's own, such as a backbone's."""
+    found = {MODELS.get(kind).__module__ for kind in _types_in(model) if MODELS.get(kind) is not None}
+    return [name for name in names if any(f'{module}.'.startswith(f'{name}.') for module in found)]
+
+
+def _types_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get('type'), str):
+            yield value['type']
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _types_in(item)
 
 
 def _in_stock_words(value: Any) -> Any:

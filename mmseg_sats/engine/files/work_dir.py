@@ -145,7 +145,7 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
             )
         return
     try:
-        kept = Config.fromfile(path)
+        kept = Config.fromfile(path, import_custom_modules=False)
     except Exception as error:
         raise ValueError(f'{path} is no config that can be read: {error}') from error
     found = list(_differences(_plain(kept), _plain(cfg)))

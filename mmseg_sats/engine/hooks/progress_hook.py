@@ -192,7 +192,7 @@ def _plans(runner: Runner, dataset: IncrementalDataset) -> list[StagePlan]:
         return []
 
     def plan() -> list[StagePlan]:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(path, import_custom_modules=False)  # this process has them
         if cfg.get('runner_type') != 'IncrementalRunner' or cfg.protocol != dataset.protocol.name:
             return []
         return plan_run(cfg, dataset, work_dir)

@@ -60,7 +60,7 @@ def write_report(
         attention: pictures of attention; 0 leaves them out.
 
     Returns:
-        The page.
+        The page. What it lacks is said on it, and logged.
 
     Raises:
         FileNotFoundError: a work dir holds no finished stage.
@@ -88,6 +88,8 @@ def write_report(
     page |= photographs(album, runs, images, attention)
     page['heatmaps'] = _heatmaps(album, runs)
     page['notes'] = album.notes
+    for note in album.notes:
+        print_log(note, logger='current', level=logging.WARNING)
     write_text(out / 'index.html', _render(page))
     return out / 'index.html'
 

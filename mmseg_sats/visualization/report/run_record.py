@@ -185,7 +185,9 @@ def _scalars(stage: Path) -> list[dict[str, Any]]:
 
 def _flat_config(folder: Path) -> dict[str, Any]:
     path = folder / 'config.py'
-    return dotted_keys(Config.fromfile(path)._cfg_dict.to_dict()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return dotted_keys(Config.fromfile(path, import_custom_modules=False)._cfg_dict.to_dict())
 
 
 def dotted_keys(value: Any, path: str = '') -> dict[str, Any]:

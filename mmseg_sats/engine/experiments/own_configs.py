@@ -1,0 +1,142 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""Rows of a table that are a user's own configs: every config of a run in a folder is one."""
+
+import ast
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmseg_sats.engine.config.defaults import set_defaults
+from mmseg_sats.engine.config.own_scope import drop_own_scope
+from mmseg_sats.engine.config.variables import STAGE_VARIABLES, config_variables, resolve_variables
+from mmseg_sats.engine.experiments.plan import Cell, Run, fitting_options
+from mmseg_sats.engine.experiments.tables import Part, Row
+from mmseg_sats.protocol import JOINT
+from mmseg_sats.utils.user_modules import read_file
+
+# They stand in one table with the systems that --methods names.
+_PART = Part('systems', 'systems', ())
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """A config of a run.
+
+    Attributes:
+        path: its file.
+        name: what the table calls it: its path in the folder, without the suffix.
+        method: its method.
+        dataset: the name of its data set, ``own`` if it has none.
+        protocol: its protocol; of joint training that whose base and new classes are reported.
+        joint: whether it has one stage alone.
+        memory: how many exemplars it keeps, 0 for none.
+    """
+
+    path: Path
+    name: str
+    method: str
+    dataset: str
+    protocol: str
+    joint: bool
+    memory: int
+
+
+def find_configs(folder: Path) -> tuple[list[OwnConfig], list[str]]:
+    """The configs of runs in a folder, in the order of their names.
+
+    Left out are methods' files, which have no model, Python modules (files that define or import something), and all
+    that runs have written. So are models that other configs complete by a method, which is worth a note.
+
+    Returns:
+        The configs, and a note for each of these models.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no config of a run in it, or one of them cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f'--configs {folder} does not exist: expected a folder of configs')
+    found, notes = [], []
+    folder = folder.absolute()  # the method's name may be that of the folder, wherever the command is given
+    for path in _files(folder):
+        try:
+            cfg = read_file(path)
+        except (KeyError, OSError, SyntaxError, TypeError) as error:
+            raise ValueError(f'--configs: {path} cannot be read: {error}') from error
+        if cfg.get('model') is None or cfg.get('protocol') is None:
+            continue
+        if undefined := _undefined(cfg):
+            notes.append(f'{path} is a part that configs inherit from: {undefined}')
+            continue
+        drop_own_scope(cfg)
+        set_defaults(cfg)
+        joint = cfg.protocol == JOINT
+        protocol = cfg.get('split') or JOINT if joint else cfg.protocol
+        name = path.relative_to(folder).with_suffix('').as_posix()
+        found.append(OwnConfig(path, name, cfg.method, cfg.get('dataset') or 'own', protocol, joint, cfg.memory))
+    if not found:
+        raise ValueError(
+            f'--configs {folder}: expected configs of runs in it, with a model, a method and a protocol; found none'
+        )
+    return found, notes
+
+
+def _undefined(cfg: Config) -> str:
+    """What a config uses and does not define; empty if there is no such thing."""
+    try:
+        resolve_variables(cfg.model.to_dict(), config_variables(cfg) | dict.fromkeys(STAGE_VARIABLES, 1))
+    except KeyError as error:
+        return error.args[0].split(';')[0]
+    return ''
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Python files that only assign values, outside hidden folders and the work dirs of runs."""
+    for place, folders, files in os.walk(folder):
+        if any(name.startswith('stage_') for name in folders):
+            folders.clear()  # a run's work dir
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith(('.', '__')))
+        paths = (Path(place, name) for name in sorted(files) if name.endswith('.py'))
+        yield from (path for path in paths if _assigns(path))
+
+
+def _assigns(path: Path) -> bool:
+    """Whether a file may be a config; a module of the user's must not be run for an answer."""
+    try:
+        body = ast.parse(path.read_text(encoding='utf-8')).body
+    except (SyntaxError, UnicodeDecodeError):
+        return False
+    names = {getattr(target, 'id', '') for node in body if isinstance(node, ast.Assign) for target in node.targets}
+    code = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return bool({'_base_', 'model'} & names) and not any(isinstance(node, code) for node in body)
+
+
+def own_cells(
+    configs: Sequence[OwnConfig], memories: Sequence[int] | None, seeds: Sequence[int], options: Sequence[str]
+) -> list[Cell]:
+    """A row for each config, or one for each size of the memory.
+
+    Args:
+        configs: the configs, of one data set.
+        memories: sizes of the memory; None leaves each config its own.
+        seeds: seeds.
+        options: further options for ``--cfg-options``; each is for the configs that have it.
+    """
+    cells = []
+    for config in configs:
+        for memory in (config.memory,) if memories is None else memories:
+            if memory and config.joint:
+                continue  # one stage has no old images to keep
+            name = config.name.replace('/', '_') + (f'_memory{memory}' if memory != config.memory else '')
+            runs = tuple(
+                Run(f'{name}_seed{seed}', config.path,
+                    (*fitting_options(config.path, options), f'seed={seed}', f'memory={memory}'))
+                for seed in seeds
+            )  # fmt: skip
+            row = Row(config.name, config.name, method=config.method)
+            cells.append(Cell(_PART, row, config.protocol, memory, runs))
+    return cells

@@ -1,0 +1,162 @@
+# Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
+"""`mmseg-sats table --configs DIR`: which of a user's files are rows, how their runs are called, one table trained."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mmseg_sats_cli
+from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
+from mmseg_sats.engine.experiments.plan import Run
+from mmseg_sats.engine.experiments.record import Record
+
+ROOT = Path(__file__).parents[1]
+SHAPES = "_base_ = ['mmseg_sats::_base_/segformer_tiny_shapes.py', 'mmseg_sats::{0}/{0}.py']\nprotocol = '{1}'\n"
+HOOK = """
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class QuietHook(Hook):
+    def after_stage(self, runner, stage, metrics):
+        print('quiet stage', stage.index)
+"""
+Write = Callable[[str, str], None]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a file below the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def file(name: str, text: str) -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+
+    return file
+
+
+def test_every_config_of_a_run_is_a_row_and_nothing_else_is_run(write: Write) -> None:
+    write('own/cosine/cosine.py', "segmentation_loss = dict(type='CrossEntropyLoss')\n")
+    write('own/cosine/shapes_3-1.py', SHAPES.format('mib', '3-1'))
+    write('own/cosine/shapes_3-3.py', SHAPES.format('mib', '3-3') + 'memory = 12\n')
+    write('own/all.py', SHAPES.format('joint', 'joint') + "split = '3-1'\nmethod = 'together'\n")
+    write('own/base.py', "_base_ = 'mmseg_sats::_base_/segformer_tiny_shapes.py'\n")
+    write('own/a_loss.py', "_base_ = model = 1\nimport os\nraise RuntimeError('is a module')\n")
+    write('own/work_dirs/run/config.py', SHAPES.format('mib', '3-1'))
+    write('own/work_dirs/run/stage_0/config.py', SHAPES.format('mib', '3-1'))
+    write('own/.hidden/x.py', SHAPES.format('mib', '3-1'))
+    configs, notes = find_configs(Path('own'))
+    found = {one.name: (one.method, one.dataset, one.protocol, one.joint, one.memory) for one in configs}
+    assert found == {
+        'all': ('together', 'shapes', '3-1', True, 0),
+        'cosine/shapes_3-1': ('cosine', 'shapes', '3-1', False, 0),
+        'cosine/shapes_3-3': ('cosine', 'shapes', '3-3', False, 12),
+    }
+    (note,) = notes
+    assert note.startswith(f'{Path("own/base.py").absolute()} is a part that configs inherit from: ')
+    assert "the config defines no 'pseudo_labeler'" in note
+
+
+def test_runs_are_named_by_their_files(write: Write) -> None:
+    write('own/cosine/shapes.py', SHAPES.format('mib', '3-1') + 'memory = 12\n')
+    write('own/all.py', SHAPES.format('joint', 'joint') + "split = '3-1'\n")
+    configs, _ = find_configs(Path('own'))
+
+    def names(memories: list[int] | None, seeds: list[int]) -> list[str]:
+        return [run.name for cell in own_cells(configs, memories, seeds, ['epochs=2']) for run in cell.runs]
+
+    assert names(None, [0, 1]) == ['all_seed0', 'all_seed1', 'cosine_shapes_seed0', 'cosine_shapes_seed1']
+    assert names([0, 30], [0]) == ['all_seed0', 'cosine_shapes_memory0_seed0', 'cosine_shapes_memory30_seed0']
+    (run,) = own_cells(configs, None, [3], ['epochs=2', 'outside_root=x'])[1].runs
+    cfg = run.load()
+    assert run.options == ('epochs=2', 'seed=3', 'memory=12')
+    assert (cfg.epochs, cfg.seed, cfg.memory, cfg.method) == (2, 3, 12, 'cosine')
+
+
+def test_a_config_in_the_current_folder_has_the_same_method_as_from_elsewhere(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write('own/one.py', SHAPES.format('mib', '3-1'))
+    there, _ = find_configs(Path('own'))
+    monkeypatch.chdir('own')
+    assert find_configs(Path('.')) == (there, [])
+    assert there[0].method == 'own'
+
+
+def test_a_config_with_a_base_of_its_own_takes_no_other_stage_0(write: Write) -> None:
+    write('own/yard.py', SHAPES.format('mib', '3-1') + "base = 'old/model.pth'\n")
+    record = Record(Path('out'), Run('yard_seed0', Path('own/yard.py'), ()))
+    assert record.find_start() is None
+    Path('out/yard_seed0').mkdir(parents=True)
+    for base, told in (('old/model.pth', ''), ('other.pth', 'base: other.pth there, old/model.pth asked')):
+        cfg = record.run.load()
+        cfg.base, cfg.work_dir = base, 'out/yard_seed0'
+        cfg.dump('out/yard_seed0/config.py')
+        os.utime('out/yard_seed0/config.py', ns=(0, len(base)))  # a file of another time is read anew
+        assert record.conflict() == told
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ([], 'expected a table (table1, table2, table3, table4, figure6, ablations), or --configs DIR'),
+        (['table1', '--configs', 'own'], 'or --configs DIR with configs of your own'),
+        (['--configs', 'none'], '--configs none does not exist: expected a folder of configs'),
+        (['--configs', 'empty'], 'expected configs of runs in it, with a model, a method and a protocol; found none'),
+        (['--configs', 'two'], "several data sets: expected one of ['mine', 'shapes'] by --dataset"),
+        (['--configs', 'own', '--dataset', 'voc'], "--dataset='voc' is unknown"),
+        (['--configs', 'own', '--protocols', '3-2'], "--protocols='3-2' is unknown"),
+        (['--configs', 'own', '--methods', 'mibb'], "did you mean 'mib'?"),
+        (['--configs', 'own', '--variants', 'x'], '--variants x: the rows of configs are systems'),
+        (['--configs', 'two', '--dataset', 'mine', '--methods', 'mib'], "no configs for the data set 'mine'"),
+        (['--configs', 'two', '--dataset', 'mine', '--memory', 'both'], 'there is no usual number for mine'),
+        (['--configs', 'own', '--cfg-options', 'epoch=3'], "none of the configs has 'epoch' (did you mean 'epochs'?)"),
+        (['--configs', 'same'], 'would both be trained in a_b_seed0: rename one'),
+        (['--configs', 'wrong'], 'no_such_module'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_before_anything_is_trained(write: Write, words: list[str], message: str) -> None:
+    shapes = SHAPES.format('mib', '3-1')
+    write('own/one.py', shapes)
+    write('empty/base.py', "_base_ = 'mmseg_sats::_base_/segformer_tiny_shapes.py'\n")
+    for name in ('two/one.py', 'same/a/b.py', 'same/a_b.py'):
+        write(name, shapes)
+    write('two/another.py', f"{shapes}dataset = 'mine'\n")
+    write('wrong/one.py', f"{shapes}method_imports = ['no_such_module']\n")
+    with pytest.raises(SystemExit) as told:
+        mmseg_sats_cli.main(['table', *words])
+    assert message in str(told.value)
+    assert '\n' not in str(told.value)
+    assert not Path('work_dirs').exists()
+
+
+def test_one_table_of_own_configs_and_a_method_of_the_package(
+    write: Write, tmp_path: Path, shapes_root: Path
+) -> None:
+    """With a module of the user's, which the planning process and the trained runs find."""
+    write('own/quiet/a_hook.py', HOOK)
+    method = "method_imports = ['a_hook']\nmethod_hooks = [dict(type='QuietHook')]\n"
+    write('own/quiet/shapes_3-1.py', SHAPES.format('mib', '3-1') + method)
+    small = [
+        f'data_root={shapes_root}', 'epochs=1', 'num_shapes=4', 'image_size=64', 'crop_size=64', 'train_images=24',
+        'val_images=12', 'batch_size=4', 'train_dataloader.num_batch_per_epoch=1', 'report=None',
+    ]  # fmt: skip
+    words = ['table', '--configs', 'own', '--methods', 'finetune', '--threads', '1', '--cfg-options', *small]
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', 'mmseg_sats', *words], cwd=tmp_path, text=True, capture_output=True,
+        check=False, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    out = tmp_path / 'work_dirs/shapes'
+    logs = ''.join(path.read_text()[-2000:] for path in out.glob('*/log.txt'))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    head, _, *rows = [line.split('|')[1].strip() for line in done.stdout.splitlines() if line.startswith('|')]
+    assert [head, *rows] == ['row', 'quiet/shapes_3-1', 'finetune']
+    assert 'quiet stage 1' in (out / 'quiet_shapes_3-1_seed0/log.txt').read_text()
+    assert (out / 'configs.md').read_text() in done.stdout
+    assert (out / 'configs.csv').read_text().count('finished') == 2
