@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> str:
     if shutil.which('bash') is None:
         pytest.skip('bash is not installed')
     register = 'register-python-argcomplete'
-    modules = {'mmseg-sats': 'mmseg_sats_cli', register: f'argcomplete.scripts.{register.replace("-", "_")}'}
+    modules = {'mmseg-sats': 'mmseg_sats.commands', register: f'argcomplete.scripts.{register.replace("-", "_")}'}
     for name, module in modules.items():
         script = tmp_path / name
         script.write_text(f'#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n')

@@ -20,7 +20,7 @@ PAGE = (ROOT / 'docs/new_backbone.md').read_text(encoding='utf-8')
 COMMANDS = """
 import json, os, sys
 sys.path.remove('')
-import mmseg_sats, mmseg_sats_cli
+import mmseg_sats.engine, mmseg_sats.commands
 
 for folder, words, log in json.load(sys.stdin):
     child = os.fork()
@@ -29,7 +29,7 @@ for folder, words, log in json.load(sys.stdin):
         file = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.exit(mmseg_sats_cli.main(words))
+        sys.exit(mmseg_sats.commands.main(words))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

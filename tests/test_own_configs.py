@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import mmseg_sats_cli
+from mmseg_sats import commands
 from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
 from mmseg_sats.engine.experiments.plan import Run
 from mmseg_sats.engine.experiments.record import Record
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_told_before_anything_is_trained(write: Write, words: l
     write('two/another.py', f"{shapes}dataset = 'mine'\n")
     write('wrong/one.py', f"{shapes}method_imports = ['no_such_module']\n")
     with pytest.raises(SystemExit) as told:
-        mmseg_sats_cli.main(['table', *words])
+        commands.main(['table', *words])
     assert message in str(told.value)
     assert '\n' not in str(told.value)
     assert not Path('work_dirs').exists()

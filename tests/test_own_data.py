@@ -23,7 +23,7 @@ from tests.in_process import ROOT, call
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.stage_folder import make_stage
 
-COMMAND = str(ROOT / 'mmseg_sats_cli.py')
+COMMAND = str(ROOT / 'mmseg_sats/__main__.py')
 NEW = {6: 11, 7: 12, 8: 40}  # the page's numbers of crate, pallet and forklift
 OLD = ['road', 'grass', 'building', 'car', 'person']
 SMALL = ['epochs=1', 'crop_size=64', 'batch_size=4', 'num_workers=0']
