@@ -17,11 +17,12 @@ from mmseg_sats.utils.first_use import register_on_first_use
 from mmseg_sats.version import __version__
 
 if TYPE_CHECKING:
-    from mmseg_sats import datasets, engine, evaluation, functional, models, visualization
+    from mmseg_sats import datasets, engine, evaluation, functional, models, protocol, visualization
     from mmseg_sats.protocol import Protocol, Stage
 
 __all__ = [
-    'Protocol', 'Stage', '__version__', 'datasets', 'engine', 'evaluation', 'functional', 'models', 'visualization',
+    'Protocol', 'Stage', '__version__', 'datasets', 'engine', 'evaluation', 'functional', 'models', 'protocol',
+    'visualization',
 ]  # fmt: skip
 
 # What registers parts.
