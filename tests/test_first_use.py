@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import mmseg_sats
+from tests.test_compatibility import IMPORTABLE
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmseg')
 CHEAP = f"""
 import sys
 import mmseg_sats
-assert mmseg_sats.Protocol('15-1', 20).stages and 'models' in dir(mmseg_sats)
+assert mmseg_sats.protocol.Protocol is mmseg_sats.Protocol and 'models' in dir(mmseg_sats)
 assert not [name for name in {HEAVY} if name in sys.modules]
 """
 BUILT = """
@@ -62,6 +63,17 @@ sys.meta_path.insert(0, Absent())
 def python(text: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, '-c', f'import sys\n{text}'], cwd=ROOT, text=True, capture_output=True,
                           check=False)
+
+
+def test_public_names_are_reached_from_the_package_alone() -> None:
+    """As attributes, without an import of their module."""
+    text = f"""
+import functools, mmseg_sats
+for name in {IMPORTABLE}:
+    functools.reduce(getattr, name.split('.')[1:], mmseg_sats)
+"""
+    done = python(text)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize('order', ORDERS)
