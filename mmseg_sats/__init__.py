@@ -17,7 +17,16 @@ from mmseg_sats.utils.first_use import register_on_first_use
 from mmseg_sats.version import __version__
 
 if TYPE_CHECKING:
-    from mmseg_sats import api, datasets, engine, evaluation, functional, models, protocol, visualization
+    from mmseg_sats import (
+        api,
+        datasets,
+        engine,
+        evaluation,
+        functional,
+        models,
+        protocol,
+        visualization,
+    )
     from mmseg_sats.api import add_classes, load_run, train
     from mmseg_sats.protocol import Protocol, Stage
 
