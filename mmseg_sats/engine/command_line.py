@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options
+from mmseg_sats.engine.config.class_objects import name_classes
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.utils.installed import find_config
 
@@ -29,7 +30,8 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
 
     Raises:
         FileNotFoundError: no such file or name.
-        ValueError: the file is not a config, or is only a base that other configs inherit from.
+        ValueError: the file is not a config, is only a base that other configs inherit from, or has a class in it that
+            cannot be named.
         KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
     path = Path(path)
@@ -41,6 +43,7 @@ def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     if path.suffix not in _SUFFIXES:
         raise ValueError(f'{path} is no config: expected a file that ends in {", ".join(_SUFFIXES)}')
     cfg = Config.fromfile(path)
+    name_classes(cfg)
     drop_own_scope(cfg)
     if cfg.get('model') is None:
         raise ValueError(
