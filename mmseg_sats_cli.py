@@ -11,11 +11,14 @@ import argparse
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _PACKAGE = 'mmseg_sats'
+# Import name to distribution, of what pip does not bring with the package: requirements/runtime.txt says why.
+_BROUGHT_BY = {'torch': 'torch', 'cv2': 'opencv-python', 'matplotlib': 'matplotlib'}
 
 
 @contextmanager
@@ -41,13 +44,28 @@ def _without_its_init() -> Iterator[None]:
 def _run(args: argparse.Namespace) -> int:
     try:
         importlib.import_module(_PACKAGE)
-    except ModuleNotFoundError as error:
-        if error.name not in ('mmengine', 'mmcv', 'mmseg'):
-            raise
-        raise SystemExit(
-            f"{error.name} is not installed: `pip install 'mmseg_sats[mm]'` brings mmengine, mmcv and mmseg"
-        ) from error
-    return args.run(args) or 0
+        return args.run(args) or 0
+    except ImportError as error:
+        if advice := _advice(error):
+            raise SystemExit(advice) from error
+        raise
+    except KeyboardInterrupt as error:
+        print(': '.join(['interrupted', *error.args]), file=sys.stderr)
+        return 128 + signal.SIGINT  # what a shell gives for a process that the signal ended
+
+
+def _advice(error: ImportError) -> str | None:
+    """One line for a package that is missing or too old, or None if the error may be a fault of someone's code."""
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or '').split('.')[0]
+        if error.name == 'mmcv._ext':
+            return 'this mmseg needs an mmcv with compiled ops, and the installed one has none: see docs/install.md'
+        if error.name in ('mmengine', 'mmcv', 'mmseg'):
+            return f"{name} is not installed: `pip install 'mmseg_sats[mm]'` brings mmengine, mmcv and mmseg"
+        return f'{name} is not installed: `pip install {_BROUGHT_BY[name]}`' if name in _BROUGHT_BY else None
+    # Raised with a message for the reader, as mmengine does where TensorBoard is chosen and absent, or by
+    # mmseg_sats/utils/oldest_torch.py. Python itself names the module in its errors.
+    return str(error) if error.name is None else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

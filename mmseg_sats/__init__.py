@@ -8,6 +8,7 @@ one of ours by ``_base_ = 'mmseg_sats::sats/segformer_b2_voc_15-1.py'``, whereve
 
 from mmengine.config.utils import MODULE2PACKAGE
 
+import mmseg_sats.utils.oldest_torch  # before all that needs a newer one
 import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mmseg
 from mmseg_sats import datasets, engine, evaluation, models, visualization
 from mmseg_sats.version import __version__

@@ -3,8 +3,7 @@
 
 import sys
 
-from mmseg_sats.commands import parse
+from mmseg_sats_cli import main
 
 if __name__ == '__main__':
-    args = parse()
-    sys.exit(args.run(args))
+    sys.exit(main())
