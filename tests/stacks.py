@@ -125,10 +125,15 @@ def _install_mmcv(install: tuple[str, ...]) -> None:
 
 def would_replace(python: Path) -> list[str]:
     """What is installed in the venv, and would be installed in another version by ``pip install .``."""
-    there = {line.split('==')[0] for line in _run(str(python), '-m', 'pip', 'list', '--format=freeze').splitlines()}
+    listed = _run(str(python), '-m', 'pip', 'list', '--format=freeze').splitlines()
+    there = {_normal(line.split('==')[0]) for line in listed} - {'mmseg-sats'}
     plan = _run(str(python), '-m', 'pip', 'install', '--dry-run', '--no-build-isolation', str(ROOT))
     new = re.search('^Would install (.*)$', plan, re.MULTILINE)
-    return [one for one in new[1].split() if one.rpartition('-')[0] in there - {'mmseg_sats', 'mmseg-sats'}]
+    return [one for one in (new[1].split() if new else ()) if _normal(one.rpartition('-')[0]) in there]
+
+
+def _normal(distribution: str) -> str:
+    return re.sub('[-_.]+', '-', distribution).lower()
 
 
 def test(cell: Cell, arguments: list[str]) -> str:
