@@ -101,7 +101,7 @@ def build(cell: Cell) -> Path:
     _run(base, '-m', 'venv', str(folder))
     limits = folder / 'constraints.txt'
     limits.write_text('\n'.join(constraints(cell)) + '\n')
-    install = (str(python), '-m', 'pip', '--disable-pip-version-check', 'install', '-c', str(limits))
+    install = (str(python), '-m', 'pip', '--disable-pip-version-check', 'install', '--no-compile', '-c', str(limits))
     _run(*install, 'torch', 'numpy', 'wheel', '-r', str(ROOT / 'requirements/tests.txt'))
     if cell.stack == 'forks':
         _run(*install, '-r', str(ROOT / 'requirements.txt'))

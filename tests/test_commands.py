@@ -77,7 +77,7 @@ def test_a_command_runs_in_a_process_that_has_the_package(capsys: pytest.Capture
     before = sys.modules['mmseg_sats']
     with pytest.raises(SystemExit, match=r'nothing/stage_.*no such snapshot'):
         mmseg_sats_cli.main(['test', 'nothing'])
-    with pytest.raises(SystemExit, match='no checkpoint at a'):
+    with pytest.raises(SystemExit, match='checkpoint a does not exist'):
         mmseg_sats_cli.script('convert_mit', ['a', 'b'])
     assert sys.modules['mmseg_sats'] is before
 
