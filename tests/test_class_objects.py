@@ -11,6 +11,7 @@ from mmengine.registry import RUNNERS
 from mmseg.models.losses import CrossEntropyLoss
 from torch import nn
 
+from mmseg_sats.engine import IncrementalRunner
 from mmseg_sats.engine.command_line import read_config
 from mmseg_sats.engine.config.class_objects import name_classes
 
@@ -57,12 +58,19 @@ def test_a_file_in_the_newer_style_is_one_of_names(tmp_path: Path) -> None:
     )
 
 
+def test_the_runner_of_a_config_may_be_the_class() -> None:
+    assert named(runner_type=IncrementalRunner) == dict(runner_type='IncrementalRunner')
+
+
 def test_what_no_import_finds_is_refused() -> None:
     class Mine(nn.Module):
         """Inside a function."""
 
     with pytest.raises(ValueError, match=r'^model\.parts\[1\]\.type is the class .*Mine, which no import finds[^\n]*$'):
         named(model=dict(parts=[dict(type='A'), dict(type=Mine)]))
+    Mine.__module__, Mine.__qualname__ = '__main__', 'Mine'
+    with pytest.raises(ValueError, match=r'^hook\.type is the class __main__\.Mine, which no import finds'):
+        named(hook=dict(type=Mine))
 
 
 @pytest.mark.parametrize(('value', 'kind'), [(CrossEntropyLoss, 'class'), (len, 'function'), (named, 'function')])

@@ -47,7 +47,7 @@ def _named(value: Any, where: str, imported: bool) -> Any:
         }
     if isinstance(value, list | tuple):
         return type(value)(_named(item, f'{where}[{index}]', imported) for index, item in enumerate(value))
-    is_type = where.endswith('.type') or where == 'type'
+    is_type = where.rpartition('.')[2] in ('type', 'runner_type')
     if isclass(value) or isroutine(value):
         return _name(value, where, is_type)
     if imported and is_type and isinstance(value, str) and '.' in value:
@@ -63,13 +63,15 @@ def _name(item: Any, where: str, is_type: bool) -> str:
             f'{where} is the {kind} {path}: in a config a class or function may only be a `type`, since config.py '
             'holds its name'
         )
-    name = _registered(item) or path
-    if name == path and get_object_from_string(path) is not item:
+    if name := _registered(item):
+        return name
+    # A script's own __main__ is another module in the process that reads config.py.
+    if item.__module__ == '__main__' or get_object_from_string(path) is not item:
         raise ValueError(
             f'{where} is the {kind} {path}, which no import finds, so that config.py cannot name it: register it '
             "in one of mmseg's registries, or move it to a module that can be imported"
         )
-    return name
+    return path
 
 
 def _registered(item: Any) -> str | None:
