@@ -18,7 +18,7 @@ CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill test-mutants bench bench-check lint format docs clean
+.PHONY: help venv demo test test-slow test-kill test-mutants test-stacks bench bench-check lint format docs clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test-kill: $(STAMP) ## runs killed at 30 random moments and around every write, 
 
 test-mutants: $(STAMP) ## how many of 150 small faults in the package the tests notice: half an hour and more
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.mutants $(ARGS)
+
+test-stacks: ## the tests on other versions of Python, torch, mmseg and numpy, each in a venv below .stacks
+	$(PYTHON) -m tests.stacks $(ARGS)
 
 bench: $(STAMP) ## what the parts cost, as ratios (ARGS=step for one benchmark)
 	$(PY) -W ignore -m benchmarks $(ARGS)

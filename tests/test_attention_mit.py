@@ -237,9 +237,20 @@ def test_a_grid_smaller_than_the_reduction_is_refused() -> None:
         own(images(32, 12))
 
 
+def dropout_follows_memory() -> bool:
+    """Whether dropout draws the numbers of a channels-last tensor in the order of its memory; torch 2.4 does not."""
+    drawn = []
+    for ones in (torch.ones(2, 5, 7, 6).double(), torch.ones(2, 5, 7, 6).double().permute(0, 3, 1, 2)):
+        torch.manual_seed(0)
+        drawn.append(torch.dropout(ones, 0.5, train=True))
+    return torch.equal(drawn[0].permute(0, 3, 1, 2), drawn[1])
+
+
 @pytest.mark.parametrize('drops', [{}, {'ffn_drop': 0.3}, {'dropout_layer': {'type': 'DropPath', 'drop_prob': 0.5}}])
 def test_the_feed_forward_layer_on_tokens_is_the_stock_one(drops: dict[str, Any]) -> None:
     """Value and gradient, and the same draws of dropout."""
+    if 'ffn_drop' in drops and not dropout_follows_memory():
+        pytest.skip('this torch draws in another order for the stock layer, whose maps are channels-last')
     torch.manual_seed(0)
     module = MixFFN(6, 24, **drops).double().train()
     x, identity = (torch.randn(4, 35, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))

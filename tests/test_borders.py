@@ -142,7 +142,7 @@ def test_a_config_has_the_text_that_mmengine_gives_it(path: str) -> None:
 def test_a_stages_config_has_the_text_that_mmengine_gives_it(tmp_path: Path) -> None:
     content = dict(
         z=1, a=dict(), b=[], c=None, d='$word', e={'not a name': 1, '3': dict(x=[1, dict(y=(2,))])},
-        f=[[1, 2], ['a' * 90]], string='it\'s "quoted"', type_=float,
+        f=[[1, 2], ['a' * 90]], string='it\'s "quoted"',
     )  # fmt: skip
     cfg = StageConfig(content)
     assert cfg.pretty_text == Config(content).pretty_text

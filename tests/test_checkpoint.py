@@ -7,15 +7,18 @@ import os
 import pickle
 import re
 import struct
+import tarfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import (
     adopt_base,
@@ -190,6 +193,51 @@ def test_a_checkpoint_of_mmengine_is_read(tmp_path: Path) -> None:
     assert loaded['meta']['dataset_meta']['classes'] == ('a', 'b')
     assert HistoryBuffer._statistics_methods == methods
     assert hub.get_scalar('train/loss').statistics('mean') == 0.5
+
+
+@pytest.mark.parametrize('core', ['numpy.core', 'numpy._core'])
+def test_arrays_are_read_whichever_numpy_wrote_them(tmp_path: Path, core: str) -> None:
+    path = tmp_path / 'epoch_1.pth'
+    numbers = dict(array=np.arange(3.0), number=np.float64(0.5))
+    torch.save(dict(state_dict={}, meta=numbers), path, _use_new_zipfile_serialization=False)
+    own = np.zeros(0).__reduce__()[0].__module__.removesuffix('.multiarray')
+    content = path.read_bytes()
+    assert own.encode() in content
+    path.write_bytes(content.replace(f'c{own}.'.encode(), f'c{core}.'.encode()))
+    meta = load_checkpoint_safely(path)['meta']
+    assert meta['array'].tolist() == [0, 1, 2]
+    assert meta['number'] == 0.5
+
+
+def test_what_others_allow_is_not_allowed_here_and_stays_theirs(tmp_path: Path) -> None:
+    before = list(torch.serialization.get_safe_globals())
+    torch.save(dict(state_dict={}, meta=Namespace()), tmp_path / 'other.pth')
+    torch.serialization.add_safe_globals([Namespace])
+    try:
+        with pytest.raises(ValueError, match='carries code'):
+            load_checkpoint_safely(tmp_path / 'other.pth')
+        assert Namespace in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def test_a_torchscript_archive_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.jit.save(torch.jit.script(nn.Identity()), tmp_path / 'script.pth')
+    monkeypatch.setattr(torch.jit, 'load', lambda *_, **__: pytest.fail('it was run'))
+    with pytest.raises(ValueError, match='TorchScript'):
+        load_checkpoint_safely(tmp_path / 'script.pth')
+
+
+def test_a_tar_file_is_refused_and_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / 'old.pth', 'w') as tar:
+        for name in ('storages', 'tensors', 'pickle'):
+            tar.addfile(tarfile.TarInfo(name))
+    monkeypatch.setattr(tarfile.TarFile, 'extract', lambda *_, **__: pytest.fail('it was unpacked'))
+    with pytest.raises(ValueError, match='tar'):
+        load_checkpoint_safely(tmp_path / 'old.pth')
 
 
 # Reading: files that are no checkpoints

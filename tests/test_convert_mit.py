@@ -160,7 +160,7 @@ def test_command_line(tmp_path: Path, wrapped: bool) -> None:
 
 def test_command_line_errors_name_the_file(tmp_path: Path) -> None:
     source, target = tmp_path / 'source.pth', tmp_path / 'mit.pth'
-    with pytest.raises(SystemExit, match=f'no checkpoint at {source}'):
+    with pytest.raises(SystemExit, match=f'checkpoint {source} does not exist'):
         main([str(source), str(target)])
     torch.save({'block1.0.attn.w': torch.zeros(1)}, source)
     with pytest.raises(SystemExit, match=rf'{source}: .* MiT: block1\.0\.attn\.w'):
@@ -176,13 +176,16 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'source\.pth is not a checkpoint'):
         convert_mit.load(path)
     torch.save({'state_dict': [1, 2]}, path)
+    with pytest.raises(ValueError, match=r'source\.pth holds a list, expected a dict of tensors'):
+        convert_mit.load(path)
+    torch.save({'state_dict': {'epoch': 3}}, path)
     with pytest.raises(ValueError, match=r'source\.pth must hold a dict of tensors'):
         convert_mit.load(path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     torch.save({'state_dict': _Arbitrary()}, tmp_path / 'source.pth')
-    with pytest.raises(ValueError, match='not a checkpoint of plain tensors'):
+    with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
         convert_mit.load(tmp_path / 'source.pth')
 
 

@@ -79,7 +79,7 @@ def test_a_log_history_is_numbers_and_nothing_else(stage: Config, tmp_path: Path
 
 
 def test_every_file_is_read_safely() -> None:
-    """Each torch.load says weights_only=True, no np.load allows pickle, nobody unpickles."""
+    """One place calls torch.load, with weights_only=True; no np.load allows pickle, nobody unpickles."""
     found = []
     for path in [*ROOT.glob('mmseg_sats/**/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('benchmarks/*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -87,7 +87,8 @@ def test_every_file_is_read_safely() -> None:
                 continue
             options = {word.arg: ast.unparse(word.value) for word in node.keywords}
             called = ast.unparse(node.func)
-            if called == 'torch.load' and options.get('weights_only') != 'True':
+            careful = path.name == 'checkpoint.py' and options.get('weights_only') == 'True'
+            if called == 'torch.load' and not careful:
                 found.append((path.name, node.lineno))
             if called == 'np.load' and options.get('allow_pickle') != 'False':
                 found.append((path.name, node.lineno))

@@ -110,6 +110,15 @@ def test_the_package_depends_on_no_distribution_of_mm(metadata: Message) -> None
     assert not [name for name in distributions('runtime') if is_mm(name)]
 
 
+def test_pip_replaces_nothing_that_is_installed(metadata: Message) -> None:
+    """`make test-stacks` asks pip itself, beside every stack; this is what the answer rests on."""
+    asked = requirements_of(metadata, None)
+    assert asked == distributions('runtime'), 'a bound replaces what is installed and lies outside it'
+    # These come in several builds or, where they are new, bring another numpy.
+    assert not {'torch', 'opencv-python', 'matplotlib', 'scipy'} & set(asked)
+    assert requirements_of(metadata, 'mm') == distributions('mm')
+
+
 def test_every_file_of_requirements_is_an_extra(metadata: Message) -> None:
     files = {path.stem for path in (ROOT / 'requirements').glob('*.txt')}
     assert set(metadata.get_all('Provides-Extra')) == files - {'runtime', 'constraints'}
@@ -228,7 +237,7 @@ def test_every_requirement_is_pinned() -> None:
 
 
 def test_every_import_is_required() -> None:
-    known = {IMPORT_NAMES.get(name, name) for name in distributions('runtime')}
+    known = {IMPORT_NAMES.get(name, name) for name in distributions('runtime') + distributions('mm')}
     known |= MM_IMPORT_NAMES | {'mmseg_sats'} | set(sys.stdlib_module_names)
     known |= {'triton'}  # CUDA builds of torch bring it; nothing imports it without a GPU
     unknown = set()

@@ -7,6 +7,7 @@ whatever needs them within functions alone.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,6 +16,8 @@ from mmseg_sats.utils.installed import MM
 from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.version import __version__
 
+# Import name to distribution, of what pip does not bring with the package: requirements/runtime.txt says why.
+_BROUGHT_BY = {'torch': 'torch', 'cv2': 'opencv-python', 'matplotlib': 'matplotlib'}
 COMMANDS = (
     'train', 'add', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'prepare',
     'convert-mit', 'demo',
@@ -56,11 +59,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     try:
         import_module('mmseg_sats.utils.stock_messages')
-    except ModuleNotFoundError as error:
-        if error.name not in MM:
-            raise
-        raise SystemExit(str(error)) from error
-    return args.run(args) or 0
+        return args.run(args) or 0
+    except ImportError as error:
+        if advice := _advice(error):
+            raise SystemExit(advice) from error
+        raise
+    except KeyboardInterrupt as error:
+        print(': '.join(['interrupted', *error.args]), file=sys.stderr)
+        return 128 + signal.SIGINT  # what a shell gives for a process that the signal ended
+
+
+def _advice(error: ImportError) -> str | None:
+    """One line for a package that is missing or too old, or None if the error may be a fault of someone's code."""
+    if error.name == 'mmcv._ext':
+        return 'this mmseg needs an mmcv with compiled ops, and the installed one has none: see docs/install.md'
+    name = (error.name or '').split('.')[0]
+    if isinstance(error, ModuleNotFoundError) and name in _BROUGHT_BY:
+        return f'{name} is not installed: `pip install {_BROUGHT_BY[name]}`'
+    # Raised with a message for the reader, as mmengine does where TensorBoard is chosen and absent, by
+    # oldest_torch.py, or by stock_messages.py. Python itself names the module in its errors.
+    return str(error) if error.name is None or error.name in MM else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

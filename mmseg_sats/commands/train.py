@@ -62,6 +62,8 @@ def _train(args: argparse.Namespace) -> None:
     try:
         with own_error_on_top():
             runner.train()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt('the same command with --resume goes on') from None
     except WorkDirBusyError as error:
         raise SystemExit(str(error)) from error
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.engine.checks.preflight import check_cfg_options
+from mmseg_sats.engine.config.class_objects import name_classes
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.utils.installed import find_config
@@ -34,10 +35,11 @@ def read_config(given: str | Path | Config, options: Mapping[str, Any] | None = 
     Raises:
         FileNotFoundError: no such file or name.
         ValueError: the file is not a config, or is only a base that other configs inherit from; a module that it
-            names is not found or cannot be imported.
+            names is not found or cannot be imported; a class in it cannot be named.
         KeyError: the config does not have a key that an option sets; the message suggests a near match.
     """
     cfg = copy.deepcopy(given) if isinstance(given, Config) else _read(Path(given))
+    name_classes(cfg)
     drop_own_scope(cfg)
     if cfg.get('model') is None:
         raise ValueError(

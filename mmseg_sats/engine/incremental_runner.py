@@ -20,6 +20,7 @@ from mmseg.registry import DATASETS
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
+from mmseg_sats.engine.config.class_objects import name_classes
 from mmseg_sats.engine.config.config_text import config_text
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
@@ -105,6 +106,7 @@ class IncrementalRunner:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = copy.deepcopy(cfg)
+        name_classes(self.cfg)
         drop_own_scope(self.cfg)
         import_custom(self.cfg)
         set_defaults(self.cfg)

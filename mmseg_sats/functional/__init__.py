@@ -5,6 +5,7 @@ It needs torch and nothing else. docs/component.md uses it in a training loop. T
 ``mmseg_sats.models`` are these functions with arguments that a config can set.
 """
 
+import mmseg_sats.utils.oldest_torch  # noqa: F401  before all that needs a newer one
 from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.attention.projections import attend_with_map, map_of_qkv

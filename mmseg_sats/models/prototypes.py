@@ -100,5 +100,6 @@ class ClassPrototypes:
                 f'prototypes of {sums.shape[0]} classes with {counts.shape[0]} counts do not fit '
                 f'{self.num_channels} classes'
             )
-        self._sums = F.pad(sums, (0, 0, 0, missing)).clone()
-        self._counts = F.pad(counts, (0, missing)).clone()
+        # Not F.pad, which up to torch 2.6 refuses sums without a column, that is before the first batch.
+        self._sums = torch.cat([sums, sums.new_zeros(missing, sums.shape[1])])
+        self._counts = torch.cat([counts, counts.new_zeros(missing)])

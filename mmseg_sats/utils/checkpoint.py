@@ -8,14 +8,14 @@ import json
 import os
 import pickle
 import struct
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import get_torch_safe_globals
 
 _TEMPORARY = '.tmp'
 
@@ -139,6 +139,21 @@ def _checksum_file(path: Path) -> Path:
     return path.with_name(f'{path.name}.sha256')
 
 
+def _stands_for(name: str) -> Callable[[Any], Any]:
+    """Makes a file that names the global ``name`` get the decorated object in its place.
+
+    Since torch 2.6 an allow-list takes pairs of an object and a name; torch 2.4 and 2.5 look at these attributes alone.
+    """
+
+    def give_name(item: Any) -> Any:
+        item.__module__, item.__qualname__ = name.rsplit('.', 1)
+        item.__name__ = item.__qualname__
+        return item
+
+    return give_name
+
+
+@_stands_for('mmengine.logging.history_buffer.HistoryBuffer')
 class _History:
     """Replaces mmengine's log history while a file is read: it takes over only the numbers."""
 
@@ -152,18 +167,74 @@ class _History:
         self.buffer = HistoryBuffer(values, counts, int(state['max_length']))
 
 
+@_stands_for('builtins.getattr')
 def _no_attribute(owner: Any, name: str) -> None:
     """Replaces ``getattr``, with which a file could reach any function."""
 
 
-def _harmless_globals() -> list[Any]:
-    """The classes and functions that a checkpoint of mmengine may name; the two that are not safe are replaced."""
-    allowed = [item for item in get_torch_safe_globals() if item not in (getattr, HistoryBuffer)]
+@_stands_for('_codecs.encode')
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes, as pickle's protocol 2 writes them. torch allows this by itself since torch 2.5."""
+    return text.encode('latin1')
+
+
+def _numpy_functions() -> list[Any]:
+    """The two functions that rebuild arrays and numbers, under the names of numpy 1 and of numpy 2.
+
+    So a checkpoint is read whichever numpy wrote it.
+    """
+    # The array's own pickling names the first one; numpy 1 has no `_core`, and numpy 2 warns about `core`.
+    rebuild, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     return [
-        *allowed,
-        (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
-        (_no_attribute, 'builtins.getattr'),
+        _stands_for(f'numpy.{core}.multiarray.{name}')(lambda *args, function=function: function(*args))
+        for core in ('core', '_core')
+        for name, function in (('_reconstruct', rebuild), ('scalar', scalar))
     ]
+
+
+_ALLOWED = (
+    _History,
+    _no_attribute,
+    _latin1,
+    slice,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ('uint32', 'float64', 'int64')},
+    *_numpy_functions(),
+)
+"""What a checkpoint of mmengine may name beside what torch allows by itself."""
+
+
+@contextlib.contextmanager
+def _only_allowed() -> Iterator[None]:
+    """Within it, ``torch.load(weights_only=True)`` allows what is listed here, and nothing that others have added.
+
+    ``torch.serialization.safe_globals`` would do, but torch 2.4 does not have it.
+    """
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(_ALLOWED))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _refuse_other_readers(path: str | os.PathLike) -> None:
+    """Refuses what ``torch.load`` gives to readers that heed no allow-list, though ``weights_only`` is set.
+
+    Up to torch 2.5 these are TorchScript archives and tar files (CVE-2025-32434); newer ones refuse both by themselves.
+    """
+    if torch.__version__ >= (2, 6):
+        return
+    with open(path, 'rb') as file:
+        is_zip = file.read(4) == b'PK\x03\x04'
+    # torch's own reader, because another could find other records in a file that was made to mislead.
+    if is_zip and 'constants.pkl' in torch._C.PyTorchFileReader(os.fspath(path)).get_all_records():
+        raise ValueError('it is a TorchScript archive')
+    if tarfile.is_tarfile(path):
+        raise ValueError('it is a tar file')
 
 
 # Errors that were observed while reading files that are cut off or of another kind.
@@ -203,7 +274,8 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     check_checksum(path)
     try:
-        with torch.serialization.safe_globals(_harmless_globals()):
+        _refuse_other_readers(path)
+        with _only_allowed():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except _READ_ERRORS as error:
         reason = str(error).strip().split('\n')[0]

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Stops a run when a loss or gradient is infinite or NaN, before weights or checkpoints are damaged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class FiniteHook(Hook):
     def _look_at(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group['params']]
         gradients = [gradient for gradient in gradients if gradient is not None]
-        if not gradients or torch.isfinite(nn.utils.get_total_norm(gradients)):
+        if not gradients or torch.isfinite(_total_norm(gradients)):
             return
         self._spoiled = [
             name
@@ -116,6 +116,13 @@ class FiniteHook(Hook):
             f'{_where(runner)}: {"; ".join(what)}. The batch was {", ".join(files)}. The last '
             'checkpoint was written before this iteration'
         )
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    if hasattr(nn.utils, 'get_total_norm'):  # since torch 2.6; on a GPU it takes fewer kernels than this loop
+        return nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
 
 
 def _where(runner: Runner) -> str:

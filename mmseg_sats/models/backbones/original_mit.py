@@ -1,16 +1,15 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Original SegFormer MiT checkpoints under the parameter names of mmseg's encoder."""
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely, write_atomically
 
 
 def _linear_to_conv(tensor: Tensor) -> Tensor:
@@ -139,19 +138,10 @@ def load(path: Path) -> Mapping[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a checkpoint of plain tensors.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {path}')
-    try:
-        checkpoint: Any = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f'{path} is not a checkpoint of plain tensors: {error}') from error
-    if isinstance(checkpoint, Mapping):
-        checkpoint = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(checkpoint, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in checkpoint.values()
-    ):
+    state_dict = load_checkpoint_safely(path)['state_dict']
+    if not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
         raise ValueError(f'{path} must hold a dict of tensors')
-    return checkpoint
+    return state_dict
 
 
 def save(state_dict: Mapping[str, Tensor], path: Path) -> None:

@@ -9,13 +9,14 @@ import copy
 
 import torch
 from torch import nn
+from torch.amp.autocast_mode import is_autocast_available  # torch.amp has it since torch 2.5
 
 _PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast uses on the device, or None if autocast is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
