@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import mmseg_sats_cli
+from mmseg_sats import commands
 from mmseg_sats.utils.oldest_torch import check_torch
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def command(folder: Path, *words: str, start: str = '', **environment: str) -> s
     (folder / 'start/sitecustomize.py').write_text(start)
     path = os.pathsep.join([str(folder / 'start'), str(ROOT)])
     return subprocess.Popen(
-        [sys.executable, '-W', 'ignore', '-m', 'mmseg_sats_cli', *words], cwd=folder, text=True,
+        [sys.executable, '-W', 'ignore', '-m', 'mmseg_sats', *words], cwd=folder, text=True,
         env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS='1') | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_an_absent_package_is_named(
         raise error
 
     with pytest.raises(SystemExit, match=re.escape(said)):
-        mmseg_sats_cli._run(argparse.Namespace(run=run))
+        commands._run(argparse.Namespace(run=run))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_may_be_a_fault_of_code_keeps_its_traceback(error: ImportError) -> 
         raise error
 
     with pytest.raises(ImportError) as raised:
-        mmseg_sats_cli._run(argparse.Namespace(run=run))
+        commands._run(argparse.Namespace(run=run))
     assert raised.value is error
 
 
