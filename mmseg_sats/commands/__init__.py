@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mmseg_sats.utils.installed import MM
+from mmseg_sats.utils.installed import MM, not_installed
 from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.version import __version__
 
@@ -76,9 +76,11 @@ def _advice(error: ImportError) -> str | None:
     name = (error.name or '').split('.')[0]
     if isinstance(error, ModuleNotFoundError) and name in _BROUGHT_BY:
         return f'{name} is not installed: `pip install {_BROUGHT_BY[name]}`'
-    # Raised with a message for the reader, as mmengine does where TensorBoard is chosen and absent, by
-    # oldest_torch.py, or by stock_messages.py. Python itself names the module in its errors.
-    return str(error) if error.name is None or error.name in MM else None
+    if isinstance(error, ModuleNotFoundError) and name in MM:
+        return not_installed(name)
+    # Raised with a message for the reader, as mmengine does where TensorBoard is chosen and absent, or by
+    # oldest_torch.py. Python itself names the module in its errors.
+    return str(error) if error.name is None else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,11 @@ TOOLS = (_MIM / 'tools').resolve()
 MM = ('mmengine', 'mmcv', 'mmseg')
 
 
+def not_installed(name: str) -> str:
+    """What to say where one of ``MM`` is missing."""
+    return f"{name} is not installed: `pip install 'mmseg_sats[mm]'` brings mmengine, mmcv and mmseg"
+
+
 def config_names() -> list[str]:
     """``METHOD/CONFIG`` of every run that the package has a config for."""
     return sorted(

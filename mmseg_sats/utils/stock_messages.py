@@ -15,7 +15,7 @@ import warnings
 from contextlib import redirect_stdout
 
 import mmseg_sats.utils.oldest_torch  # noqa: F401  before all that needs a newer one
-from mmseg_sats.utils.installed import MM
+from mmseg_sats.utils.installed import MM, not_installed
 
 try:
     with warnings.catch_warnings(record=True):
@@ -27,9 +27,6 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in MM:
         raise
-    raise ModuleNotFoundError(
-        f"{error.name} is not installed: `pip install 'mmseg_sats[mm]'` brings mmengine, mmcv and mmseg",
-        name=error.name,
-    ) from None
+    raise ModuleNotFoundError(not_installed(error.name), name=error.name) from None
 
 warnings.filterwarnings('ignore', message='Default ``avg_non_ignore`` is False')
