@@ -118,15 +118,15 @@ def test_a_run_without_a_package_that_it_needs_ends_in_one_line(
 
 
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path) -> None:
-    process = command(tmp_path, *small_run('epochs=200'))
+    process = command(tmp_path, *small_run('epochs=5000'))
     until = time.monotonic() + 60
     while not list(tmp_path.glob('run/stage_0/epoch_*.pth')) and time.monotonic() < until:
         time.sleep(0.05)
     errors = ''
-    for _ in range(6):  # mmengine catches everything for a moment of each checkpoint, an interrupt too
+    for _ in range(6):  # a library may swallow one: mmengine has a bare except where it saves
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=10)
             break
     assert (process.returncode, errors) == (130, 'interrupted: the same command with --resume goes on\n')
 
