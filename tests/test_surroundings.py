@@ -117,7 +117,9 @@ def test_a_run_without_a_package_that_it_needs_ends_in_one_line(
 
 
 def test_ctrl_c_ends_a_run_in_one_line(tmp_path: Path) -> None:
-    process = command(tmp_path, *small_run('epochs=200'))
+    # Where the suite runs in a shell's background, Ctrl-C is ignored, and its processes inherit that.
+    heeded = 'import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
+    process = command(tmp_path, *small_run('epochs=5000'), start=heeded)
     until = time.monotonic() + 60
     while not list(tmp_path.glob('run/stage_0/epoch_*.pth')) and time.monotonic() < until:
         time.sleep(0.05)
