@@ -13,7 +13,7 @@ import torch
 from mmengine.registry import RUNNERS
 from prettytable import PrettyTable
 
-from mmseg_sats.api.added_config import config_text
+from mmseg_sats.api.added_config import attention_backbone, config_text
 from mmseg_sats.api.class_table import BACKGROUND, ClassTable, match_classes, numbered
 from mmseg_sats.api.folders import MaskedImages, hold_out, masked_images
 from mmseg_sats.api.old_images import picked_old_images, write_old_images
@@ -40,7 +40,7 @@ class AddedClasses:
         before: IoU by class of the old model, in percent; None where no image for evaluation shows a class.
         after: the same of the new model.
         seconds: how long everything took.
-        memory: the most memory that was in use, MiB: of the GPU if there is one, else of the process; None where
+        peak_memory: the most memory that was in use, MiB: of the GPU if there is one, else of the process; None where
             the system does not tell.
     """
 
@@ -50,12 +50,17 @@ class AddedClasses:
     before: dict[str, float | None]
     after: dict[str, float | None]
     seconds: float
-    memory: float | None
+    peak_memory: float | None
 
     def mean(self, classes: Sequence[str], when: str = 'after') -> float | None:
-        """The mean IoU of those of the classes that were measured, ``before`` or ``after``; None if none was."""
-        values = [iou for name in classes if (iou := getattr(self, when).get(name)) is not None]
-        return sum(values) / len(values) if values else None
+        """The mean IoU of classes ``before`` or ``after``; None if one of them was not measured."""
+        values = [getattr(self, when).get(name) for name in classes]
+        return None if None in values else sum(values) / len(values)
+
+    @property
+    def unmeasured(self) -> tuple[str, ...]:
+        """The classes that no image for evaluation shows."""
+        return tuple(name for name in self.table.names if self.after[name] is None)
 
     def rows(self) -> PrettyTable:
         """IoU of each class before and after, and what was forgotten, for a person to read."""
@@ -87,6 +92,7 @@ def add_classes(
     val_masks: str | Path | None = None,
     val_classes: Names | None = None,
     background: str | None = None,
+    lr: float | None = None,
     out: str | Path = 'work_dirs/add',
     method: str = 'sats',
     licence: str = 'unknown',
@@ -112,12 +118,13 @@ def add_classes(
         val_masks: their masks. Their numbers are the channels of the new model, as the printed table has them.
         val_classes: names and numbers in ``val_masks``, if they are others.
         background: the old model's class that stands for everything else, if it is not called background.
+        lr: the learning rate; by default that of ``_base_/add_classes.py``.
         out: where to write.
         method: a method of this package.
         licence: of the new model, for its card.
         resume: whether to go on with a run that was interrupted.
         **values: further keys of the run's config, as for :func:`mmseg_sats.api.train`: ``epochs``,
-            ``**{'later_stages.lr': 1e-4}``. By default there are 12 epochs, or as many as make 400 iterations.
+            ``batch_size`` and so on. By default there are 12 epochs, or as many as make 400 iterations.
 
     Raises:
         FileNotFoundError: a file or folder does not exist.
@@ -125,11 +132,18 @@ def add_classes(
     """
     start, out = time.perf_counter(), Path(out)
     _check_pairs(old_images, old_masks, val_images, val_masks, memory)
+    if (out / 'run').exists() and not resume:
+        raise ValueError(f'{out} is in use: it holds a run. Resume it (--resume), or name another folder (--out)')
+    if lr is not None:
+        values['later_stages.lr'] = lr
     drawn = numbered(classes, 'classes')
     old_numbers = None if old_classes is None else numbered(old_classes, 'old_classes')
     old = read_old_model(checkpoint, config, None if old_numbers is None else list(old_numbers), background)
     table = match_classes(old.classes, drawn, old.background is not None)
     print(table.rows(), flush=True)
+    backbone = old.cfg.model.backbone.type
+    if attention_backbone(backbone) is None:
+        print(f'note: {backbone} gives no self-attention; a method that transfers attention takes its features instead')
     for note in table.look_alikes():
         print(f'note: {note}')
     new = masked_images(images, masks)
@@ -166,7 +180,8 @@ def add_classes(
         old_classes=old_classes, memory=memory, val_images=val_images, val_masks=val_masks, val_classes=val_classes,
         background=background, method=method, cfg_options=values,
     )  # fmt: skip
-    _write(added, command, str(Path(val_images or images)), licence)
+    held_out = '' if val_images else ', which were not trained on' if val.list_file else ', the training images'
+    _write(added, command, f'{len(val)} images of {val_images or images}{held_out}', licence)
     return added
 
 
@@ -230,7 +245,7 @@ def _write(added: AddedClasses, command: str, data: str, licence: str) -> None:
     """The model for mmseg, its weights as safetensors, its card, and the figures."""
     out, table = added.out, added.table
     export_stage(added.run.stage_dir(), out, safetensors=True)
-    groups = {'all': table.names, 'the old': table.old, 'the new': table.new}
+    groups = {'background and all': table.names, 'the old': table.old, 'the new': table.new}
     metrics = {f'mIoU of {group} classes': added.mean(names) for group, names in groups.items()}
     card = ModelCard(
         name=out.resolve().name,
@@ -256,6 +271,6 @@ def _write(added: AddedClasses, command: str, data: str, licence: str) -> None:
     write_model_card(out / 'README.md', card)
     figures = dict(
         old=list(table.old), new=list(table.new), matched=list(table.matched), before=added.before, after=added.after,
-        seconds=added.seconds, memory_mib=added.memory, metrics=metrics,
+        seconds=added.seconds, peak_memory_mib=added.peak_memory, metrics=metrics,
     )  # fmt: skip
     write_json(out / FIGURES, figures)

@@ -49,7 +49,7 @@ def config_text(
     Raises:
         ValueError: there is no such method.
     """
-    check_choice('method', method, method_names())
+    check_choice('method', method, [name for name in method_names() if name != 'joint'])  # joint has one stage
     numbers = table.numbers_for_all()
     own = dict(img_path='$val_images', seg_map_path='$val_masks')
     content = dict(
@@ -70,11 +70,13 @@ def config_text(
         val_masks=val.masks,
         train_dataset=dict(
             ann_file=new.list_file,
+            palette=table.colours(old.palette),
             more_folders=[[replayed.images, replayed.masks]] if replayed else [],
         ),
         eval_dataset=dict(
             _delete_=True, type='FolderDataset', classes='$class_names', mask_values=dict(val_numbers),
             data_prefix=own, ann_file=val.list_file, pipeline='$eval_pipeline',
+            palette=table.colours(old.palette),
         ),
         memory=_memory(table, new, replayed),
         **_as_trained(old),

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Matches the classes of new masks with those of a trained model by their names. Pure Python."""
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,16 @@ class ClassTable:
                 raise ValueError(f'{len(self.names)} classes are too many for masks, which have 8 bits')
             numbers.setdefault(name, *free[:1])
         return numbers
+
+    def colours(self, old: Mapping[str, Sequence[int]]) -> list[list[int]]:
+        """A colour for each class by channel, RGB 0..255: the old model's, black for background, else a random one.
+
+        Args:
+            old: the old model's colours by name.
+        """
+        draw = random.Random(0)
+        drawn = {name: [draw.randrange(32, 256) for _ in range(3)] for name in self.names}
+        return [list(map(int, old.get(name, drawn[name] if name != BACKGROUND else (0, 0, 0)))) for name in self.names]
 
     def rows(self) -> PrettyTable:
         """What is copied, matched and made new, for a person to read."""

@@ -33,6 +33,7 @@ class OldModel:
         cfg: that config.
         channels: names of its classes, by channel.
         background: the channel of its background class; None if it has none.
+        palette: the colours of its classes by name, RGB 0..255; empty if the checkpoint has none.
     """
 
     checkpoint: Path
@@ -40,6 +41,7 @@ class OldModel:
     cfg: Config
     channels: tuple[str, ...]
     background: int | None
+    palette: Mapping[str, Sequence[int]]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -121,8 +123,8 @@ def read_old_model(
 
     Raises:
         FileNotFoundError: one of the files does not exist.
-        ValueError: the checkpoint cannot be read safely, its head is not on BaseDecodeHead, its classes are not
-            known or do not agree with its channels.
+        ValueError: the checkpoint cannot be read safely, its head is not on BaseDecodeHead, the config is of another
+            model, or the classes are not known or do not agree with the channels.
     """
     checkpoint, config = Path(checkpoint), Path(config)
     for path, what in ((checkpoint, 'checkpoint'), (config, 'config')):
@@ -135,8 +137,21 @@ def read_old_model(
             f"{checkpoint} has no {_CLASSIFIER}: expected a model with one decode head on mmseg's BaseDecodeHead"
         )
     cfg = read_file(config)
-    channels = _names(checkpoint, loaded.get('meta') or {}, cfg, weight, names)
-    return OldModel(checkpoint, config, cfg, channels, _background(channels, background))
+    _check_model(cfg, config, checkpoint, weight.shape[0])
+    channels = _names(checkpoint, loaded['meta'], cfg, weight, names)
+    colours = (loaded['meta'].get('dataset_meta') or {}).get('palette') or ()
+    palette = dict(zip(channels, colours, strict=False))
+    return OldModel(checkpoint, config, cfg, channels, _background(channels, background), palette)
+
+
+def _check_model(cfg: Config, config: Path, checkpoint: Path, channels: int) -> None:
+    model = cfg.get('model') or {}
+    head = model.get('decode_head') or {}
+    expected = f'expected the mmseg config that {checkpoint} was trained with'
+    if not model.get('backbone') or not isinstance(head, Mapping):
+        raise ValueError(f'{config} describes no model with one backbone and one decode head: {expected}')
+    if head.get('num_classes') not in (None, channels):
+        raise ValueError(f'{config} has {head.get("num_classes")} classes, the checkpoint {channels}: {expected}')
 
 
 def _names(

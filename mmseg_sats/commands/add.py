@@ -45,15 +45,21 @@ def run(args: argparse.Namespace) -> None:
     from mmseg_sats.engine.command_line import message_of
     from mmseg_sats.engine.files.work_dir import WorkDirBusyError
 
-    given = {key: value for key, value in vars(args).items() if key not in ('run', 'cfg_options', 'epochs', 'lr')}
+    given = {key: value for key, value in vars(args).items() if key not in ('run', 'cfg_options', 'epochs')}
     values = dict(args.cfg_options or {})
     values |= {} if args.epochs is None else dict(epochs=args.epochs)
-    values |= {} if args.lr is None else {'later_stages.lr': args.lr}
     try:
         added = add_classes(**given, **values)
     except (KeyError, OSError, TypeError, ValueError, WorkDirBusyError) as error:
         raise SystemExit(message_of(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt('the same command with --resume goes on') from None
     print(added.rows())
-    memory = '' if added.memory is None else f', {added.memory:,.0f} MiB'
+    memory = '' if added.peak_memory is None else f', {added.peak_memory:,.0f} MiB'
+    if added.unmeasured:
+        print(
+            f'No image for evaluation shows {", ".join(added.unmeasured)}, so nothing is known of them: name images in '
+            'which all classes are drawn by --val-images and --val-masks'
+        )
     print(f'{added.seconds / 60:.1f} min{memory}; curves and pictures: {added.run.work_dir}/report/index.html')
     print(f"for mmseg: init_model('{added.out}/config.py', '{added.out}/model.pth'); its card: {added.out}/README.md")

@@ -90,6 +90,9 @@ class FolderDataset(BaseSegDataset):
         if self._fully_initialized:
             return
         super().full_init()
+        for folder in (self.data_prefix['seg_map_path'], *(masks for _, masks in self.more_folders)):
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(f'the folder of masks {folder} does not exist')
         masks = [self.get_data_info(i)['seg_map_path'] for i in range(len(self))]
         missing = [mask for mask in masks if not os.path.isfile(mask)]
         if missing:

@@ -176,7 +176,8 @@ class IncrementalRunner:
             tables = f'{stage_table(results)}\n{forgetting_table(results)}\n{comparison_table([results])}'
             self.logger.info(f'{self.cfg.method} {self.cfg.protocol}:\n{tables}')
             report_at_end(self.work_dir, self.cfg.get('report'))
-            self.logger.info(f'results are in {self.work_dir}/results.json')
+            pictures = '' if self.cfg.get('report') is None else ', curves and pictures in report/index.html beside it'
+            self.logger.info(f'results are in {self.work_dir}/results.json{pictures}')
         return results
 
     def _run_stages(self) -> dict[str, Any]:

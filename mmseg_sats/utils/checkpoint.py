@@ -278,7 +278,8 @@ def load_checkpoint_safely(path: str | os.PathLike) -> dict[str, Any]:
         with _only_allowed():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except _READ_ERRORS as error:
-        reason = str(error).strip().split('\n')[0]
+        # torch goes on with advice to read the file unsafely.
+        reason = str(error).strip().split('\n')[0].split(' Re-running')[0]
         raise ValueError(
             f'{path} is not a checkpoint that can be read safely (cut off, another kind of file, '
             f'or one that carries code): {reason}'

@@ -6,6 +6,7 @@ A config names modules in ``custom_imports`` and ``method_imports``. Python find
 to ``sys.path``, at its end, so that nothing installed is ever hidden. Processes that load data get a copy of it.
 """
 
+import re
 import sys
 import sysconfig
 import traceback
@@ -17,6 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from mmengine.config import Config
+
+from mmseg_sats.utils.installed import CONFIGS, config_names
+from mmseg_sats.utils.spelling import near_match
 
 _PACKAGE = 'mmseg_sats'
 _INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ('stdlib', 'purelib', 'platlib'))
@@ -37,8 +41,19 @@ def read_file(path: str | Path) -> Config:
         cfg = Config.fromfile(path, import_custom_modules=False)
     except ImportError as error:  # of code in the config itself
         raise ValueError(f'{path} cannot be read: {_told(error)}') from error
+    except FileNotFoundError as error:
+        _raise_for_base(path, error)
+        raise
     import_custom(cfg)
     return cfg
+
+
+def _raise_for_base(path: str | Path, error: FileNotFoundError) -> None:
+    """Raises FileNotFoundError with the nearest name if a config inherits from one of ours that is not there."""
+    for base in re.findall(rf'{_PACKAGE}::([^\'"\s]+)', Path(path).read_text(encoding='utf-8')):
+        if not (CONFIGS / base).is_file():
+            near = near_match(base, [f'{name}.py' for name in config_names()])
+            raise FileNotFoundError(f"{path}: _base_ '{_PACKAGE}::{base}' does not exist{near}") from error
 
 
 def import_custom(cfg: Config) -> None:

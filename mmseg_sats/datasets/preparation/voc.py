@@ -152,8 +152,7 @@ def _mat_reader() -> Callable[[Path], np.ndarray]:
     """The reader of SBD's masks; raises ImportError where scipy is not installed."""
     if importlib.util.find_spec('scipy') is None:
         raise ImportError(
-            "SBD's masks are MATLAB files, which scipy reads: pip install -c "
-            'requirements/constraints.txt -r requirements/voc.txt'
+            "SBD's masks are MATLAB files, which scipy reads: `pip install 'mmseg_sats[voc]'`"
         )
     loadmat = importlib.import_module('scipy.io').loadmat
 

@@ -47,8 +47,8 @@ def check_onnx_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f'ONNX export needs {", ".join(missing)}: pip install -c requirements/constraints.txt '
-            '-r requirements/onnx.txt'
+            f'ONNX export needs {", ".join(missing)}: '
+            "`pip install 'mmseg_sats[onnx]'`"
         )
 
 

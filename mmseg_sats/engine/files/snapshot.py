@@ -133,6 +133,7 @@ def adopt_base(
         raise ValueError(
             f'base {checkpoint} does not fit stage 0 ({len(classes)} classes with background): '
             + '; '.join(problems[:5])
+            + '. Expected a checkpoint of the model in the config'
         )
     spoilt = [key for key in own if not state_dict[key].isfinite().all()]
     if spoilt:

@@ -60,7 +60,7 @@ def check_unused(work_dir: Path) -> None:
     if found:
         raise ValueError(
             f'{work_dir} is in use: it holds {", ".join(found)}. Resume that run (--resume), '
-            'or name another work dir (--work-dir); nothing there is overwritten'
+            'or name another work dir; nothing there is overwritten'
         )
 
 
@@ -153,7 +153,7 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
         more = f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
         raise ValueError(
             f'{work_dir} holds another run: {"; ".join(found[:_SHOWN])}{more}. To resume, give the '
-            'config and options of that run, or name another work dir (--work-dir)'
+            'config and options of that run, or name another work dir'
         )
 
 

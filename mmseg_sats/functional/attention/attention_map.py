@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = {'cpu': 2**17}
 DEFAULT_CHUNK_ELEMENTS = 2**25
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionMap(BaseAttentionMap):
     """The attention of one layer, softmax(query key^T * scale), before attention dropout.
 

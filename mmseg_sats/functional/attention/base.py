@@ -28,6 +28,9 @@ class BaseAttentionMap(ABC):
     key_hw: Grid
     extra_keys: int
 
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.num_heads} heads, {self.query_hw} queries over {self.key_hw} keys)'
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int, int]:

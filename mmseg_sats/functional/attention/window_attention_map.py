@@ -22,7 +22,7 @@ from mmseg_sats.functional.attention.windows import Windows
 from mmseg_sats.functional.precision import full_precision, working_dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WindowAttentionMap(BaseAttentionMap):
     """softmax(query key^T * scale + bias) in each window, before attention dropout.
 

@@ -148,6 +148,8 @@ def _read_results(folder: Path) -> dict[str, Any]:
         near = sorted(found.parent.name for found in folder.glob('*/results.json'))
         more = f' and {len(near) - 3} more' if near[3:] else ''
         hint = f'; it holds the runs {", ".join(near[:3])}{more}: name those, as in {folder}/*' if near else ''
+        if len(near) == 1:
+            hint = f', did you mean {folder / near[0]}?'
         raise FileNotFoundError(
             f"{path} does not exist: expected a run's work dir with at least one finished stage{hint}"
         )
