@@ -18,7 +18,7 @@ from mmseg_sats.utils.installed import CONFIGS, method_names
 from mmseg_sats.utils.spelling import check_choice
 
 _LEAST_EPOCHS = 12
-_LEAST_ITERATIONS = 400
+_LEAST_ITERATIONS = 700
 _BATCH_SIZE = 8
 
 
@@ -80,7 +80,7 @@ def config_text(
         ),
         memory=_memory(table, new, replayed),
         **_as_trained(old),
-        **_model(old, table, method),
+        **_model(old, table, method, replayed is not None),
     )  # fmt: skip
     batch_size = values.get('batch_size') or content.get('batch_size') or _BATCH_SIZE
     stage_images = int(new.showing(table.drawn[name] for name in table.new).sum())
@@ -123,16 +123,22 @@ def attention_backbone(stock: str) -> str | None:
     return next((cls.__name__ for cls in own if cls is not None and stock_parent(cls).__name__ == stock), None)
 
 
-def _model(old: OldModel, table: ClassTable, method: str) -> dict[str, Any]:
-    """What depends on the old model: the backbone with attention, or a distillation that does without."""
+def _model(old: OldModel, table: ClassTable, method: str, replay: bool) -> dict[str, Any]:
+    """What depends on the old model: the backbone with attention, or a distillation that does without; labels."""
     stock = old.cfg.model.backbone.type
     own = attention_backbone(stock)
-    parts = Config.fromfile(CONFIGS / method / f'{method}.py').get('distillation') or {}
+    recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
+    parts, labeler = recipe.get('distillation') or {}, recipe.get('pseudo_labeler') or {}
     distillation: dict[str, Any] = {}
     if own is None and not stock.startswith('Attention') and 'attention' in parts:
         distillation['attention'] = dict(source='feature')
     if not table.old_background and 'output' in parts:
         # MiB's distillation lets new classes take probability from background alone, which has none yet.
         distillation['output'] = None
-    found = {} if own is None else dict(model=dict(backbone=dict(type=own)))
-    return found | (dict(distillation=distillation) if distillation else {})
+    found: dict[str, Any] = {} if own is None else dict(model=dict(backbone=dict(type=own)))
+    if distillation:
+        found['distillation'] = distillation
+    if labeler.get('type') == 'EntropyPseudoLabeler' and table.old_background and not replay:
+        # Nothing but the old model shows where new classes end: its background counts where it is unsure, too.
+        found['pseudo_labeler'] = dict(threshold=1.0)
+    return found

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--background', help="the old model's class that stands for everything else, if so")
     parser.add_argument('--out', type=Path, default='work_dirs/add', help='where to write (default: %(default)s)')
     parser.add_argument('--method', default='sats', help='a method of this package (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, help='default: 12, or as many as make 400 iterations')
+    parser.add_argument('--epochs', type=int, help='default: 12, or as many as make 700 iterations')
     parser.add_argument('--lr', type=float, help='learning rate (default: that of _base_/add_classes.py)')
     parser.add_argument('--licence', default='unknown', help='of the new model, for its card')
     parser.add_argument('--resume', action='store_true', help='go on with a run that was interrupted')
