@@ -83,7 +83,7 @@ def constraints(cell: Cell) -> list[str]:
 
 
 def build(cell: Cell) -> Path:
-    """Makes the cell's venv, unless it is there.
+    """Makes the cell's venv, unless it is there for the present requirements.
 
     Returns:
         Its Python.
@@ -93,7 +93,8 @@ def build(cell: Cell) -> Path:
     """
     folder = FOLDER / cell.name
     python, stamp = folder / 'bin/python', folder / 'built'
-    if stamp.exists():
+    asked = ''.join(path.read_text() for path in sorted(ROOT.glob('requirements/*.txt')))
+    if stamp.exists() and stamp.read_text() == asked:
         return python
     base = find_python(cell.python)
     shutil.rmtree(folder, ignore_errors=True)
@@ -107,7 +108,7 @@ def build(cell: Cell) -> Path:
     else:
         _run(*install, *OPENMMLAB, 'ftfy', 'regex', 'matplotlib', '-r', str(ROOT / 'requirements/runtime.txt'))
         _install_mmcv(install)
-    stamp.touch()
+    stamp.write_text(asked)
     return python
 
 

@@ -69,6 +69,7 @@ def keys_read() -> Found:
         for path, tree in trees.items()
         for function in functions(tree)
         for key, line in reads(function, returns)
+        if not key.startswith('_')  # an attribute of mmengine's own
     }
 
 

@@ -184,5 +184,5 @@ def test_onnx_that_differs_is_not_written(
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, 'NEEDED', ('torch', 'package_that_is_not_there'))
-    with pytest.raises(ImportError, match=r'needs package_that_is_not_there: pip install .*onnx'):
+    with pytest.raises(ImportError, match=r'needs package_that_is_not_there: `pip install .*onnx'):
         onnx_export.check_onnx_installed()

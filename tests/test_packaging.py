@@ -18,7 +18,7 @@ import pytest
 from mmseg_sats.version import __version__
 
 ROOT = Path(__file__).parents[1]
-IMPORT_NAMES = {'opencv-python': 'cv2', 'pillow': 'PIL'}
+IMPORT_NAMES = {'opencv-python': 'cv2', 'pillow': 'PIL', 'pyyaml': 'yaml'}
 MM_IMPORT_NAMES = {'mmengine', 'mmcv', 'mmseg'}
 
 PYTHON_STUB = """#!/bin/sh

@@ -153,7 +153,7 @@ def test_scipy_is_asked_for_before_anything_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(voc_preparation.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ImportError, match=r'scipy reads: pip install .*voc\.txt'):
+    with pytest.raises(ImportError, match=r'scipy reads: `pip install .*\[voc\]'):
         prepare_voc(tmp_path, tmp_path / 'data')
 
 
