@@ -125,6 +125,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     for n in range(rank, IMAGES, ranks):
         prototypes.update((features[n : n + 1],), labels[n : n + 1])
     torch.save(prototypes.state_dict(), f'{folder}/{rank}.pth')
+    torch.distributed.barrier()  # gloo of torch 2.4 waits for ever for a process that has left
     torch.distributed.destroy_process_group()
 
 
