@@ -159,6 +159,9 @@ def test_without_images_for_evaluation_a_fifth_is_kept(data: Path, tmp_path: Pat
     assert added.after['road'] is None
     assert added.mean(added.table.new) is not None
     assert added.mean(added.table.old) is None
+    assert added.unmeasured == tuple(OLD)
+    with pytest.raises(ValueError, match='out is in use: it holds a run'):
+        add_classes(checkpoint, config, **folders(data, 'train'), classes='tree,house', out=tmp_path / 'out')
 
 
 def test_classes_are_matched_by_name() -> None:
@@ -261,6 +264,24 @@ def test_the_old_models_own_images_are_a_memory(scenes: list[tuple[Path, Path]],
         assert np.array_equal(read_mask(Path(kept_mask)), expected)
     with pytest.raises(ValueError, match='memory 2: expected at least one image for each of 3 old classes'):
         picked_old_images(old, 2)
+
+
+def test_old_images_that_would_be_deleted_are_refused(tmp_path: Path) -> None:
+    """The folder that keeps them is emptied first: what lies in it is nobody's source."""
+    table = match_classes(OLD, {'tree': 1}, True)
+    kept = tmp_path / 'old_images/images/a.jpg'
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(ValueError, match=r'a\.jpg lies in .*old_images, which is made anew'):
+        write_old_images([(str(kept), 'a.png')], dict(road=1), table, tmp_path / 'old_images')
+    assert kept.exists()
+
+
+def test_colours_of_known_classes_stay() -> None:
+    table = match_classes(OLD, {'tree': 1}, False)
+    colours = table.colours(dict(road=(1, 2, 3)))
+    assert colours[:2] == [[0, 0, 0], [1, 2, 3]]
+    assert len({tuple(colour) for colour in colours}) == len(table.names)
 
 
 def test_pipelines_and_sizes_are_the_old_models(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_shows_itself(notebook: dict[str, Any]) -> None:
     run = notebook['run']
     assert isinstance(run, Run)
     assert isinstance(notebook['figure'], Figure)
-    assert repr(run).startswith("Run('work_dirs/tiny'") or 'work_dirs/tiny' in repr(run)
+    assert repr(run).startswith(f"Run('{notebook['folder']}/work_dirs/tiny', sats")
     assert f'all {run.final["all"]:.2f}' in repr(run)
 
 

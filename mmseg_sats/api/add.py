@@ -99,7 +99,7 @@ def add_classes(
     resume: bool = False,
     **values: Any,
 ) -> AddedClasses:
-    """Adds classes to a trained model, as ``mmseg-sats add`` does (docs/own_data.md).
+    """Adds classes to a trained model, as ``mmseg-sats add`` does (docs/add_classes.md).
 
     Args:
         checkpoint: of any mmseg model whose head is based on ``BaseDecodeHead``, with or without background.
@@ -122,7 +122,7 @@ def add_classes(
         out: where to write.
         method: a method of this package.
         licence: of the new model, for its card.
-        resume: whether to go on with a run that was interrupted.
+        resume: whether to go on with a run that was interrupted; its config stays as it was written.
         **values: further keys of the run's config, as for :func:`mmseg_sats.api.train`: ``epochs``,
             ``batch_size`` and so on. By default there are 12 epochs, or as many as make 700 iterations.
 
@@ -167,13 +167,7 @@ def add_classes(
     elif not (out / CONFIG).is_file():
         raise FileNotFoundError(f'{out / CONFIG} does not exist: there is nothing to resume in {out}')
     run = _train(out, resume)
-    shown = {name: bool(val.showing([number]).any()) for name, number in val_numbers.items()}
-    shown.setdefault(BACKGROUND, bool(val.showing([0]).any()))
-    before, after = (
-        {name: iou if shown.get(name) else None for name, iou in stage['iou'].items()} for stage in run.by_stage
-    )
-    if not table.old_background:
-        before[BACKGROUND] = None
+    before, after = _figures(run, table, val, val_numbers)
     added = AddedClasses(out, run, table, before, after, time.perf_counter() - start, _peak_memory())
     command = _command(
         checkpoint, config, images=images, masks=masks, classes=classes, old_images=old_images, old_masks=old_masks,
@@ -183,6 +177,19 @@ def add_classes(
     held_out = '' if val_images else ', which were not trained on' if val.list_file else ', the training images'
     _write(added, command, f'{len(val)} images of {val_images or images}{held_out}', licence)
     return added
+
+
+def _figures(
+    run: Run, table: ClassTable, val: MaskedImages, numbers: Mapping[str, int]
+) -> tuple[dict[str, float | None], ...]:
+    """IoU by class before and after; None for a class that no image for evaluation shows, or the model lacks."""
+    shown = {name for name, number in {BACKGROUND: 0, **numbers}.items() if val.showing([number]).any()}
+    before, after = (
+        {name: iou if name in shown else None for name, iou in stage['iou'].items()} for stage in run.by_stage
+    )
+    if not table.old_background:
+        before[BACKGROUND] = None
+    return before, after
 
 
 def _command(checkpoint: str | Path, config: str | Path, **options: Any) -> str:

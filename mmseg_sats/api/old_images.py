@@ -52,13 +52,16 @@ def write_old_images(pairs: Pairs, numbers: Mapping[str, int], table: ClassTable
         folder: where ``images`` and ``masks`` are made. It keeps what is replayed, so that the run can be repeated.
 
     Raises:
-        ValueError: a mask holds a number without a name.
+        ValueError: a mask holds a number without a name, or an image lies in ``folder``, which is emptied.
     """
     new_numbers = table.numbers_for_all()
     known, through = np.zeros(256, bool), np.zeros(256, np.uint8)
     for number, name in {255: IGNORED, 0: BACKGROUND, **{number: name for name, number in numbers.items()}}.items():
         known[number], through[number] = True, new_numbers[name]
     images, masks = folder / 'images', folder / 'masks'
+    inside = [one for pair in pairs for one in pair if Path(one).resolve().is_relative_to(folder.resolve())]
+    if inside:
+        raise ValueError(f'{inside[0]} lies in {folder}, which is made anew: expected old images elsewhere')
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier, interrupted attempt
     images.mkdir(parents=True)
     masks.mkdir()

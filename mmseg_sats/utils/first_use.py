@@ -25,6 +25,7 @@ class _Watch:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The module's own spec, loaded through this object; None for every other module."""
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -58,6 +59,7 @@ def register_on_first_use(register: Callable[[], None]) -> None:
     """
 
     def watch_registries(module: ModuleType) -> None:
+        """Has ``register`` called before the first look-up in the registries of mmengine's module."""
         # The packages whose configs `_base_ = 'PACKAGE::...'` may name, each with its distribution.
         module.MODULE2PACKAGE.setdefault('mmseg_sats', 'mmseg_sats')
         stock = module.Registry.import_from_location
