@@ -46,13 +46,19 @@ def quick_runs() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture
-def laid_out_configs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text of configs as it is outside the tests."""
-    for module in LAYING_OUT:
-        monkeypatch.setattr(module, 'FormatCode', FORMAT_CODE)
+def _forget_texts() -> None:
     config_text._LAST.clear()
     config_text._laid_out.cache_clear()
+
+
+@pytest.fixture
+def laid_out_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The text of configs as it is outside the tests; what was laid out is forgotten before and after."""
+    for module in LAYING_OUT:
+        monkeypatch.setattr(module, 'FormatCode', FORMAT_CODE)
+    _forget_texts()
+    yield
+    _forget_texts()
 
 
 @pytest.fixture(scope='session')
