@@ -22,9 +22,11 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
 from mmseg_sats.engine import AtomicCheckpointHook
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.files.snapshot import is_whole, latest_checkpoint
 from mmseg_sats.engine.files.work_dir import check_same_run
 from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
+from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.utils.randomness import seed_all, seeded
 
@@ -272,7 +274,8 @@ def test_augmentation_does_not_depend_on_the_workers(
     persistent: bool, shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
     cfg = make(shapes_cfg, 'run')
-    runner_cfg = RUNNERS.build(cfg)._stage_config(RUNNERS.build(cfg).protocol.stages[1])
+    protocol = Protocol('3-3', 6)
+    runner_cfg = build_stage_config(cfg, protocol, protocol.stages[1], cfg.work_dir)
     images: list[dict] = []
     for workers in (0, 1, 3):
         dataset = DATASETS.build(runner_cfg.train_dataloader.dataset)

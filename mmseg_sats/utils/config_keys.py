@@ -110,6 +110,7 @@ KEYS = (
     Key('outside_labeler', 'package', 'what labels them'),
     Key('report', 'package', 'how many pictures the report shows; None writes no report', 'run', harmless=True,
         reported=False),
+    Key('rehearsal', 'package', 'None starts without a rehearsal', 'runner', harmless=True, reported=False),
     Key('device', 'package', "cuda, cpu, or None for what there is", 'run', harmless=True),
     # Keys whose values the rest of a config uses.
     Key('data_root', 'package', "the data's folder"),

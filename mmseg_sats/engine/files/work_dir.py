@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.engine.config.earlier import in_current_names
+from mmseg_sats.engine.files.earlier import in_current_names
 from mmseg_sats.utils.config_keys import is_harmless
 
 try:
@@ -155,6 +155,15 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
             f'{work_dir} holds another run: {"; ".join(found[:_SHOWN])}{more}. To resume, give the '
             'config and options of that run, or name another work dir'
         )
+
+
+def holds(path: Path, cfg: Config) -> bool:
+    """Whether the config file of a run says the same as ``cfg``, but for ``resume``."""
+    if not path.exists():
+        return False
+    kept = Config.fromfile(path, import_custom_modules=False)._cfg_dict.to_dict()
+    given = cfg._cfg_dict.to_dict()
+    return _listed(kept | dict(resume=None)) == _listed(given | dict(resume=None))
 
 
 def _plain(cfg: Config) -> dict[str, Any]:
