@@ -229,14 +229,21 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
         sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
-        if replayed or not sampled or not size or get_world_size() > 1:
+        if replayed or not sampled or not size:
             continue  # the sizes of these batches are not known here
-        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
-        if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
+        # Processes share the batches of one: of the last, some get one image if there are fewer than two for each.
+        processes = get_world_size()
+        whole = size * processes
+        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * whole)
+        alone = size == 1 or 0 < images % whole < 2 * processes
+        if reached and alone and not trains_on_one_image(cfg, processes):
+            shared = '' if processes == 1 else f' on each of {processes} processes'
             raise ValueError(
-                f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
-                'this model cannot be trained (a norm in it would see one value a channel): expected another '
-                'batch_size' + ('' if size == 1 else ', or train_dataloader.drop_last=True')
+                f'stage {stage.index}: {images} images in batches of {size}{shared} leave one image for '
+                f'{"the last" if processes == 1 else "a process in the last"}, with which this model cannot be '
+                'trained (a norm in it would see one value a channel): expected another batch_size'
+                + ('' if size == 1 else ', or train_dataloader.drop_last=True')
+                + ('' if processes == 1 else ", or sync_bn='torch'")
             )
 
 

@@ -176,7 +176,8 @@ def to_csv(table: str, lines: Sequence[Line]) -> str:
     rows = csv.writer(text, lineterminator='\n')
     rows.writerow(
         ['table', 'part', 'row', 'method', 'variant', 'memory', 'protocol', 'run', 'state', *MEASURED,
-         *(f'classes_{key}' for key in PUBLISHED), 'train_seconds', *(f'paper_{key}' for key in PUBLISHED), 'paper_network']
+         *(f'classes_{key}' for key in PUBLISHED), 'train_seconds',
+         *(f'paper_{key}' for key in PUBLISHED), 'paper_network']
     )  # fmt: skip
     for line in lines:
         cell = line.cell
