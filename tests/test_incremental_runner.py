@@ -227,8 +227,10 @@ def test_resume_goes_on_in_the_middle_of_a_stage(
     kept = (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns
     checkpoint = load_checkpoint_safely(folder / 'stage_1/epoch_1.pth')
     cfg.resume = True
+    cfg.test_dataloader.batch_size = 3  # what only the evaluation reads may be corrected
     results = RUNNERS.build(cfg).train()
     assert len(results['stages']) == STAGES
+    assert Config.fromfile(folder / 'stage_1/config.py').test_dataloader.batch_size == 3
     assert (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns == kept
     logs = '\n'.join(path.read_text() for path in sorted((folder / 'stage_1').glob('*/*.log')))
     assert f'resumed epoch: 1, iter: {checkpoint["meta"]["iter"]}' in logs
