@@ -90,13 +90,13 @@ class IncrementalRunner:
         check_report(self.cfg.get('report'))
         check_writable(self.work_dir)
         check_own_config(self.work_dir, cfg.filename)
-        if self.cfg.get('resume'):
-            check_same_run(self.work_dir, self.cfg)
-        else:
+        if not self.cfg.get('resume'):
             check_unused(self.work_dir)
         # All stages' configs are built now, so that an undefined variable is found before any training.
         work = StageWork(self.cfg, self.protocol, self.work_dir, self.base)
         stages = [work.config(stage) for stage in self.protocol.stages]
+        if self.cfg.get('resume') and (note := check_same_run(self.work_dir, self.cfg, stages[-1])):
+            self.logger.warning(note)
         if note := note_on_sizes(stages[-1]):
             self.logger.warning(note)
         check_outside_folder(stages[-1])

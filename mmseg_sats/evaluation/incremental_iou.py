@@ -20,7 +20,9 @@ class IncrementalIoUMetric(BaseMetric):
 
     The labels must already be those of the stage: channel ``i`` is the i-th class learned, and
     what counts as background or is ignored has been decided by the data set. Areas are summed
-    over the images before the division, as in mmseg's ``IoUMetric``.
+    over the images before the division, as in mmseg's ``IoUMetric``. A class that no labelled pixel
+    shows is left out of every mean, whatever is predicted, so that all methods are averaged over
+    the same classes.
 
     Args:
         num_base: Number of base labels, background included. None takes it from
@@ -83,12 +85,14 @@ class IncrementalIoUMetric(BaseMetric):
         Returns:
             ``mIoU_base``, ``mIoU_new``, ``mIoU_all``, ``hIoU``, ``mIoU`` (the same as
             ``mIoU_all``) and ``IoU.<class name>`` per class. Percent, not rounded; NaN where
-            there is no value: an absent class, or ``mIoU_new`` before anything new is learned.
+            there is no value: a class without a labelled pixel, or ``mIoU_new`` before anything new
+            is learned. ``classes_base``, ``classes_new`` and ``classes_all`` are the numbers of
+            classes that the means go over.
         """
         classes = self._meta()['classes']
         num_base = self._resolve_num_base(len(classes))
         iou = self.ious(sum(results, np.zeros((3, len(classes)), dtype=np.int64)))
-        metrics = OrderedDict(self.summary(iou, num_base))
+        metrics = OrderedDict(self.summary(iou, num_base) | self.counted(iou, num_base))
         self._log_table(classes, iou, metrics, num_base)
         for name, value in zip(classes, iou, strict=True):
             metrics[f'IoU.{name}'] = float(value)
@@ -138,12 +142,12 @@ class IncrementalIoUMetric(BaseMetric):
             counts: (3, K), summed over the images, see :meth:`area_counts`.
 
         Returns:
-            float64 array (K,), percent; NaN for a class in neither prediction nor label.
+            float64 array (K,), percent; NaN for a class that no labelled pixel shows.
         """
         intersection, predicted, labelled = np.asarray(counts, dtype=np.float64)
         union = predicted + labelled - intersection
         iou = np.full(union.shape, np.nan)
-        return np.divide(100 * intersection, union, out=iou, where=union > 0)
+        return np.divide(100 * intersection, union, out=iou, where=labelled > 0)
 
     @staticmethod
     def summary(iou: np.ndarray, num_base: int) -> dict[str, float]:
@@ -161,6 +165,21 @@ class IncrementalIoUMetric(BaseMetric):
         # base + new is NaN, and so unequal to 0, where either has no value.
         harmonic = 0.0 if base + new == 0 else 2 * base * new / (base + new)
         return dict(mIoU_base=base, mIoU_new=new, mIoU_all=total, hIoU=harmonic, mIoU=total)
+
+    @staticmethod
+    def counted(iou: np.ndarray, num_base: int) -> dict[str, int]:
+        """Over how many classes each mean of :meth:`summary` goes.
+
+        Args:
+            iou: (K,), percent; NaN for an absent class.
+            num_base: The first ``num_base`` channels are the base classes.
+
+        Returns:
+            ``classes_base``, ``classes_new`` and ``classes_all``.
+        """
+        there = ~np.isnan(iou)
+        base, new = int(there[:num_base].sum()), int(there[num_base:].sum())
+        return dict(classes_base=base, classes_new=new, classes_all=base + new)
 
     def _meta(self) -> dict:
         """``dataset_meta``, or an error that says what is missing."""
@@ -200,8 +219,15 @@ class IncrementalIoUMetric(BaseMetric):
         summary = PrettyTable(['base', 'new', 'all', 'hIoU'])
         keys = ('mIoU_base', 'mIoU_new', 'mIoU_all', 'hIoU')
         summary.add_row([_shown(means[key]) for key in keys])
+        absent = [name for name, value in zip(classes, iou, strict=True) if np.isnan(value)]
+        note = (
+            f'\nthe means go over {means["classes_all"]} of {len(classes)} classes: no evaluation '
+            f'pixel shows {", ".join(absent)}'
+            if absent
+            else ''
+        )
         logger = MMLogger.get_current_instance()
-        print_log(f'per class results:\n{table}\n{summary}', logger=logger)
+        print_log(f'per class results:\n{table}\n{summary}{note}', logger=logger)
 
 
 def _shown(value: float) -> str:

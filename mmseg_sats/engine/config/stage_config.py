@@ -86,6 +86,7 @@ def build_stage_config(
         result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
     # The run's --resume does not apply to each stage: a stage without checkpoints starts from its beginning.
     result.resume = False
+    _set_pipeline(result)
     _set_model(result.model, stage, work_dir)
     cut_to_stage(
         _named_heads(result.model),
@@ -102,6 +103,16 @@ def build_stage_config(
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
         add_replay(result, stage_dir(work_dir, stage.index - 1))
     return result
+
+
+def _set_pipeline(cfg: Config) -> None:
+    """Gives the evaluation's wrapper the transforms of the data set inside, for ``MMSegInferencer`` looks there."""
+    wrapper = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    inner = wrapper.get('dataset')
+    if wrapper.get('type') != 'IncrementalDataset' or wrapper.get('pipeline') is not None:
+        return
+    if isinstance(inner, dict) and inner.get('pipeline'):
+        wrapper.pipeline = copy.deepcopy(inner.pipeline)
 
 
 def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
