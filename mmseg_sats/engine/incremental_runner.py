@@ -38,6 +38,7 @@ from mmseg_sats.engine.files.work_dir import (
     holds,
     locked,
 )
+from mmseg_sats.engine.hooks.atomic_checkpoint_hook import note_on_checkpoints
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.training.distributed import check_shared, join_process_group
@@ -97,7 +98,7 @@ class IncrementalRunner:
         stages = [work.config(stage) for stage in self.protocol.stages]
         if self.cfg.get('resume') and (note := check_same_run(self.work_dir, self.cfg, stages[-1])):
             self.logger.warning(note)
-        if note := note_on_sizes(stages[-1]):
+        for note in filter(None, (note_on_sizes(stages[-1]), note_on_checkpoints(stages[-1]))):
             self.logger.warning(note)
         check_outside_folder(stages[-1])
         check_training(stages[-1], check_model(stages[-1]))

@@ -13,6 +13,9 @@ from mmseg.registry import METRICS
 from prettytable import PrettyTable
 from torch import Tensor
 
+# Predictions have the size of the image file, and so must labels.
+_ORDER = 'expected LoadAnnotations in the transforms of the evaluation, behind Resize'
+
 
 @METRICS.register_module()
 class IncrementalIoUMetric(BaseMetric):
@@ -58,11 +61,14 @@ class IncrementalIoUMetric(BaseMetric):
                 holding ``data`` of shape (1, H, W).
 
         Raises:
-            ValueError: If prediction and label differ in shape or hold a label that no class
-                has. The message names the image.
+            ValueError: If an image has no label, prediction and label differ in shape, or hold a label that no
+                class has. The message names the image.
         """
         num_channels = len(self._meta()['classes'])
         for sample in data_samples:
+            name = sample.get('img_path', 'unnamed image')
+            if 'gt_sem_seg' not in sample:
+                raise ValueError(f'{name} has no label: {_ORDER}')
             try:
                 # One result per image, never one per batch: the gathering across ranks drops
                 # the sampler's padding by counting results.
@@ -73,7 +79,7 @@ class IncrementalIoUMetric(BaseMetric):
                     self.ignore_index,
                 )
             except ValueError as error:
-                raise ValueError(f'{sample.get("img_path", "unnamed image")}: {error}') from error
+                raise ValueError(f'{name}: {error}') from error
             self.results.append(counts)
 
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
@@ -118,7 +124,7 @@ class IncrementalIoUMetric(BaseMetric):
         """
         if pred.shape != label.shape:
             raise ValueError(
-                f'prediction has shape {tuple(pred.shape)}, its label {tuple(label.shape)}'
+                f'prediction has shape {tuple(pred.shape)}, its label {tuple(label.shape)}: {_ORDER}'
             )
         label = label.to(device=pred.device, dtype=torch.long)
         valid = label != ignore_index

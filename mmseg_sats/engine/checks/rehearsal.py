@@ -38,10 +38,11 @@ LOG = 'rehearsal.log'
 _ITERATIONS = 2
 # What libraries say of mistakes that people make, and what to change.
 _ADVICE = (
-    (r'stack expects each tensor to be equal size', 'images of one batch have several sizes: expected '
+    ('stack expects each tensor to be equal size|image size in a batch should be the same', 'expected '
      'test_dataloader.batch_size=1, or transforms that give all images one size'),
-    (r'out of memory', 'expected a smaller batch_size or crop_size, or mixed precision (--amp)'),
-    (r"sequence item 0|No such file or directory", 'expected files that exist, and a folder that can be written to'),
+    ('out of memory', 'expected a smaller batch_size or crop_size, or mixed precision (--amp)'),
+    ('must match the size of tensor', 'where the encoder takes images of one size only, expected '
+     "model.test_cfg=dict(mode='slide', crop_size=..., stride=...) with that size"),
 )  # fmt: skip
 
 
@@ -179,10 +180,21 @@ class Rehearsal(StageWork):
     def _message(self, stage: Stage, error: Exception) -> str:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().split('\n')[0]
         advice = next((f'; {what}' for pattern, what in _ADVICE if re.search(pattern, str(error))), '')
+        where = f'stage {stage.index} would fail in {self.doing}{self._pictures(stage)}'
+        log = self.work_dir.parent / LOG
         return (
-            f'stage {stage.index} would fail in {self.doing}: {type(error).__name__}: {text}{advice} '
-            f'({self.work_dir.parent / LOG} has the traceback; rehearsal=None starts without this rehearsal)'
+            f'{where}: {type(error).__name__}: {text}{advice} ({log} has the traceback; rehearsal=None starts without '
+            'this rehearsal)'
         )
+
+    def _pictures(self, stage: Stage) -> str:
+        if self.doing != 'evaluation':
+            return ''
+        with suppress(Exception):  # there is an error to tell of already
+            dataset = DATASETS.build(self.config(stage).test_dataloader.dataset)
+            paths = [dataset.get_data_info(place)['img_path'] for place in largest_and_smallest(dataset)]
+            return f' ({" and ".join(paths)})'
+        return ''
 
 
 def rehearse(cfg: Config, work: StageWork, logger: MMLogger) -> None:
