@@ -142,6 +142,12 @@ def _in_stock_words(value: Any) -> Any:
     return cfg
 
 
+def window_of(model: nn.Module) -> tuple[int, int] | None:
+    """(h, w) of the windows that a segmentor is tested in, the only size that its encoder may take; or None."""
+    test_cfg = model.test_cfg or {}
+    return tuple(test_cfg['crop_size']) if test_cfg.get('mode') == 'slide' else None
+
+
 @torch.no_grad()
 def check_same_logits(
     model: nn.Module, stock_cfg: dict[str, Any], state_dict: dict[str, Tensor]
@@ -163,7 +169,8 @@ def check_same_logits(
         )
     stock.load_state_dict(state_dict)
     # In double precision, so that a difference cannot come from rounding.
-    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).double()
+    size = window_of(model) or (96, 128)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).double()
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
     )
