@@ -30,6 +30,7 @@ from mmseg_sats.engine.config.stage_config import (
     check_pretrained,
     stage_dir,
 )
+from mmseg_sats.engine.config.stage_length import notes_on_length
 from mmseg_sats.engine.config.trained_model import note_on_sizes
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.files.results import (
@@ -129,6 +130,8 @@ class IncrementalRunner:
         stages = [self._stage_config(stage) for stage in self.protocol.stages]
         if note := note_on_sizes(stages[-1]):
             self.logger.warning(note)
+        for note in notes_on_length(self.cfg, stages):
+            self.logger.info(note)
         check_outside_folder(stages[-1])
         check_training(stages[-1], check_model(stages[-1]))
         check_evaluator(stages[-1])

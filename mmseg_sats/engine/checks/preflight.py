@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Checks before the first iteration: options, numbers, device, data, and the checkpoint for stage 0."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -228,10 +229,14 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
-        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
+        batches = loader.get('batch_sampler') or {}
+        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and (
+            not batches or batches.get('endless')
+        )
         if replayed or not sampled or not size or get_world_size() > 1:
             continue  # the sizes of these batches are not known here
-        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
+        smaller = not (loader.get('drop_last') or batches.get('endless') or (limit and images >= limit * size))
+        reached = size == 1 or (smaller and images <= cfg.train_cfg.get('max_iters', math.inf) * size)
         if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
             raise ValueError(
                 f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '

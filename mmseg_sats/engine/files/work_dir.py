@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.engine.config.earlier import in_current_names
+from mmseg_sats.engine.files.earlier import in_current_names
 from mmseg_sats.utils.config_keys import is_harmless
 
 try:
