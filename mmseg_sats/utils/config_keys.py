@@ -105,7 +105,7 @@ KEYS = (
     Key('import_folders', 'package', "where the user's modules were found, for the commands on a finished run", 'run',
         harmless=True, reported=False),
     Key('model_config', 'package', 'the mmseg config that the model of --base was trained with', 'run'),
-    Key('held_out', 'package', 'the share of the training images that chooses the best epoch'),
+    Key('held_out', 'package', 'the share of the training images that chooses the best epoch or iteration'),
     Key('memory_selection', 'package', 'what picks the exemplars', 'run'),
     Key('replay_share', 'package', 'the part of a batch that is replayed; None mixes'),
     Key('outside_dataset', 'package', 'images from outside'),
@@ -117,6 +117,7 @@ KEYS = (
     # Keys whose values the rest of a config uses.
     Key('data_root', 'package', "the data's folder"),
     Key('epochs', 'package', 'epochs of a stage', least=1),
+    Key('iters', 'package', 'iterations of a stage, in place of epochs', least=1, or_none=True),
     Key('lr', 'package', 'the learning rate'),
     Key('batch_size', 'package', 'images of a batch, in each process', least=1),
     Key('crop_size', 'package', 'pixels of a side, or (h, w)'),

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Checks before the first iteration: options, numbers, device, data, and the checkpoint for stage 0."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -217,13 +218,17 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
-        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
+        batches = loader.get('batch_sampler') or {}
+        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and (
+            not batches or batches.get('endless')
+        )
         if replayed or not sampled or not size:
             continue  # the sizes of these batches are not known here
         # Processes share the batches of one: of the last, some get one image if there are fewer than two for each.
         processes = get_world_size()
         whole = size * processes
-        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * whole)
+        smaller = not (loader.get('drop_last') or batches.get('endless') or (limit and images >= limit * whole))
+        reached = size == 1 or (smaller and images <= cfg.train_cfg.get('max_iters', math.inf) * whole)
         alone = size == 1 or 0 < images % whole < 2 * processes
         if reached and alone and not trains_on_one_image(cfg, processes):
             shared = '' if processes == 1 else f' on each of {processes} processes'

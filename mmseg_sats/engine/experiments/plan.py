@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
+from mmseg_sats.engine.config.stage_length import prefer_length
 from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.utils.spelling import check_choice, near_match
@@ -45,6 +46,7 @@ class Run:
         options = parse_options(self.options)
         check_cfg_options(cfg, options)
         try:
+            prefer_length(cfg, options)
             cfg.merge_from_dict(options)
         except (AssertionError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f'{" ".join(self.options)} does not fit {self.config}: {error}') from error
