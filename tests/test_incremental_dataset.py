@@ -535,3 +535,73 @@ def test_voc_photographs():
         assert data['img'].shape[:2] == seg.shape
         assert dataset.metainfo['classes'] == PascalVOCDataset.METAINFO['classes'][: 16 + stage]
         assert dataset.metainfo['num_base'] == 16
+
+
+def without_background(wrapped, classes, maps, root, **options):
+    """A plain data set of three classes; ``options`` are IncrementalDataset's."""
+    write(root, maps)
+    palette = [[i, 0, 0] for i in range(len(classes))]
+    plain = {**wrapped, 'metainfo': {'classes': classes, 'palette': palette}}
+    return IncrementalDataset(plain, '2-1' if len(classes) > 2 else '1-1', 0, **options)
+
+
+STREET = {'a': ([0, 1], [1, 255]), 'b': ([2, 0], [2, 2])}
+
+
+@pytest.fixture
+def street(wrapped, tmp_path):
+    for path in (*tmp_path.glob('img/*'), *tmp_path.glob('ann/*')):
+        path.unlink()
+    return wrapped, ('road', 'walk', 'wall'), STREET, tmp_path
+
+
+def test_a_class_at_label_0_does_not_silently_become_background(street):
+    message = r"label 0 background or 'road', .*background='road'.*no_background=True.*mask_values=dict\(road="
+    with pytest.raises(ValueError, match=message):
+        without_background(*street)
+    shifted = without_background(*street, no_background=True)
+    assert shifted.class_names == ('background', 'road', 'walk', 'wall')
+    assert labels(shifted) == {'a': ([1, 2], [2, 255]), 'b': ([0, 1], [0, 0])}  # wall is not seen yet
+    meant = without_background(*street, background='road')
+    assert meant.metainfo['classes'] == ('road', 'walk', 'wall')
+    assert labels(meant)['a'] == ([0, 1], [1, 255])
+    numbered = without_background(*street, mask_values={'road': 0, 'walk': 2, 'wall': 1})
+    assert labels(numbered) == {'a': ([1, 0], [0, 255]), 'b': ([2, 1], [2, 2])}
+
+
+@pytest.mark.parametrize('name', ['BACKGROUND', '_background_', 'bg', 'Void', 'other', 'unlabeled', 'null', 'clutter'])
+def test_names_of_background(street, name):
+    wrapped, classes, maps, root = street
+    dataset = without_background(wrapped, (name, *classes[1:]), maps, root, eval_images='all', mode='eval')
+    assert dataset.metainfo['classes'] == (name, 'walk', 'wall')
+    assert labels(dataset)['a'] == ([0, 1], [1, 255])
+
+
+def test_the_last_label_in_a_mask_tells_that_0_is_background(street, tmp_path):
+    wrapped, classes, _, root = street
+    dataset = without_background(wrapped, classes, STREET | {'c': ([0, 3],)}, root)
+    assert dataset.class_names == ('background', *classes)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(background='walk'), "background='walk': expected the class of label 0, which is 'road'"),
+        (dict(background='road', no_background=True), "no_background=True, but background is 'road'"),
+        (dict(no_background=1), 'no_background=1: expected True or False'),
+        (dict(no_background=True, mask_values=dict(road=0)), 'expected one of the two'),
+        (dict(mask_values=dict(rod=0)), r"names 'rod', which is no class \(did you mean 'road'"),
+    ],
+)
+def test_what_label_0_is_must_be_said_rightly(street, options, message):
+    with pytest.raises(ValueError, match=message):
+        without_background(*street, **options)
+
+
+def test_masks_of_0_and_255_are_recognised(street):
+    wrapped, _, _, root = street
+    with pytest.raises(NoImagesError, match=r'0 and 255 alone, and 255 is ignored: .*mask_values=dict\(crack=255\)'):
+        without_background(wrapped, ('background', 'dent', 'crack'), {'a': ([0, 255],)}, root)
+    dataset = without_background(wrapped, ('background', 'dent', 'crack'), {'a': ([0, 255],)}, root,
+                                 mask_values=dict(crack=255), mode='eval', eval_images='all')
+    assert dataset.presence[0, :3].tolist() == [True, False, True]

@@ -22,6 +22,7 @@ from mmseg_sats.datasets.class_index.index import (
     select_eval,
     select_train,
 )
+from mmseg_sats.datasets.class_index.label_numbers import check_background, hint_on_binary_masks
 from mmseg_sats.datasets.held_out import check_share, held_out
 from mmseg_sats.datasets.memory.exemplars import exemplar_rows, image_file
 from mmseg_sats.datasets.transforms import (
@@ -52,11 +53,12 @@ class NoImagesError(ValueError):
 class IncrementalDataset(Dataset):
     """The images and labels of one stage, picked from an ordinary mmseg dataset.
 
-    Label 0 of the masks must be background. Where the wrapped dataset's classes start with
-    ``background`` (VOC), label i is ``classes[i]``; otherwise (ADE20K with
-    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front. A
-    wrapped dataset with ``label_ids``, number in the masks to label, may number them otherwise
-    (``FolderDataset``).
+    Where the wrapped dataset's classes start with ``background`` (VOC) or another of its names
+    (``BACKGROUND_NAMES``), label i is ``classes[i]``; otherwise (ADE20K with
+    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front.
+    Where label 0 may as well be a class (Cityscapes), ``background``, ``no_background`` or
+    ``mask_values`` must say what it is. A wrapped dataset with ``label_ids``, number in the masks to
+    label, may number them otherwise (``FolderDataset``).
 
     Relabelling comes directly after ``LoadAnnotations`` and so before ``RandomCrop``. Its
     ``cat_max_ratio`` therefore only sees labels that the stage has.
@@ -90,6 +92,10 @@ class IncrementalDataset(Dataset):
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
         held_out: Share of the wrapped dataset's images that training leaves out, the same ones in
             every stage; evaluation uses only these. None: both use all images.
+        background: The name of the wrapped dataset's first class, if that counts as background.
+        no_background: Whether label 0 is a class to learn and the masks know no background: label i
+            is ``classes[i]``, its class id i + 1, and background is what is not seen yet.
+        mask_values: Name to number in the masks, as in ``FolderDataset``.
 
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
@@ -100,6 +106,7 @@ class IncrementalDataset(Dataset):
 
     Attributes:
         dataset: The wrapped dataset.
+        labels: What the numbers in the masks stand for.
         protocol: The :class:`Protocol`.
         stage: The :class:`Stage`.
         class_names: Names by annotation id, background at 0, future classes included.
@@ -127,6 +134,9 @@ class IncrementalDataset(Dataset):
         lazy_init: bool = False,
         exemplars: str | None = None,
         held_out: float | None = None,
+        background: str | None = None,
+        no_background: bool = False,
+        mask_values: Mapping[str, int] | None = None,
     ) -> None:
         check_choice('mode', mode, MODES)
         if (mode == 'memory') != (exemplars is not None):
@@ -146,19 +156,19 @@ class IncrementalDataset(Dataset):
         self.seed = seed
         self._epoch: torch.Tensor | None = None
         self.dataset, transforms = build_wrapped(dataset, pipeline)
-        names, palette = classes_by_label(self.dataset)
+        self.labels = classes_by_label(self.dataset, background, no_background, mask_values)
+        names = self.labels.names
         self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
         self.stage = self.protocol.stage(stage)
         self.table = relabel_table(
             self.protocol, stage, mode, setting, eval_future, ignore_index
         )
-        self._label_ids = getattr(self.dataset, 'label_ids', None)
-        self.mask_table = through_label_ids(self.table, self._label_ids, ignore_index)
+        self.mask_table = through_label_ids(self.table, self.labels.numbers, ignore_index)
         self._label_transforms = build_transforms(label_transforms)
         chain = [RelabelSegMap(self.mask_table), *self._label_transforms]
         self.pipeline = Compose(with_relabelling(transforms, chain, mode))
         self.class_names = names
-        self._metainfo = self._stage_metainfo(palette)
+        self._metainfo = self._stage_metainfo(self.labels.palette)
         self._fully_initialized = False
         if not lazy_init:
             self.full_init()
@@ -176,7 +186,7 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        key = ('class index', self.dataset, self.cache_dir, self.ignore_index)
+        key = ('class index', self.dataset, self.cache_dir, self.ignore_index, self.labels.numbers)
         class_index = once(key, self._read_class_index)
         self._class_index = class_index
         self._usable = self._usable_rows()
@@ -197,8 +207,10 @@ class IncrementalDataset(Dataset):
         full_init_wrapped(self.dataset)
         files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
         class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
-        if self._label_ids is not None:
-            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
+        where = type(self.dataset).__name__
+        check_background(self.labels, class_index.presence.any(axis=0), where)
+        if self.labels.numbers is not None:
+            class_index = index_by_class(class_index, self.labels.numbers, self.ignore_index)
         class_index.check_labels(self.protocol.num_classes, self.ignore_index)
         return class_index
 
@@ -370,9 +382,10 @@ class IncrementalDataset(Dataset):
             rule = f'exemplars={self.exemplars!r}'
         if self.held_out is not None:
             rule += f' and held_out={self.held_out}'
+        present = self._class_index.presence.any(axis=0)
         return (
             f'protocol {self.protocol.name!r} stage {stage.index}: none of '
             f'{len(self._class_index)} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
-            f'{names} under {rule}'
+            f'{names} under {rule}{hint_on_binary_masks(present, self.class_names)}'
         )

@@ -2,6 +2,7 @@
 """What ``IncrementalDataset`` needs from the mmseg dataset that it wraps and from its pipeline."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
 from mmseg_sats.datasets.checks.image_sizes import check_inside
+from mmseg_sats.datasets.class_index.label_numbers import Labels, is_background
+from mmseg_sats.datasets.folder import label_ids
 from mmseg_sats.utils.shared_values import once
+from mmseg_sats.utils.spelling import near_match
 
 
 def build_wrapped(
@@ -67,11 +71,23 @@ def build_transforms(transforms: Sequence[dict | Callable]) -> list[Callable]:
     ]
 
 
-def classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
-    """Names and colours by annotation id, background included.
+def classes_by_label(
+    dataset: BaseDataset,
+    background: str | None = None,
+    no_background: bool = False,
+    mask_values: Mapping[str, int] | None = None,
+) -> Labels:
+    """Names, colours and numbers of the classes, background included.
+
+    Args:
+        dataset: the wrapped dataset.
+        background: the name of the first class, which counts as background.
+        no_background: label 0 is a class as any other.
+        mask_values: name to number in the masks.
 
     Raises:
-        ValueError: the dataset changes labels itself, or does not name its classes, or gives two the same name.
+        ValueError: the dataset changes labels itself, or does not name its classes, or gives two the same name, or
+            its classes do not fit the three options.
     """
     where = type(dataset).__name__
     if getattr(dataset, 'reduce_zero_label', False):
@@ -92,7 +108,9 @@ def classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
             f'{where}: metainfo must name the classes and a colour for each, '
             f'got {len(names)} classes and {len(palette)} colours'
         )
-    if names[0].lower() != 'background':
+    _check_options(where, names, background, no_background)
+    named = background is not None or is_background(names[0])
+    if not named:
         names, palette = ('background', *names), [[0, 0, 0], *palette]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -102,7 +120,40 @@ def classes_by_label(dataset: BaseDataset) -> tuple[tuple[str, ...], list]:
         )
     if len(names) < 2:
         raise ValueError(f'{where}: metainfo.classes holds background alone: {names}')
-    return names, palette
+    numbers = getattr(dataset, 'label_ids', None)
+    if mask_values:
+        if numbers is not None or no_background:
+            raise ValueError(
+                f'{where}: mask_values={dict(mask_values)} says what the masks hold, and so does '
+                f'{"no_background" if no_background else "the data set"}: expected one of the two'
+            )
+        numbers = label_ids(names, mask_values)
+    elif no_background:
+        numbers = {class_id - 1: class_id for class_id in range(1, len(names))}
+    return Labels(names, palette, numbers, not named and numbers is None and not _leaves_out_zero(type(dataset)))
+
+
+def _check_options(where: str, names: Sequence[str], background: str | None, no_background: bool) -> None:
+    if not isinstance(no_background, bool):
+        raise ValueError(f'no_background={no_background!r}: expected True or False')
+    if background is not None and background != names[0]:
+        close = near_match(background, names[:1])
+        raise ValueError(
+            f'background={background!r}{close}: expected the class of label 0, which is {names[0]!r} in {where}'
+        )
+    if no_background and (background is not None or is_background(names[0])):
+        raise ValueError(
+            f'no_background=True, but background is {names[0]!r}, the first class of {where}: expected one of the two'
+        )
+
+
+def _leaves_out_zero(kind: type) -> bool:
+    """Whether a data set of mmseg, as ADE20K, numbers its classes from 1 and has no class for 0."""
+    for base in kind.__mro__:
+        option = inspect.signature(base.__init__).parameters.get('reduce_zero_label')
+        if option is not None:
+            return option.default is True
+    return False
 
 
 def with_relabelling(
