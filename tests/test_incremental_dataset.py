@@ -605,3 +605,82 @@ def test_masks_of_0_and_255_are_recognised(street):
     dataset = without_background(wrapped, ('background', 'dent', 'crack'), {'a': ([0, 255],)}, root,
                                  mask_values=dict(crack=255), mode='eval', eval_images='all')
     assert dataset.presence[0, :3].tolist() == [True, False, True]
+
+
+def test_an_image_that_is_listed_twice_is_used_once(wrapped, tmp_path):
+    (tmp_path / 'list.txt').write_text('e\na\nb\ne\na\n')
+    listed = {**wrapped, 'ann_file': 'list.txt', 'img_suffix': '.jpg'}
+    dataset = IncrementalDataset(listed, '2-1', 0)
+    assert names(dataset) == 'eab'
+    assert [path[-5:] for path in dataset.repeated_images] == ['e.jpg', 'a.jpg']
+    halves = [IncrementalDataset(listed, '2-1', 0, held_out=0.5, mode=mode) for mode in ('train', 'eval')]
+    assert sorted(''.join(map(names, halves))) == ['a', 'b', 'e']
+
+
+def test_a_list_with_a_byte_order_mark(wrapped, tmp_path):
+    (tmp_path / 'list.txt').write_bytes('a\r\nb\r\n'.encode('utf-8-sig'))
+    listed = {**wrapped, 'ann_file': 'list.txt', 'img_suffix': '.jpg'}
+    with pytest.raises(ValueError, match=r'list\.txt starts with a byte order mark'):
+        IncrementalDataset(listed, '2-1', 0)
+    (tmp_path / 'list.txt').write_bytes(b'a\r\nb\r\n')
+    assert names(IncrementalDataset(listed, '2-1', 0)) == 'ab'
+
+
+def test_masks_in_another_tree_are_allowed_by_a_word(wrapped, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'img').rename(tmp_path / 'data/img')
+    (tmp_path / 'data/list.txt').write_text('a\nb\n')
+    wrapped |= {'data_root': str(tmp_path / 'data'), 'ann_file': 'list.txt', 'img_suffix': '.jpg',
+                'data_prefix': {'img_path': 'img', 'seg_map_path': str(tmp_path / 'ann')}}
+    with pytest.raises(ValueError, match=r'ann/a\.png leaves the data root .*mask_root=FOLDER'):
+        IncrementalDataset(wrapped, '2-1', 0)
+    with pytest.raises(ValueError, match=r'ann/a\.png leaves the data root .* and .*elsewhere'):
+        IncrementalDataset(wrapped, '2-1', 0, mask_root=str(tmp_path / 'elsewhere'))
+    assert names(IncrementalDataset(wrapped, '2-1', 0, mask_root=str(tmp_path / 'ann'))) == 'ab'
+    (tmp_path / 'data/ann').symlink_to(tmp_path / 'ann')
+    wrapped['data_prefix'] = {'img_path': 'img', 'seg_map_path': 'ann'}
+    assert names(IncrementalDataset(wrapped, '2-1', 0)) == 'ab'
+
+
+@pytest.fixture
+def two_folders(wrapped, tmp_path):
+    """Configs of two data sets whose images have the same names."""
+    parts = []
+    for folder, letters in (('north', 'abd'), ('south', 'ae')):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, {letter: MAPS[letter] for letter in letters})
+        parts.append({**wrapped, 'data_root': str(tmp_path / folder)})
+    return parts
+
+
+def test_several_data_sets_as_one(two_folders):
+    north, south = two_folders
+    both = dict(type='ConcatDataset', datasets=[north, dict(type='RepeatDataset', times=2, dataset=south)])
+    dataset = IncrementalDataset(both, '2-1', 0)
+    assert dataset.image_names() == ['north/img/a', 'north/img/b', *['south/img/a'] * 2, *['south/img/e'] * 2]
+    assert dataset[5]['gt_seg_map'].tolist() == [[1, 0], [0, 0]]
+    assert dataset.repeated_images == []
+    evaluation = IncrementalDataset(both, '2-1', 1, mode='eval')
+    assert evaluation.image_names() == ['north/img/a', 'north/img/b', 'north/img/d', 'south/img/a', 'south/img/e']
+    built = ConcatDataset([DATASETS.build(part) for part in two_folders])
+    assert IncrementalDataset(built, '2-1', 1).image_names() == ['north/img/d', 'south/img/e']
+    assert len(IncrementalDataset(dict(type='RepeatDataset', times=3, dataset=north), '2-1', 0)) == 6
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(metainfo=dict(classes=CLASSES[:3], palette=PALETTE[:3])), r'part 1 \(BaseSegDataset\) has the classes'),
+        (dict(reduce_zero_label=True), 'part 1 .* has the reduce_zero_label True'),
+        (dict(pipeline=[*LOAD, dict(type='RandomFlip', prob=0.5)]), 'have different pipelines: expected one for all'),
+        (dict(type='ConcatDataset', datasets=[]), None),
+    ],
+)
+def test_parts_that_do_not_fit(two_folders, change, message):
+    north, south = two_folders
+    parts = [north, south | change]
+    if message is None:
+        assert len(IncrementalDataset(dict(type='ConcatDataset', datasets=parts), '2-1', 0)) == 2
+        parts, message = parts[1:], 'ConcatDataset of nothing'
+    with pytest.raises(ValueError, match=message):
+        IncrementalDataset(dict(type='ConcatDataset', datasets=parts), '2-1', 0)

@@ -115,6 +115,7 @@ KEYS = (
     Key('data_root', 'package', "the data's folder"),
     Key('background', 'package', 'the class of label 0, if it counts as background', 'run'),
     Key('no_background', 'package', 'whether label 0 is a class to learn, as in Cityscapes', 'run'),
+    Key('mask_root', 'package', 'a folder outside data_root where masks may be'),
     Key('epochs', 'package', 'epochs of a stage', least=1),
     Key('lr', 'package', 'the learning rate'),
     Key('batch_size', 'package', 'images of a batch, in each process', least=1),
