@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import TestLoop
 from prettytable import PrettyTable, TableStyle
 
-import mmseg_sats.engine.incremental_runner as incremental_runner
+import mmseg_sats.engine.training.stage_work as stage_work
 from benchmarks.measure import Ratio, finish_device, resident_bytes
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.engine import (
@@ -29,6 +29,7 @@ from mmseg_sats.engine import (
     StageRunner,
 )
 from mmseg_sats.engine.config.config_text import StageConfig
+from mmseg_sats.engine.training.stage_work import StageWork
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import OldModel
 
@@ -58,14 +59,14 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     'evaluation': [(TestLoop, 'run')],
     'thresholds': [(PseudoLabelThresholdHook, 'find')],
     'checkpoint after the last iteration': [(AtomicCheckpointHook, '_write')],
-    'snapshot written': [(incremental_runner, 'trained_weights'), (incremental_runner, 'write_weights')],
+    'snapshot written': [(stage_work, 'trained_weights'), (stage_work, 'write_weights')],
     'snapshot read': [
-        (incremental_runner, 'load_snapshot'),
+        (stage_work, 'load_snapshot'),
         (StageRunner, 'load_checkpoint'),
         (OldModel, 'from_checkpoint'),
     ],
     'data sets': [(IncrementalDataset, '__init__'), (IncrementalDataset, 'full_init')],
-    'stage\'s config': [(IncrementalRunner, '_stage_config')],
+    'stage\'s config': [(StageWork, 'config')],
     'config as text': [(StageConfig, 'pretty_text')],
     'environment': [(StageRunner, '_log_env')],
     'visualizer': [(StageRunner, 'build_visualizer')],
@@ -73,9 +74,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     'optimizer': [(StageRunner, 'build_optim_wrapper')],
     'loaders': [(StageRunner, 'build_dataloader')],
     'progress': [(ProgressHook, 'before_train')],
-    'exemplars': [(incremental_runner, 'keep_exemplars')],
+    'exemplars': [(stage_work, 'keep_exemplars')],
     'results so far': [(IncrementalRunner, '_report')],
-    'letting go of the stage': [(incremental_runner, '_release')],
+    'letting go of the stage': [(stage_work, '_release')],
 }
 
 

@@ -69,12 +69,12 @@ def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shapes_cfg(shapes_root: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Maker of a small run's config: ``shapes_cfg('sats', epochs=1)``."""
+    """Maker of a small run's config, without rehearsal: ``shapes_cfg('sats', epochs=1)``."""
 
     def make(method: str, name: str = 'run', **options: Any) -> Config:
         cfg = Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
         small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), epochs=1, image_size=64,
-                     crop_size=64, train_images=24, val_images=12, batch_size=8, report=None)
+                     crop_size=64, train_images=24, val_images=12, batch_size=8, report=None, rehearsal=None)
         cfg.merge_from_dict(small | options)
         return cfg
 
@@ -90,7 +90,7 @@ def tiny_runs(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         report = dict(images=2, attention=1) if method == 'sats' else None
         small = dict(data_root=str(shapes_root), work_dir=str(folder / method), epochs=2, image_size=64,
                      crop_size=64, train_images=24, val_images=12, batch_size=8, protocol='3-3',
-                     base=base, report=report)
+                     base=base, report=report, rehearsal=None)
         cfg.merge_from_dict(small)
         RUNNERS.build(cfg).train()
     return [folder / 'sats', folder / 'finetune']

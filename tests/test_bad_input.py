@@ -39,6 +39,7 @@ eval_dataset = dict(
     data_prefix=dict(img_path='images', seg_map_path='masks'), img_suffix='.png',
     metainfo=dict(classes='$class_names'), pipeline='$eval_pipeline')
 epochs, crop_size, batch_size = 1, 32, 4
+rehearsal = None
 """
 
 

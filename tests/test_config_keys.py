@@ -163,7 +163,7 @@ def test_a_row_for_each_key_and_a_meaning_in_each_row() -> None:
 
 
 def test_what_the_runner_alone_is_told_is_the_same_in_all_stages() -> None:
-    assert set(names(scope='runner')) == {'runner_type', 'base', 'launcher'}
+    assert set(names(scope='runner')) == {'runner_type', 'base', 'launcher', 'rehearsal'}
     assert set(STAGE_PARTS) == {'initial_stage', 'later_stages', 'method_initial_stage', 'method_later_stages'}
     assert IDENTITY[0] == 'method'
 

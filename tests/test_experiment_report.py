@@ -134,3 +134,16 @@ def test_csv_holds_figures_as_they_are() -> None:
     assert float(rows[0]['new']) == 1 / 3
     assert rows[0]['forgetting'] == rows[1]['base'] == ''
     assert rows[0]['train_seconds'] == '90.0'
+
+
+def test_over_how_many_classes_the_means_go_is_said_where_not_all_are_there() -> None:
+    line = a_line(one=FIGURES, two=FIGURES)
+    line.counted = dict(one='', two='11 of 12 (without background)')
+    line.classes = dict(one=dict(base=9, new=3, all=12), two=dict(base=None, new=None, all=11))
+    assert [row[-1] for row in body(markdown([line, a_line()]))] == ['11 of 12 (without background)', '-']
+    line.counted['two'] = ''
+    assert 'means over' not in markdown([line])
+    rows = list(csv.DictReader(io.StringIO(to_csv('table1', [line]))))
+    assert [[row[f'classes_{key}'] for key in ('base', 'new', 'all')] for row in rows] == [
+        ['9', '3', '12'], ['', '', '11'], [''] * 3,
+    ]  # fmt: skip

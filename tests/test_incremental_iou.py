@@ -95,8 +95,9 @@ def test_an_image_of_ignored_pixels_counts_nothing() -> None:
 
 
 def test_ious_by_hand() -> None:
-    counts = np.array([[1, 1, 0, 0], [2, 2, 0, 3], [1, 3, 0, 0]])
-    np.testing.assert_allclose(ious(counts), [50, 25, math.nan, 0])
+    # Predicted and labelled in part; in neither; predicted alone; labelled alone.
+    counts = np.array([[1, 1, 0, 0, 0], [2, 2, 0, 3, 0], [1, 3, 0, 0, 2]])
+    np.testing.assert_allclose(ious(counts), [50, 25, math.nan, math.nan, 0])
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,10 @@ def test_known_values() -> None:
     result = evaluate(samples, 3)
     expected = {'IoU.background': 50, 'IoU.cat': 200 / 3, 'IoU.dog': 50,
                 'mIoU_base': 175 / 3, 'mIoU_new': 50, 'mIoU_all': 500 / 9, 'mIoU': 500 / 9,
-                'hIoU': 2 * 175 / 3 * 50 / (175 / 3 + 50)}  # fmt: skip
+                'hIoU': 2 * 175 / 3 * 50 / (175 / 3 + 50),
+                'classes_base': 2, 'classes_new': 1, 'classes_all': 3}  # fmt: skip
     assert result == pytest.approx(expected, abs=1e-12)
-    assert all(type(value) is float for value in result.values())
+    assert all(type(value) in (float, int) for value in result.values())
 
 
 @pytest.mark.parametrize('batch', [1, 2, 5])
@@ -171,8 +173,47 @@ def test_an_absent_class_is_nan_and_left_out() -> None:
     assert result['mIoU_base'] == result['mIoU_all'] == result['mIoU'] == 100
 
 
-def test_a_class_only_predicted_has_0() -> None:
-    assert evaluate([sample([[0, 2]], [[0, 1]])], 3)['IoU.dog'] == 0
+def means_by_loops(pairs: list, num_classes: int, num_base: int) -> tuple[dict, dict]:
+    """Base, new and all by counting sets of pixels, over the classes that a pixel truly shows."""
+    pixels = [
+        (i, t, p)
+        for i, (pred, label) in enumerate(pairs)
+        for t, p in zip(label.ravel().tolist(), pred.ravel().tolist(), strict=True)
+        if t != 255
+    ]
+    shown = [c for c in range(num_classes) if any(t == c for _, t, _ in pixels)]
+    iou = {
+        c: 100 * sum(t == p == c for _, t, p in pixels) / sum(c in (t, p) for _, t, p in pixels) for c in shown
+    }
+    groups = dict(base=[c for c in shown if c < num_base], new=[c for c in shown if c >= num_base], all=shown)
+    means = {k: sum(iou[c] for c in group) / len(group) if group else math.nan for k, group in groups.items()}
+    return means, {k: len(group) for k, group in groups.items()}
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('absent', [(), (0,), (3,), (0, 2), (0, 1), (3, 4), (0, 1, 3, 4)])
+def test_means_go_over_the_classes_that_a_labelled_pixel_shows(seed: int, absent: tuple) -> None:
+    # Predictions show every class, labels all but the absent ones: those pixels are ignored there.
+    pairs = [random_maps(10 * seed + i, 5) for i in range(3)]
+    for _, label in pairs:
+        label[np.isin(label, absent)] = 255
+    result = evaluate([sample(*pair) for pair in pairs], 5)
+    means, counts = means_by_loops(pairs, 5, 2)
+    assert {k: result[f'mIoU_{k}'] for k in means} == pytest.approx(means, nan_ok=True)
+    assert {k: result[f'classes_{k}'] for k in counts} == counts
+    assert counts['all'] == 5 - len(absent)
+
+
+def test_one_wrong_pixel_of_an_absent_class_does_not_turn_the_order() -> None:
+    # Street images: no pixel is background. The better of two predictions calls one pixel background.
+    label = [[1] * 10 + [2] * 10]
+    worse = evaluate([sample([[1] * 16 + [2] * 4], label)], 3)
+    better = evaluate([sample([[1] * 10 + [0] + [2] * 9], label)], 3)
+    assert math.isnan(better['IoU.background'])
+    assert better['mIoU_base'] == 100
+    assert better['mIoU_all'] == 95
+    assert worse['mIoU_all'] < better['mIoU_all']
+    assert worse['classes_all'] == better['classes_all'] == 2
 
 
 def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
@@ -206,7 +247,7 @@ def test_num_base_from_the_data_set() -> None:
     m.dataset_meta = dict(classes=['background', 'cat', 'dog'], num_base=1)
     m.process({}, [sample([[0, 1, 2]], [[0, 1, 1]])])
     result = m.evaluate(1)
-    assert (result['mIoU_base'], result['mIoU_new']) == (100, 25)
+    assert (result['mIoU_base'], result['mIoU_new']) == (100, 50)
 
 
 def test_the_argument_goes_before_the_data_set() -> None:
@@ -244,8 +285,9 @@ def test_the_table_names_every_class_and_its_group() -> None:
         logger.removeHandler(handler)
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     assert ['cat', '50.00', 'base'] in rows
-    assert ['dog', '0.00', 'new'] in rows
-    assert ['75.00', '0.00', '50.00', '0.00'] in rows
+    assert ['dog', '-', 'new'] in rows
+    assert ['75.00', '-', '75.00', '-'] in rows
+    assert lines[-1] == 'the means go over 2 of 3 classes: no evaluation pixel shows dog'
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
-from mmseg.apis import inference_model, init_model
+from mmseg.apis import MMSegInferencer, inference_model, init_model
 from mmseg.registry import MODELS
 
 from mmseg_sats.engine.files import work_dir
@@ -133,6 +133,11 @@ def test_mmseg_apis_serve_a_stage(finished: Path, shapes_root: Path) -> None:
     result = inference_model(model, str(image))
     assert result.pred_sem_seg.data.shape[-2:] == (64, 64)
     assert result.seg_logits.data.shape[0] == 5
+    inferencer = MMSegInferencer(
+        str(finished / 'stage_1/config.py'), str(finished / 'stage_1/snapshot.pth'), device='cpu', show_progress=False
+    )
+    labels = inferencer(str(image))['predictions']
+    assert (labels == result.pred_sem_seg.data[0].numpy()).all()
 
 
 def test_stock_mmseg_gives_the_same_logits(finished: Path) -> None:
@@ -222,8 +227,10 @@ def test_resume_goes_on_in_the_middle_of_a_stage(
     kept = (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns
     checkpoint = load_checkpoint_safely(folder / 'stage_1/epoch_1.pth')
     cfg.resume = True
+    cfg.test_dataloader.batch_size = 3  # what only the evaluation reads may be corrected
     results = RUNNERS.build(cfg).train()
     assert len(results['stages']) == STAGES
+    assert Config.fromfile(folder / 'stage_1/config.py').test_dataloader.batch_size == 3
     assert (folder / 'stage_0/snapshot.pth').stat().st_mtime_ns == kept
     logs = '\n'.join(path.read_text() for path in sorted((folder / 'stage_1').glob('*/*.log')))
     assert f'resumed epoch: 1, iter: {checkpoint["meta"]["iter"]}' in logs

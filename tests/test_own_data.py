@@ -190,7 +190,8 @@ def test_preprocessing_and_imports_come_along(yard: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match='has no data_preprocessor'):
         RUNNERS.build(config(yard, monkeypatch))
     trained.merge_from_dict(
-        dict(data_preprocessor=preprocessor, custom_imports=dict(imports=['json', 'mmseg_sats']))
+        # A text, as in mmseg's own configs of ConvNeXt.
+        dict(data_preprocessor=preprocessor, custom_imports=dict(imports='json'))
     )
     trained.dump(yard / 'old/config.py')
     cfg = config(yard, monkeypatch)
@@ -295,9 +296,18 @@ def test_auxiliary_heads_do_not_unlearn_what_the_method_keeps(
     assert stage.model.auxiliary_head.loss_decode.type == 'CrossEntropyLoss'
 
 
-@pytest.mark.parametrize(('batch_size', 'trains'), [(4, True), (5, False)])
+@pytest.mark.parametrize(
+    ('batch_size', 'processes', 'refused'),
+    [
+        (4, 1, ''),
+        (5, 1, 'in batches of 5 leave one image for the last, '),
+        # Six images in batches of twice two leave one for each process.
+        (2, 2, 'in batches of 2 on each of 2 processes leave one image for a process in the last, '),
+        (5, 2, ''),
+    ],
+)
 def test_a_last_batch_of_one_image_is_found_before_training(
-    yard: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, trains: bool
+    yard: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, processes: int, refused: str
 ) -> None:
     for number, path in enumerate(sorted((yard / 'data/yard/rgb/train').iterdir())):
         if number >= 6:
@@ -311,9 +321,14 @@ def test_a_last_batch_of_one_image_is_found_before_training(
     state_dict = MODELS.build(dict(trained.model, pretrained=None)).state_dict()
     torch.save(dict(meta={}, state_dict=state_dict), yard / 'old/model.pth')
     options = dict(batch_size=batch_size, distillation=dict(attention=None, output=None))
-    if trains:
+    monkeypatch.setattr('mmseg_sats.engine.checks.preflight.get_world_size', lambda: processes)
+    if not refused:
         RUNNERS.build(config(yard, monkeypatch, **options))
-    else:
-        with pytest.raises(ValueError, match=r'stage 1: 6 images in batches of 5 leave one'):
-            RUNNERS.build(config(yard, monkeypatch, **options))
-        RUNNERS.build(config(yard, monkeypatch, **options | {'train_dataloader.drop_last': True}))
+        return
+    with pytest.raises(ValueError, match=f'stage 1: 6 images {refused}'):
+        RUNNERS.build(config(yard, monkeypatch, **options))
+    RUNNERS.build(config(yard, monkeypatch, **options | {'train_dataloader.drop_last': True}))
+    if processes > 1:  # synchronised norms see the images of all processes
+        RUNNERS.build(config(yard, monkeypatch, **options, sync_bn='torch'))
+        synchronised = {'model.decode_head.norm_cfg': dict(type='SyncBN', requires_grad=True)}
+        RUNNERS.build(config(yard, monkeypatch, **options | synchronised))

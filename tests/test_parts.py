@@ -14,8 +14,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.engine import PseudoLabelThresholdHook
-from mmseg_sats.engine.config.earlier import in_current_names
 from mmseg_sats.engine.config.stage_config import build_stage_config
+from mmseg_sats.engine.files.earlier import in_current_names
 from mmseg_sats.engine.files.work_dir import check_same_run
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.models import DistillationPart, PseudoLabeler

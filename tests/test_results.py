@@ -12,6 +12,7 @@ import pytest
 from mmseg_sats.engine.evaluation import own_metrics
 from mmseg_sats.engine.files.results import (
     comparison_table,
+    counted,
     forgetting_table,
     run_results,
     stage_results,
@@ -42,7 +43,11 @@ def metrics_of(stage: int) -> dict[str, float]:
     """As ``IncrementalIoUMetric`` returns them."""
     means = MEANS[stage]
     named = zip(CLASSES, IOUS[stage], strict=False)
+    there = [not math.isnan(value) for value in IOUS[stage]]
     return {
+        'classes_base': sum(there[:3]),
+        'classes_new': sum(there[3:]),
+        'classes_all': sum(there),
         **{f'mIoU_{key}': means[key] for key in ('base', 'new', 'all')},
         'hIoU': means['hIoU'],
         'mIoU': means['all'],
@@ -68,8 +73,8 @@ def test_the_keys_are_those_of_the_contract() -> None:
         'average_all', 'forgetting',
     ]
     for stage in results['stages']:
-        assert set(stage) == {'stage', 'new_classes', 'images', 'iou', 'mIoU'}
-        assert set(stage['mIoU']) == {'base', 'new', 'all'}
+        assert set(stage) == {'stage', 'new_classes', 'images', 'iou', 'mIoU', 'counted'}
+        assert set(stage['mIoU']) == set(stage['counted']) == {'base', 'new', 'all'}
     assert set(results['final']) == {'base', 'new', 'all', 'hIoU'}
     assert {key: results[key] for key in IDENTITY} == IDENTITY
 
@@ -79,6 +84,7 @@ def test_a_stage_says_what_was_measured_and_null_where_nothing_was() -> None:
     assert first == dict(
         stage=0, new_classes=['circle', 'square'], images=None,
         iou=dict(background=90.0, circle=60.0, square=None), mIoU=dict(base=75.0, new=None, all=75.0),
+        counted=dict(base=2, new=0, all=2),
     )
     assert second['images'] == 11
     assert second['mIoU'] == dict(base=68.5, new=40.0, all=61.375)
@@ -145,7 +151,7 @@ def test_the_csv_has_a_row_per_stage_and_class(tmp_path: Path) -> None:
 
 def test_a_class_name_with_a_comma_stays_one_field(tmp_path: Path) -> None:
     stage = stage_results(
-        0, ['sea, "wet"'], 1, dict(mIoU_base=1.0, mIoU_new=NAN, mIoU_all=1.0, hIoU=NAN, **{'IoU.sea, "wet"': 2.0}),
+        0, ['sea, "wet"'], 1, metrics_of(0) | {'IoU.sea, "wet"': 2.0},
         ['sea, "wet"'],
     )
     write_results(tmp_path, run_results(IDENTITY, [stage]))
@@ -160,9 +166,9 @@ def cells(table: Any) -> list[list[str]]:
 
 def test_the_table_of_stages() -> None:
     assert cells(stage_table(make_results())) == [
-        ['0', 'circle, square', '-', '75.00', '-', '75.00'],
-        ['1', 'star', '11', '68.50', '40.00', '61.38'],
-        ['2', 'moon', '12', '55.00', '0.33', '41.00'],
+        ['0', 'circle, square', '-', '75.00', '-', '75.00', '2 of 3 (without square)'],
+        ['1', 'star', '11', '68.50', '40.00', '61.38', '4'],
+        ['2', 'moon', '12', '55.00', '0.33', '41.00', '4 of 5 (without star)'],
     ]
     results = make_results()
     results['stages'][0]['new_classes'] = [f'class number {i}' for i in range(50)]
@@ -182,13 +188,26 @@ def test_the_table_of_what_was_forgotten() -> None:
 def test_the_table_that_compares_runs() -> None:
     table = comparison_table([make_results(), make_results(1, method='joint')])
     assert cells(table) == [
-        ['sats', '55.00', '0.33', '41.00', '0.60', '59.12', '17.75'],
-        ['joint', '75.00', '-', '75.00', '-', '75.00', '-'],
+        ['sats', '55.00', '0.33', '41.00', '0.60', '59.12', '17.75', '4 of 5 (without star)'],
+        ['joint', '75.00', '-', '75.00', '-', '75.00', '-', '2 of 3 (without square)'],
     ]
     assert 'forgetting' in str(table)
     # Results that went through the file look the same.
     again = json.loads(json.dumps(make_results()))
     assert str(stage_table(again)) == str(stage_table(make_results()))
+
+
+def test_the_tables_have_no_column_for_it_where_the_means_go_over_all_classes() -> None:
+    results = make_results()
+    for stage in results['stages']:
+        del stage['counted']  # a run of an earlier version
+        stage['iou'] = {name: value or 0.0 for name, value in stage['iou'].items()}
+    assert stage_table(results).field_names[-1] == 'all'
+    assert comparison_table([results]).field_names[-1] == 'forgetting'
+
+
+def test_many_classes_that_no_pixel_shows_are_counted() -> None:
+    assert counted(dict(iou=dict.fromkeys('abcd') | dict(e=1.0))) == '1 of 5'
 
 
 def test_a_prefix_of_the_metric_is_taken_off() -> None:

@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,12 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
 from mmseg_sats.engine import AtomicCheckpointHook
+from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.files.snapshot import is_whole, latest_checkpoint
 from mmseg_sats.engine.files.work_dir import check_same_run
+from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
+from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.utils.randomness import seed_all, seeded
 
@@ -272,7 +276,8 @@ def test_augmentation_does_not_depend_on_the_workers(
     persistent: bool, shapes_cfg: MakeConfig, tmp_path: Path
 ) -> None:
     cfg = make(shapes_cfg, 'run')
-    runner_cfg = RUNNERS.build(cfg)._stage_config(RUNNERS.build(cfg).protocol.stages[1])
+    protocol = Protocol('3-3', 6)
+    runner_cfg = build_stage_config(cfg, protocol, protocol.stages[1], cfg.work_dir)
     images: list[dict] = []
     for workers in (0, 1, 3):
         dataset = DATASETS.build(runner_cfg.train_dataloader.dataset)
@@ -375,3 +380,50 @@ def test_a_path_may_be_spelt_in_another_way(tmp_path: Path, monkeypatch: pytest.
     check_same_run(tmp_path, Config(dict(base='./base.pth')))
     with pytest.raises(ValueError, match=r"base: '.* there, 'other\.pth' in the config"):
         check_same_run(tmp_path, Config(dict(base='other.pth')))
+
+
+EVALUATION = r'the evaluation is not that of the run so far: {}.* Training is the same\.'
+
+
+@pytest.mark.parametrize(
+    ('method', 'before', 'change', 'note', 'refusal'),
+    [
+        # What the evaluation alone reads may be corrected.
+        ('sats', {}, {'test_dataloader.batch_size': 4}, r'test_dataloader\.batch_size: 1 there, 4', ''),
+        ('sats', {}, {'test_evaluator': [dict(type='IncrementalIoUMetric', prefix='a')]}, 'test_evaluator: ', ''),
+        ('sats', {}, dict(eval_images='all', eval_future='ignore'), "eval_future: .*; eval_images: 'seen' there", ''),
+        ('sats', {}, dict(eval_pipeline=[dict(type='LoadImageFromFile')]), 'eval_pipeline: ', ''),
+        ('finetune', {}, dict(test_pipeline=[dict(type='LoadImageFromFile')]), 'test_pipeline: ', ''),
+        ('sats', {}, {'train_dataloader.num_workers': 3}, '', ''),
+        # What is read elsewhere too may not.
+        ('sats', {}, dict(test_pipeline=[]), '', r'test_pipeline: .*\(test_pipeline is used .*: set eval_pipeline'),
+        ('sats', dict(held_out=0.2), {'test_dataloader.batch_size': 4}, '', r'\(test_dataloader: used in training too'),
+        ('finetune', dict(early_stop='$eval_pipeline'), dict(test_pipeline=[]), '', r'\(test_pipeline'),
+        ('finetune', {}, {'test_dataloader.batch_size': 4, 'lr': 0.5}, '', r'another run: lr: [0-9.]+ there, 0\.5 in '
+         r'the config\. To resume, .* or name another work dir; --base .*/stage_0/snapshot\.pth starts it from'),
+    ],
+)  # fmt: skip
+def test_what_cannot_change_the_training_may_be_corrected(
+    shapes_cfg: MakeConfig, method: str, before: dict, change: dict, note: str, refusal: str
+) -> None:
+    cfg = shapes_cfg(method, **before)
+    work_dir = Path(cfg.work_dir)
+    (work_dir / 'stage_0').mkdir(parents=True)
+    (work_dir / 'stage_0/snapshot.pth').touch()
+    cfg.dump(work_dir / 'config.py')
+    for key, value in change.items():
+        if '.' not in key:
+            cfg.pop(key)  # replaced, not merged
+        cfg.merge_from_dict({key: value})
+    protocol = build_protocol(cfg)
+    stage = build_stage_config(cfg, protocol, protocol.stage(1), work_dir)
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            check_same_run(work_dir, cfg, stage)
+        return
+    told = check_same_run(work_dir, cfg, stage)
+    assert re.match(EVALUATION.format(note), told) if note else told == ''
+    assert 'keep their figures' not in told
+    (work_dir / 'stage_0/metrics.json').touch()
+    if note:
+        assert f'(stage_0) keep their figures; `mmseg-sats test {work_dir}`' in check_same_run(work_dir, cfg, stage)

@@ -29,6 +29,9 @@ default_hooks = dict(
 custom_hooks = [dict(type='ProgressHook')]
 # WORK_DIR/report, at the end of the run; images=, attention=: how many of each (docs/report.md). None writes none.
 report = dict()
+# Two iterations of the first, second and last stage before the run, so that no mistake shows only after hours;
+# None leaves it out.
+rehearsal = dict()
 vis_backends = [dict(type='LocalVisBackend')]
 # Chosen by --cfg-options 'vis_backends=$tensorboard' (or $wandb): all stages of a run on one axis.
 tensorboard = [

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from mmengine.registry import RUNNERS
 
+    from mmseg_sats.engine.checks.rehearsal import RehearsalError
     from mmseg_sats.engine.command_line import message_of, run_config
     from mmseg_sats.engine.files.work_dir import WorkDirBusyError
     from mmseg_sats.engine.training.distributed import own_error_on_top
@@ -64,7 +65,7 @@ def _train(args: argparse.Namespace) -> None:
             runner.train()
     except KeyboardInterrupt:
         raise KeyboardInterrupt('the same command with --resume goes on') from None
-    except WorkDirBusyError as error:
+    except (RehearsalError, WorkDirBusyError) as error:
         raise SystemExit(str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

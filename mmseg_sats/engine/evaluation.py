@@ -29,7 +29,7 @@ def evaluate_stage(runner: Runner, may_be_empty: bool) -> dict[str, float]:
             so for a stage 0 that is taken from a checkpoint, whose data may not be available.
 
     Returns:
-        The metrics of ``IncrementalIoUMetric``; all of them are NaN if there is no image.
+        The metrics of ``IncrementalIoUMetric``; all percentages are NaN if there is no image.
 
     Raises:
         NoImagesError: there is no image, and ``may_be_empty`` is False.
@@ -61,6 +61,6 @@ def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def empty_metrics(classes: Sequence[str]) -> dict[str, float]:
-    """What ``IncrementalIoUMetric`` would return for no image at all: NaN for every figure."""
+    """What ``IncrementalIoUMetric`` would return for no image at all: NaN for every figure, over no class."""
     keys = ['mIoU_base', 'mIoU_new', 'mIoU_all', 'hIoU', 'mIoU', *(f'IoU.{name}' for name in classes)]
-    return dict.fromkeys(keys, math.nan)
+    return dict.fromkeys(keys, math.nan) | dict.fromkeys(['classes_base', 'classes_new', 'classes_all'], 0)

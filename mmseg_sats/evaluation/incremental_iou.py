@@ -13,6 +13,9 @@ from mmseg.registry import METRICS
 from prettytable import PrettyTable
 from torch import Tensor
 
+# Predictions have the size of the image file, and so must labels.
+_ORDER = 'expected LoadAnnotations in the transforms of the evaluation, behind Resize'
+
 
 @METRICS.register_module()
 class IncrementalIoUMetric(BaseMetric):
@@ -20,7 +23,9 @@ class IncrementalIoUMetric(BaseMetric):
 
     The labels must already be those of the stage: channel ``i`` is the i-th class learned, and
     what counts as background or is ignored has been decided by the data set. Areas are summed
-    over the images before the division, as in mmseg's ``IoUMetric``.
+    over the images before the division, as in mmseg's ``IoUMetric``. A class that no labelled pixel
+    shows is left out of every mean, whatever is predicted, so that all methods are averaged over
+    the same classes.
 
     Args:
         num_base: Number of base labels, background included. None takes it from
@@ -56,11 +61,14 @@ class IncrementalIoUMetric(BaseMetric):
                 holding ``data`` of shape (1, H, W).
 
         Raises:
-            ValueError: If prediction and label differ in shape or hold a label that no class
-                has. The message names the image.
+            ValueError: If an image has no label, prediction and label differ in shape, or hold a label that no
+                class has. The message names the image.
         """
         num_channels = len(self._meta()['classes'])
         for sample in data_samples:
+            name = sample.get('img_path', 'unnamed image')
+            if 'gt_sem_seg' not in sample:
+                raise ValueError(f'{name} has no label: {_ORDER}')
             try:
                 # One result per image, never one per batch: the gathering across ranks drops
                 # the sampler's padding by counting results.
@@ -71,7 +79,7 @@ class IncrementalIoUMetric(BaseMetric):
                     self.ignore_index,
                 )
             except ValueError as error:
-                raise ValueError(f'{sample.get("img_path", "unnamed image")}: {error}') from error
+                raise ValueError(f'{name}: {error}') from error
             self.results.append(counts)
 
     def compute_metrics(self, results: list[np.ndarray]) -> dict[str, float]:
@@ -83,12 +91,14 @@ class IncrementalIoUMetric(BaseMetric):
         Returns:
             ``mIoU_base``, ``mIoU_new``, ``mIoU_all``, ``hIoU``, ``mIoU`` (the same as
             ``mIoU_all``) and ``IoU.<class name>`` per class. Percent, not rounded; NaN where
-            there is no value: an absent class, or ``mIoU_new`` before anything new is learned.
+            there is no value: a class without a labelled pixel, or ``mIoU_new`` before anything new
+            is learned. ``classes_base``, ``classes_new`` and ``classes_all`` are the numbers of
+            classes that the means go over.
         """
         classes = self._meta()['classes']
         num_base = self._resolve_num_base(len(classes))
         iou = self.ious(sum(results, np.zeros((3, len(classes)), dtype=np.int64)))
-        metrics = OrderedDict(self.summary(iou, num_base))
+        metrics = OrderedDict(self.summary(iou, num_base) | self.counted(iou, num_base))
         self._log_table(classes, iou, metrics, num_base)
         for name, value in zip(classes, iou, strict=True):
             metrics[f'IoU.{name}'] = float(value)
@@ -114,7 +124,7 @@ class IncrementalIoUMetric(BaseMetric):
         """
         if pred.shape != label.shape:
             raise ValueError(
-                f'prediction has shape {tuple(pred.shape)}, its label {tuple(label.shape)}'
+                f'prediction has shape {tuple(pred.shape)}, its label {tuple(label.shape)}: {_ORDER}'
             )
         label = label.to(device=pred.device, dtype=torch.long)
         valid = label != ignore_index
@@ -138,12 +148,12 @@ class IncrementalIoUMetric(BaseMetric):
             counts: (3, K), summed over the images, see :meth:`area_counts`.
 
         Returns:
-            float64 array (K,), percent; NaN for a class in neither prediction nor label.
+            float64 array (K,), percent; NaN for a class that no labelled pixel shows.
         """
         intersection, predicted, labelled = np.asarray(counts, dtype=np.float64)
         union = predicted + labelled - intersection
         iou = np.full(union.shape, np.nan)
-        return np.divide(100 * intersection, union, out=iou, where=union > 0)
+        return np.divide(100 * intersection, union, out=iou, where=labelled > 0)
 
     @staticmethod
     def summary(iou: np.ndarray, num_base: int) -> dict[str, float]:
@@ -161,6 +171,21 @@ class IncrementalIoUMetric(BaseMetric):
         # base + new is NaN, and so unequal to 0, where either has no value.
         harmonic = 0.0 if base + new == 0 else 2 * base * new / (base + new)
         return dict(mIoU_base=base, mIoU_new=new, mIoU_all=total, hIoU=harmonic, mIoU=total)
+
+    @staticmethod
+    def counted(iou: np.ndarray, num_base: int) -> dict[str, int]:
+        """Over how many classes each mean of :meth:`summary` goes.
+
+        Args:
+            iou: (K,), percent; NaN for an absent class.
+            num_base: The first ``num_base`` channels are the base classes.
+
+        Returns:
+            ``classes_base``, ``classes_new`` and ``classes_all``.
+        """
+        there = ~np.isnan(iou)
+        base, new = int(there[:num_base].sum()), int(there[num_base:].sum())
+        return dict(classes_base=base, classes_new=new, classes_all=base + new)
 
     def _meta(self) -> dict:
         """``dataset_meta``, or an error that says what is missing."""
@@ -200,8 +225,15 @@ class IncrementalIoUMetric(BaseMetric):
         summary = PrettyTable(['base', 'new', 'all', 'hIoU'])
         keys = ('mIoU_base', 'mIoU_new', 'mIoU_all', 'hIoU')
         summary.add_row([_shown(means[key]) for key in keys])
+        absent = [name for name, value in zip(classes, iou, strict=True) if np.isnan(value)]
+        note = (
+            f'\nthe means go over {means["classes_all"]} of {len(classes)} classes: no evaluation '
+            f'pixel shows {", ".join(absent)}'
+            if absent
+            else ''
+        )
         logger = MMLogger.get_current_instance()
-        print_log(f'per class results:\n{table}\n{summary}', logger=logger)
+        print_log(f'per class results:\n{table}\n{summary}{note}', logger=logger)
 
 
 def _shown(value: float) -> str:

@@ -27,6 +27,7 @@ class Key(NamedTuple):
             ``'evaluation'`` or ``'validation'``.
         harmless: whether the key has no effect on the numbers of a run, so that it may change between a run and
             its ``--resume``.
+        evaluates: whether the key has an effect on the evaluation alone, unless a config uses it elsewhere too.
         reported: whether the report's table of differences shows the key.
         least: the value must be a whole number that is not smaller than this; None: no such limit.
         or_none: whether None is allowed beside a whole number.
@@ -39,6 +40,7 @@ class Key(NamedTuple):
     identity: Literal['', 'value', 'named', 'unlabelled'] = ''
     compared: Literal['', 'training', 'evaluation', 'validation'] = ''
     harmless: bool = False
+    evaluates: bool = False
     reported: bool = True
     least: int | None = None
     or_none: bool = False
@@ -66,9 +68,9 @@ KEYS = (
     Key('sync_bn', 'mmengine', 'turns batch norms into synchronised ones', compared='training'),
     Key('auto_scale_lr', 'mmengine', 'scales lr with the batch', compared='training'),
     Key('efficient_conv_bn_eval', 'mmengine', 'merges frozen batch norms into convolutions', compared='training'),
-    Key('test_dataloader', 'mmengine', 'the evaluation data', compared='evaluation'),
-    Key('test_evaluator', 'mmengine', 'the metrics', compared='evaluation'),
-    Key('test_cfg', 'mmengine', 'the evaluation loop', compared='evaluation'),
+    Key('test_dataloader', 'mmengine', 'the evaluation data', compared='evaluation', evaluates=True),
+    Key('test_evaluator', 'mmengine', 'the metrics', compared='evaluation', evaluates=True),
+    Key('test_cfg', 'mmengine', 'the evaluation loop', compared='evaluation', evaluates=True),
     Key('val_dataloader', 'mmengine', 'data to validate on while training', compared='validation'),
     Key('val_evaluator', 'mmengine', 'the metrics of the validation', compared='validation'),
     Key('val_cfg', 'mmengine', 'the validation loop', compared='validation'),
@@ -110,6 +112,7 @@ KEYS = (
     Key('outside_labeler', 'package', 'what labels them'),
     Key('report', 'package', 'how many pictures the report shows; None writes no report', 'run', harmless=True,
         reported=False),
+    Key('rehearsal', 'package', 'None starts without a rehearsal', 'runner', harmless=True, reported=False),
     Key('device', 'package', "cuda, cpu, or None for what there is", 'run', harmless=True),
     # Keys whose values the rest of a config uses.
     Key('data_root', 'package', "the data's folder"),
@@ -124,18 +127,18 @@ KEYS = (
     Key('checkpoint_iters', 'package', 'a checkpoint every so many iterations too', harmless=True, least=1,
         or_none=True),
     Key('train_pipeline', 'package', 'transforms of the training'),
-    Key('test_pipeline', 'package', 'transforms of whole images'),
+    Key('test_pipeline', 'package', 'transforms of whole images', evaluates=True),
     Key('vis_backends', 'package', 'where curves are logged', harmless=True, reported=False),
     Key('auxiliary_loss', 'config', "the auxiliary head's loss"),
-    Key('centre_crop_pipeline', 'config', 'transforms of centre crops, for eval_pipeline'),
+    Key('centre_crop_pipeline', 'config', 'transforms of centre crops, for eval_pipeline', evaluates=True),
     Key('class_names', 'config', 'names of the classes, background first'),
     Key('class_order_b', 'config', "MiB's second order on ADE20K, for class_order"),
     Key('classifier_init', 'config', 'how a new classifier begins'),
     Key('distillation', 'config', 'losses between new and old model, by name'),
-    Key('eval_dataset', 'config', 'the mmseg data set to evaluate on'),
-    Key('eval_future', 'config', 'what classes not seen yet count as: background or ignore'),
-    Key('eval_images', 'config', 'images to evaluate on: seen or all'),
-    Key('eval_pipeline', 'config', 'transforms of the evaluation'),
+    Key('eval_dataset', 'config', 'the mmseg data set to evaluate on', evaluates=True),
+    Key('eval_future', 'config', 'what classes not seen yet count as: background or ignore', evaluates=True),
+    Key('eval_images', 'config', 'images to evaluate on: seen or all', evaluates=True),
+    Key('eval_pipeline', 'config', 'transforms of the evaluation', evaluates=True),
     Key('head_lr_mult', 'config', "the head's learning rate, as a multiple of lr"),
     Key('ignore_values', 'config', 'mask values that are ignored'),
     Key('image_size', 'config', 'pixels of a side of the shapes'),
@@ -155,9 +158,9 @@ KEYS = (
     Key('train_images', 'config', 'the training images: a folder, or of shapes how many'),
     Key('train_list', 'config', 'the list of the training images'),
     Key('train_masks', 'config', 'the folder of their masks'),
-    Key('val_images', 'config', 'the evaluation images: a folder, or of shapes how many'),
-    Key('val_list', 'config', 'the list of the evaluation images'),
-    Key('val_masks', 'config', 'the folder of their masks'),
+    Key('val_images', 'config', 'the evaluation images: a folder, or of shapes how many', evaluates=True),
+    Key('val_list', 'config', 'the list of the evaluation images', evaluates=True),
+    Key('val_masks', 'config', 'the folder of their masks', evaluates=True),
     Key('wandb', 'config', 'a choice for vis_backends', harmless=True, reported=False),
 )  # fmt: skip
 

@@ -68,12 +68,22 @@ def import_custom(cfg: Config) -> None:
         ValueError: a module is not found or cannot be imported, or its name is that of another module.
     """
     custom = cfg.get('custom_imports') or {}
-    names = custom.get('imports') or []
-    import_modules(cfg, [names] if isinstance(names, str) else names, 'custom_imports',
-                   may_fail=custom.get('allow_failed_imports', False))  # fmt: skip
+    import_modules(cfg, imports_of(cfg), 'custom_imports', may_fail=custom.get('allow_failed_imports', False))
     names = cfg.get('method_imports') or []
     if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
         import_modules(cfg, names, 'method_imports')
+
+
+def imports_of(cfg: Config) -> list[str]:
+    """The modules that ``custom_imports`` of a config names; mmengine allows one as a text, without a list."""
+    names = (cfg.get('custom_imports') or {}).get('imports') or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def add_imports(cfg: Config, names: Sequence[str]) -> None:
+    """Adds modules to ``custom_imports`` of a config, in place, each once."""
+    own = dict(cfg.get('custom_imports') or dict(allow_failed_imports=False))
+    cfg.custom_imports = dict(own, imports=list(dict.fromkeys([*imports_of(cfg), *names])))
 
 
 def import_modules(cfg: Config, names: Sequence[str], key: str, may_fail: bool = False) -> None:

@@ -55,10 +55,9 @@ def draw(args: argparse.Namespace) -> Path:
             raise ValueError(
                 f'{what} is outside the image of {image.shape[1]} x {image.shape[0]} pixels'
             )
-        maps = [attention_view.attentions(one, one.preprocess(sample)['inputs']) for one in (old, new)]
-        views = attention_view.point_views(
-            *maps, (where[0] / image.shape[1], where[1] / image.shape[0])
-        )
+        maps, covers, _ = attention_view.padded_attentions(old, new, sample)
+        point = (where[0] / image.shape[1], where[1] / image.shape[0])
+        views = attention_view.point_views(*maps, point, covers)
     else:
         labels = mask_channels(new, args.mask) if args.mask else new.predict(sample)
         channel = find_channel(new, labels, args.class_name)

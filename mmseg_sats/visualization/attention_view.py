@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmseg_sats.functional.attention.base import BaseAttentionMap
+from mmseg_sats.models.padding import padding_of, with_padding
 from mmseg_sats.models.segmentors.old_model import run_segmentor
 from mmseg_sats.visualization.stage_model import StageModel
 from mmseg_sats.visualization.theme import new_figure
@@ -34,10 +35,13 @@ class BlockView:
     Args:
         old: (heads, h, w), the old model's mean attention of the region over the keys' grid.
         new: the new model's.
+        covers: how much of the grid's height and width the image takes, from its top left; the rest is the
+            padding of ``data_preprocessor.test_cfg``.
     """
 
     old: Tensor
     new: Tensor
+    covers: tuple[float, float] = (1.0, 1.0)
 
     @property
     def distance(self) -> float:
@@ -98,17 +102,28 @@ def _class_view(
 
 
 def point_views(
-    old: Sequence[BaseAttentionMap], new: Sequence[BaseAttentionMap], point: tuple[float, float]
+    old: Sequence[BaseAttentionMap],
+    new: Sequence[BaseAttentionMap],
+    point: tuple[float, float],
+    covers: tuple[float, float] = (1.0, 1.0),
 ) -> list[BlockView]:
-    """The attention of one query position in every block; ``point`` is (x, y) in 0..1 of the image."""
+    """The attention of one query position in every block.
+
+    Args:
+        old: the old model's maps of one image.
+        new: the new model's.
+        point: (x, y) in 0..1 of the image.
+        covers: as in :class:`BlockView`.
+    """
     views = []
     for one, other in zip(old, new, strict=True):
         height, width = one.query_hw
-        x, y = min(int(point[0] * width), width - 1), min(int(point[1] * height), height - 1)
+        x = min(int(point[0] * covers[1] * width), width - 1)
+        y = min(int(point[1] * covers[0] * height), height - 1)
         place = y * width + x
         views.append(
             BlockView(
-                *(_on_grid(maps, maps.rows(place, place + 1)[0, :, 0]) for maps in (one, other))
+                *(_on_grid(maps, maps.rows(place, place + 1)[0, :, 0]) for maps in (one, other)), covers
             )
         )
     return views
@@ -163,20 +178,28 @@ def _draw_row(
     top = float(max(old.max(), new.max()))
     limit = float(view.change.abs().max()) or 1e-12
     for ax, values in zip(row, (old, new), strict=False):
-        _heat(ax, image, values, HEAT, 0, top)
+        _heat(ax, image, values, view.covers, HEAT, 0, top)
         _mark(ax, where)
-    _heat(row[2], image, view.change.numpy(), CHANGE, -limit, limit)
+    _heat(row[2], image, view.change.numpy(), view.covers, CHANGE, -limit, limit)
     row[2].set_xlabel(f'distance {view.distance:.3g}', fontsize=7)
 
 
 def _heat(
-    ax: Axes, image: np.ndarray, values: np.ndarray, colours: str, low: float, high: float
+    ax: Axes,
+    image: np.ndarray,
+    values: np.ndarray,
+    covers: tuple[float, float],
+    colours: str,
+    low: float,
+    high: float,
 ) -> None:
     height, width = image.shape[:2]
+    # The grid reaches beyond the image where that was padded.
+    bottom, right = height / covers[0] - 0.5, width / covers[1] - 0.5
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     ax.imshow(grey, cmap='gray', vmin=-120, vmax=300)
     ax.imshow(values, cmap=colours, vmin=low, vmax=high, alpha=0.72, interpolation='nearest',
-              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+              extent=(-0.5, right, bottom, -0.5))
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)
 
@@ -202,5 +225,32 @@ def view_classes(
         labels: (H, W) long in these channels; None takes the new model's prediction.
     """
     labels = new.predict(sample) if labels is None else labels
-    maps = [attentions(stage, stage.preprocess(sample)['inputs']) for stage in (old, new)]
-    return class_views(*maps, labels, channel), labels
+    maps, covers, padded = padded_attentions(old, new, sample, labels)
+    views = class_views(*maps, padded, channel)
+    return [view and BlockView(view.old, view.new, covers) for view in views], labels
+
+
+def padded_attentions(
+    old: StageModel, new: StageModel, sample: dict[str, Any], labels: Tensor | None = None
+) -> tuple[list[tuple[BaseAttentionMap, ...]], tuple[float, float], Tensor | None]:
+    """The attention maps of both models for a packed sample, which the data preprocessor may pad.
+
+    Args:
+        old: the stage before.
+        new: the stage.
+        sample: a packed sample.
+        labels: (H, W) long, of the image; or None.
+
+    Returns:
+        The maps of the old and of the new model, ``covers`` as in :class:`BlockView`, and the labels with
+        ignored pixels for the padding.
+    """
+    maps = []
+    for stage in (old, new):
+        data = stage.preprocess(sample)
+        maps.append(attentions(stage, data['inputs']))
+    size, samples = data['inputs'].shape[-2:], data['data_samples']
+    _, right, _, bottom = padding_of(samples)
+    covers = ((size[0] - bottom) / size[0], (size[1] - right) / size[1])
+    padded = None if labels is None else with_padding(labels[None], samples, size)[0]
+    return maps, covers, padded

@@ -3,7 +3,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
 from mmseg_sats.engine.checks.trial_build import build_model, trains_on_one_image
+from mmseg_sats.engine.config.variables import variables_in
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import adopt_base, head_names
 from mmseg_sats.utils.config_keys import KEYS, STAGE_PARTS, names
@@ -92,7 +93,7 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:
-    known = {*_TABLE, *_variables_in(content)}
+    known = {*_TABLE, *variables_in(content)}
     for key in content:
         # Other keys that are not read may be helper values of the config file, so they are allowed.
         if key not in known and _close(key, _TABLE):
@@ -103,7 +104,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Checks the values that only some stages have: no key is misspelt or must be the same for the whole run."""
-    read = {*_READ, *content, *_variables_in(content)}
+    read = {*_READ, *content, *variables_in(content)}
     for option in inner:
         key = option.split('.')[0]
         if key in _RUN_WIDE:
@@ -118,18 +119,6 @@ def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any])
 def _close(key: str, read: Collection[str]) -> bool:
     """Whether ``key`` is one typing error away from a key that is read; ``crop2`` and ``order_b`` are no errors."""
     return re.sub(r'_[a-z]$|[0-9_]+$', '', key) not in read and any(one_slip(key, other) for other in read)
-
-
-def _variables_in(value: Any) -> Iterator[str]:
-    """The names of all variables (``'$name'``) that a config uses."""
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _variables_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _variables_in(item)
-    elif isinstance(value, str) and (match := re.fullmatch(r'\$(\w+)', value)):
-        yield match[1]
 
 
 def _check_numbers(content: Mapping[str, Any], path: str) -> None:
@@ -261,14 +250,21 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         _check_whole_batch(loader, images, stage.index)
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
         sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
-        if replayed or not sampled or not size or get_world_size() > 1:
+        if replayed or not sampled or not size:
             continue  # the sizes of these batches are not known here
-        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * size)
-        if reached and (images % size == 1 or size == 1) and not trains_on_one_image(cfg):
+        # Processes share the batches of one: of the last, some get one image if there are fewer than two for each.
+        processes = get_world_size()
+        whole = size * processes
+        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * whole)
+        alone = size == 1 or 0 < images % whole < 2 * processes
+        if reached and alone and not trains_on_one_image(cfg, processes):
+            shared = '' if processes == 1 else f' on each of {processes} processes'
             raise ValueError(
-                f'stage {stage.index}: {images} images in batches of {size} leave one image for the last, with which '
-                'this model cannot be trained (a norm in it would see one value a channel): expected another '
-                'batch_size' + ('' if size == 1 else ', or train_dataloader.drop_last=True')
+                f'stage {stage.index}: {images} images in batches of {size}{shared} leave one image for '
+                f'{"the last" if processes == 1 else "a process in the last"}, with which this model cannot be '
+                'trained (a norm in it would see one value a channel): expected another batch_size'
+                + ('' if size == 1 else ', or train_dataloader.drop_last=True')
+                + ('' if processes == 1 else ", or sync_bn='torch'")
             )
 
 

@@ -164,9 +164,20 @@ def _known_keys(metric: BaseMetric) -> Sequence[str]:
     return ['aAcc', *metric.metrics] if isinstance(metric, IoUMetric) else []
 
 
-def trains_on_one_image(cfg: Config) -> bool:
-    """Whether the stage's model can be trained on a single image. A batch norm after pooling to 1 x 1 cannot."""
-    model = revert_sync_batchnorm(build_model(cfg)).train()
+def trains_on_one_image(cfg: Config, processes: int = 1) -> bool:
+    """Whether the stage's model can be trained on a single image. A batch norm after pooling to 1 x 1 cannot.
+
+    Args:
+        cfg: the stage's config.
+        processes: how many have a batch each; synchronised batch norms see the images of all.
+    """
+    if processes > 1 and cfg.get('sync_bn'):
+        return True
+    model = build_model(cfg)
+    synchronised = [name for name, part in model.named_modules() if 'SyncBatchNorm' in type(part).__name__]
+    model = revert_sync_batchnorm(model).train()
+    for name in synchronised if processes > 1 else ():
+        model.get_submodule(name).eval()
     size = cfg.get('crop_size', 512)
     height, width = (size, size) if isinstance(size, int) else size
     heads = [head for name, head in model.named_children() if name.endswith('_head')]

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from mmseg.registry import MODELS
 
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
-from mmseg_sats.utils.user_modules import import_modules
+from mmseg_sats.utils.user_modules import add_imports, import_modules
 
 
 def import_method(cfg: Config) -> None:
@@ -31,9 +31,7 @@ def import_method(cfg: Config) -> None:
     if not names:
         return
     import_modules(cfg, names, 'method_imports')
-    own = dict(cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False))
-    own['imports'] = list(dict.fromkeys([*own['imports'], *names]))
-    cfg.custom_imports = own
+    add_imports(cfg, names)
 
 
 def add_method_hooks(cfg: Config) -> None:

@@ -2,6 +2,7 @@
 """Builds a config per stage from a run's config: an ordinary mmseg config that any mmseg tool can run."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.held_out import add_held_out
-from mmseg_sats.engine.config.method_hooks import add_method_hooks, import_method
+from mmseg_sats.engine.config.method_hooks import add_method_hooks, hook_class, import_method
+from mmseg_sats.engine.config.per_class import cut_to_stage
 from mmseg_sats.engine.config.replay import add_replay
 from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
+from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.config_keys import STAGE_PARTS, names
 
+# The arguments that configs/_base_/default_runtime.py gives to default hooks.
+_OUR_DEFAULTS = dict(
+    checkpoint=('interval', 'iters', 'max_keep_ckpts'), logger=('interval', 'log_metric_by_epoch')
+)  # fmt: skip
 # Position tables, which ViT and Swin interpolate to the model's image or window size while loading.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
 
@@ -53,9 +60,9 @@ def build_stage_config(
         A config for ``mmengine.Runner`` and every mmseg tool.
 
     Raises:
-        KeyError: a variable is not defined.
+        KeyError: a variable is not defined, or a loss has a weight for a class that the data set does not have.
         ValueError: a module of ``method_imports`` cannot be imported, the batch size is too small for
-            replay, or ``held_out`` is impossible.
+            replay, ``held_out`` is impossible, or a loss has weights for another number of classes.
     """
     # Its file tells where the user's modules may be.
     merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()), filename=cfg.filename)
@@ -79,7 +86,16 @@ def build_stage_config(
         result.optim_wrapper.setdefault('constructor', 'GroupedOptimWrapperConstructor')
     # The run's --resume does not apply to each stage: a stage without checkpoints starts from its beginning.
     result.resume = False
+    _set_pipeline(result)
     _set_model(result.model, stage, work_dir)
+    cut_to_stage(
+        _named_heads(result.model),
+        stage,
+        protocol.num_classes + 1,
+        lambda: evaluation_set(result).class_names,
+        bool(result.model.get('unknown')),
+    )
+    _drop_our_defaults(result.get('default_hooks') or {})
     _set_names(result, stage, work_dir)
     add_method_hooks(result)
     add_held_out(result)
@@ -89,13 +105,22 @@ def build_stage_config(
     return result
 
 
+def _set_pipeline(cfg: Config) -> None:
+    """Gives the evaluation's wrapper the transforms of the data set inside, for ``MMSegInferencer`` looks there."""
+    wrapper = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    inner = wrapper.get('dataset')
+    if wrapper.get('type') != 'IncrementalDataset' or wrapper.get('pipeline') is not None:
+        return
+    if isinstance(inner, dict) and inner.get('pipeline'):
+        wrapper.pipeline = copy.deepcopy(inner.pipeline)
+
+
 def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
-    heads = model.get('auxiliary_head') or []
-    heads = heads if isinstance(heads, list) else [heads]
-    for head in [model.decode_head, *heads]:
+    heads = _named_heads(model)
+    for head in heads.values():
         head.num_classes = stage.num_channels
-    loss = model.decode_head.get('loss_decode')
-    for head in heads:
+    loss = heads.pop('model.decode_head').get('loss_decode')
+    for head in heads.values():
         own = head.get('loss_decode')
         # If the method's loss accounts for old classes in the background, plain cross-entropy in an auxiliary
         # head would still teach the backbone that they are background.
@@ -110,6 +135,29 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
             part.pop('pretrained', None)
         snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
         model.old_model = dict(checkpoint=str(snapshot), num_old=stage.num_old)
+
+
+def _named_heads(model: ConfigDict) -> dict[str, ConfigDict]:
+    """The configs of the heads by their path in the config, the decode head first."""
+    others = model.get('auxiliary_head') or []
+    if isinstance(others, list):
+        named = {f'model.auxiliary_head[{index}]': head for index, head in enumerate(others)}
+    else:
+        named = {'model.auxiliary_head': others}
+    return {'model.decode_head': model.decode_head} | named
+
+
+def _drop_our_defaults(hooks: ConfigDict) -> None:
+    """Drops arguments that only our default for a hook has, where another class of hook was put in its place.
+
+    mmengine merges the two dicts, and its ``CheckpointHook`` would pass such an argument on to ``torch.save``.
+    """
+    for name, arguments in _OUR_DEFAULTS.items():
+        kind = hook_class(hooks[name]) if isinstance(hooks.get(name), dict) else None
+        if isinstance(kind, type):
+            taken = {key for cls in kind.__mro__ for key in inspect.signature(cls.__init__).parameters}
+            for argument in set(arguments) - taken:
+                hooks[name].pop(argument, None)
 
 
 def _is_ours(loss: Any) -> bool:

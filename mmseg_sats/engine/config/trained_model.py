@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.engine.config.own_options import own_options
-from mmseg_sats.utils.user_modules import read_file
+from mmseg_sats.utils.user_modules import add_imports, imports_of, read_file
 
 SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
 
@@ -39,11 +39,8 @@ def take_trained_model(cfg: Config) -> None:
     cfg.model = merged.model
     _check_heads(cfg.model, path)
     # The modules that register the model's parts must be imported by every stage's config too.
-    imports = (trained.get('custom_imports') or {}).get('imports') or []
-    if imports:
-        own = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
-        own = dict(own, imports=list(dict.fromkeys([*own['imports'], *imports])))
-        cfg.custom_imports = own
+    if imports := imports_of(trained):
+        add_imports(cfg, imports)
     if trained.get('import_folders'):
         cfg.import_folders = list(dict.fromkeys([*(cfg.get('import_folders') or []), *trained.import_folders]))
 

@@ -8,10 +8,12 @@ every stage.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.utils.config_keys import names
 from mmseg_sats.utils.deprecation import warn_renamed
 from mmseg_sats.utils.spelling import near_match
 
@@ -25,6 +27,8 @@ STAGE_VARIABLES = {
 # Names of variables in earlier versions, and their names now.
 RENAMED_VARIABLES = {'num_classes': 'num_channels', 'num_old_classes': 'num_old'}
 _VARIABLE = re.compile(r'^\$(\w+)$')
+# Hooks that show the model the training images with the test_pipeline, before or after a training.
+_PASSES = ('PseudoLabelThresholdHook', 'PrototypeHook')
 
 
 def config_variables(cfg: Config) -> dict[str, Any]:
@@ -43,6 +47,37 @@ def config_variables(cfg: Config) -> dict[str, Any]:
         height, width = variables['crop_size']
         variables.update(crop_scale=(4 * width, height), crop_wh=(width, height))
     return variables
+
+
+def variables_in(value: Any) -> Iterator[str]:
+    """The names of all variables (``'$name'``) that a config uses."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from variables_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from variables_in(item)
+    elif isinstance(value, str) and (match := _VARIABLE.match(value)):
+        yield match[1]
+
+
+def evaluation_keys(content: Mapping[str, Any], stage: Config | None = None) -> set[str]:
+    """The top-level keys of a run's config that have an effect on its evaluation alone.
+
+    Args:
+        content: the run's config.
+        stage: the config of a later stage; None: it is unknown which hooks it has.
+    """
+    if content.get('held_out') is not None:
+        return set()  # the evaluation chooses the epoch
+    keys = set(names(evaluates=True))
+    hooks = [hook.get('type') for hook in (stage.get('custom_hooks') or [])] if stage is not None else _PASSES
+    if any(getattr(hook, '__name__', hook) in _PASSES for hook in hooks):
+        keys.discard('test_pipeline')
+    # Whatever another key uses as $name is not read by the evaluation alone, nor is what that uses.
+    while used := keys.intersection(variables_in({key: value for key, value in content.items() if key not in keys})):
+        keys -= used
+    return keys
 
 
 def resolve_variables(

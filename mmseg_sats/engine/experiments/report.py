@@ -14,6 +14,7 @@ from prettytable import PrettyTable, TableStyle
 
 from mmseg_sats.engine.experiments.plan import Cell
 from mmseg_sats.engine.experiments.record import Record
+from mmseg_sats.engine.files.results import counted
 
 MEANS = ('base', 'new', 'all', 'hIoU')
 MEASURED = (*MEANS, 'average_all', 'forgetting')
@@ -33,6 +34,9 @@ class Line:
         figures: run name to its figures, percent, None where there is none; finished runs only.
         seconds: run name to the seconds that training took; finished runs only.
         states: run name to a word for every run that is not finished.
+        counted: run name to a text that says which classes the means leave out, empty for none; finished runs only.
+        classes: run name to the number of classes that base, new and all are means of, None where a run of an
+            earlier version does not say it; finished runs only.
         published: the paper's base, new, all as printed there, empty where it has none.
         network: the network they were published for.
     """
@@ -41,6 +45,8 @@ class Line:
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
+    counted: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, dict[str, int | None]] = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)
     network: str = ''
 
@@ -109,6 +115,11 @@ def _add_run(line: Line, record: Record) -> None:
         'average_all': results['average_all'],
         'forgetting': results['forgetting'],
     }
+    last = results['stages'][-1]
+    line.counted[name] = counted(last)
+    # Of a run of an earlier version, the IoUs tell how many classes the mean of all went over.
+    there = sum(iou is not None for iou in last['iou'].values())
+    line.classes[name] = last.get('counted', {'base': None, 'new': None, 'all': there})
     line.seconds[name] = record.train_seconds()
 
 
@@ -125,15 +136,20 @@ def markdown(lines: Sequence[Line]) -> str:
 def _section(lines: Sequence[Line]) -> str:
     with_paper = any(line.published for line in lines)
     head = ['row', 'memory', *MEANS, 'average', 'forgetting', 'minutes', 'runs']
+    counts = [', '.join(dict.fromkeys(filter(None, line.counted.values()))) for line in lines]
+    if any(counts):
+        head.append('means over')
     if with_paper:
         head += [*(f'paper {key}' for key in PUBLISHED), "paper's network"]
     table = PrettyTable(head)
     table.set_style(TableStyle.MARKDOWN)
-    for line in lines:
+    for line, count in zip(lines, counts, strict=True):
         rows = list(line.figures.values())
         cells = [_mean([row[key] for row in rows]) for key in MEASURED]
         minutes = _mean([seconds / 60 for seconds in line.seconds.values()], '{:.1f}')
         row = [line.cell.row.title, line.cell.memory or '-', *cells, minutes, _state(line)]
+        if any(counts):
+            row.append(count or ('all' if line.figures else '-'))
         if with_paper:
             row += [*(line.published.get(key) or '-' for key in PUBLISHED), line.network or '-']
         table.add_row(row)
@@ -160,7 +176,8 @@ def to_csv(table: str, lines: Sequence[Line]) -> str:
     rows = csv.writer(text, lineterminator='\n')
     rows.writerow(
         ['table', 'part', 'row', 'method', 'variant', 'memory', 'protocol', 'run', 'state', *MEASURED,
-         'train_seconds', *(f'paper_{key}' for key in PUBLISHED), 'paper_network']
+         *(f'classes_{key}' for key in PUBLISHED), 'train_seconds',
+         *(f'paper_{key}' for key in PUBLISHED), 'paper_network']
     )  # fmt: skip
     for line in lines:
         cell = line.cell
@@ -171,6 +188,7 @@ def to_csv(table: str, lines: Sequence[Line]) -> str:
             figures: dict[str, Any] = line.figures.get(name, {})
             state = 'finished' if figures else line.states.get(name, 'no config')
             values = [_exact(figures.get(key)) for key in MEASURED]
+            values += [_exact(line.classes.get(name, {}).get(key)) for key in PUBLISHED]
             rows.writerow([*head, name, state, *values, _exact(line.seconds.get(name)), *tail])
     return text.getvalue()
 

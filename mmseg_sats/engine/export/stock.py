@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
+from mmseg_sats.utils.user_modules import imports_of
 from mmseg_sats.visualization import stage_model
 
 _PLAIN_LOSS = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
@@ -84,7 +85,7 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
         ValueError: a part of the model exists in this package alone.
     """
     model = _in_stock_words(cfg.model.to_dict())
-    own = _own_modules(model, (cfg.get('custom_imports') or {}).get('imports') or [])
+    own = _own_modules(model, imports_of(cfg))
     return Config(
         dict(
             default_scope='mmseg',

@@ -13,6 +13,8 @@ from prettytable import PrettyTable
 from mmseg_sats.evaluation.forgetting import average_all, forgetting, forgetting_per_class
 from mmseg_sats.utils.checkpoint import write_json, write_text
 
+_NAMED = 3  # classes that no evaluation pixel shows: more are counted only
+
 
 def stage_results(
     stage: int,
@@ -27,7 +29,8 @@ def stage_results(
         stage: index of the stage.
         new_classes: names of the classes learned in it.
         images: number of training images; None if the stage was taken from a checkpoint.
-        metrics: the results of ``IncrementalIoUMetric`` in percent, NaN for an absent class.
+        metrics: the results of ``IncrementalIoUMetric`` in percent, NaN for a class that no evaluation pixel
+            shows.
         classes: names of background and all seen classes.
     """
     means = {key: _number(metrics[f'mIoU_{key}']) for key in ('base', 'new', 'all')}
@@ -37,6 +40,7 @@ def stage_results(
         images=images,
         iou={name: _number(metrics[f'IoU.{name}']) for name in classes},
         mIoU=means,
+        counted={key: int(metrics[f'classes_{key}']) for key in means},
         hIoU=_number(metrics['hIoU']),
     )
 
@@ -76,8 +80,33 @@ def write_results(work_dir: Path, results: Mapping[str, Any]) -> None:
     write_text(work_dir / 'results.csv', text.getvalue())
 
 
+def counted(stage: Mapping[str, Any]) -> str:
+    """Over how many of the seen classes the mean of all goes, such as '11 of 12 (without background)'.
+
+    Args:
+        stage: an entry of ``stages`` in results.json, of an earlier version too: a class without an IoU is in
+            no mean.
+
+    Returns:
+        Empty if the mean goes over all classes.
+    """
+    absent = [name for name, iou in stage['iou'].items() if iou is None]
+    if not absent:
+        return ''
+    names = f' (without {", ".join(absent)})' if len(absent) <= _NAMED else ''
+    return f'{len(stage["iou"]) - len(absent)} of {len(stage["iou"])}{names}'
+
+
+def _with_counted(table: PrettyTable, stages: Sequence[Mapping[str, Any]]) -> PrettyTable:
+    """The table with a column that says over how many classes the means go, unless they all go over all."""
+    column = [counted(stage) or str(len(stage['iou'])) for stage in stages]
+    if any(counted(stage) for stage in stages):
+        table.add_column('means over', column)
+    return table
+
+
 def stage_table(results: Mapping[str, Any]) -> PrettyTable:
-    """mIoU after each stage: base, new, all."""
+    """mIoU after each stage: base, new, all; and over how many classes, if not over all seen ones."""
     table = PrettyTable(['stage', 'classes', 'images', 'base', 'new', 'all'])
     for stage in results['stages']:
         names = ', '.join(stage['new_classes'])
@@ -89,7 +118,7 @@ def stage_table(results: Mapping[str, Any]) -> PrettyTable:
                 *(_text(stage['mIoU'][key]) for key in ('base', 'new', 'all')),
             ]
         )
-    return table
+    return _with_counted(table, results['stages'])
 
 
 def forgetting_table(results: Mapping[str, Any]) -> PrettyTable:
@@ -120,7 +149,7 @@ def comparison_table(runs: Sequence[Mapping[str, Any]]) -> PrettyTable:
                 _text(run['forgetting']),
             ]
         )
-    return table
+    return _with_counted(table, [run['stages'][-1] for run in runs])
 
 
 def _number(value: float | None) -> float | None:

@@ -4,15 +4,16 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.engine.config.earlier import in_current_names
-from mmseg_sats.utils.config_keys import is_harmless
+from mmseg_sats.engine.config.variables import evaluation_keys
+from mmseg_sats.engine.files.earlier import in_current_names
+from mmseg_sats.utils.config_keys import is_harmless, names
 
 try:
     import fcntl
@@ -125,16 +126,22 @@ def _state(folder: Path) -> str:
     return f'unfinished: {", ".join(sorted(checkpoints))}' if checkpoints else ''
 
 
-def check_same_run(work_dir: Path, cfg: Config) -> None:
+def check_same_run(work_dir: Path, cfg: Config, stage: Config | None = None) -> str:
     """Checks that a run is resumed with the config that it was started with.
+
+    What only the evaluation reads may differ, since it cannot change what is trained.
 
     Args:
         work_dir: the run's work dir; if the run was stopped very early, ``config.py`` may be missing.
         cfg: the config that the run is resumed with.
+        stage: the config of its last stage, whose hooks tell whether ``test_pipeline`` counts in training too.
+
+    Returns:
+        A note on values of the evaluation that differ, for the log; empty if none does.
 
     Raises:
         FileNotFoundError: there are stages, but not the config that they were trained with.
-        ValueError: that config cannot be read, or the two differ in a value that changes results.
+        ValueError: that config cannot be read, or the two differ in a value that changes what is trained.
     """
     path = work_dir / 'config.py'
     if not path.exists():
@@ -143,26 +150,63 @@ def check_same_run(work_dir: Path, cfg: Config) -> None:
                 f'{path} does not exist: without the config of the run that left its stages there, '
                 'it cannot be gone on with'
             )
-        return
+        return ''
     try:
         kept = Config.fromfile(path, import_custom_modules=False)
     except Exception as error:
         raise ValueError(f'{path} is no config that can be read: {error}') from error
-    found = list(_differences(_plain(kept), _plain(cfg)))
+    there, now = _plain(kept), _plain(cfg)
+    free = evaluation_keys(there, stage) & evaluation_keys(now, stage)
+    differing = list(_differences(there, now))
+    found = [what for key, what in differing if key not in free]
     if found:
-        more = f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
-        raise ValueError(
-            f'{work_dir} holds another run: {"; ".join(found[:_SHOWN])}{more}. To resume, give the '
-            'config and options of that run, or name another work dir'
-        )
+        raise ValueError(_refusal(work_dir, found, {key for key, _ in differing if key not in free}))
+    if not differing:
+        return ''
+    done = [folder.parent.name for folder in sorted(work_dir.glob('stage_*/metrics.json'))]
+    kept_figures = (
+        f' The finished stages ({", ".join(done)}) keep their figures; `mmseg-sats test {work_dir}` measures all of '
+        'them as the config says now'
+        if done
+        else ''
+    )
+    changes = _some([what for _, what in differing])
+    return f'the evaluation is not that of the run so far: {changes}. Training is the same.{kept_figures}'
+
+
+def _refusal(work_dir: Path, found: Sequence[str], keys: Collection[str]) -> str:
+    shared = sorted(key for key in keys if key in names(evaluates=True))
+    hint = f' ({", ".join(shared)}: used in training too, not in the evaluation alone)' if shared else ''
+    if 'test_pipeline' in shared and 'eval_pipeline' not in shared:
+        hint = ' (test_pipeline is used by passes over training images too: set eval_pipeline for the evaluation alone)'
+    start = work_dir / 'stage_0/snapshot.pth'
+    base = f'; --base {start} starts it from the stage 0 that is there' if start.exists() else ''
+    return (
+        f'{work_dir} holds another run: {_some(found)}{hint}. To resume, give the config and options of that run, or '
+        f'name another work dir{base}'
+    )
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f'; and {len(texts) - _SHOWN} more' if len(texts) > _SHOWN else ''
+    return f'{"; ".join(texts[:_SHOWN])}{more}'
+
+
+def holds(path: Path, cfg: Config) -> bool:
+    """Whether the config file of a run says the same as ``cfg``, but for ``resume``."""
+    if not path.exists():
+        return False
+    kept = Config.fromfile(path, import_custom_modules=False)._cfg_dict.to_dict()
+    given = cfg._cfg_dict.to_dict()
+    return _listed(kept | dict(resume=None)) == _listed(given | dict(resume=None))
 
 
 def _plain(cfg: Config) -> dict[str, Any]:
     return in_current_names(cfg._cfg_dict.to_dict())
 
 
-def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
-    """Describes every value that differs and changes results, as ``path: a there, b in the config``."""
+def _differences(there: Any, now: Any, path: str = '') -> Iterator[tuple[str, str]]:
+    """The top-level key and ``path: a there, b in the config`` for every value that differs and changes results."""
     if is_harmless(path):
         return
     if isinstance(there, dict) and isinstance(now, dict):
@@ -170,7 +214,7 @@ def _differences(there: Any, now: Any, path: str = '') -> Iterator[str]:
             where = f'{path}.{key}'.lstrip('.')
             yield from _differences(there.get(key), now.get(key), where)
     elif _listed(there) != _listed(now) and not _same_file(there, now):
-        yield f'{path}: {_short(there)} there, {_short(now)} in the config'
+        yield path.split('.')[0], f'{path}: {_short(there)} there, {_short(now)} in the config'
 
 
 def _listed(value: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
@@ -14,6 +15,10 @@ from mmengine.runner import Runner
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 
+_WITHOUT = (
+    'default_hooks.checkpoint is {}, not AtomicCheckpointHook: a stop within an epoch loses the epoch, and a process '
+    'that is killed while it writes may leave half a file, which --resume passes over for an older one'
+)
 BACKEND = 'mmseg_sats_atomic'
 PATTERNS = ('epoch_*.pth', 'iter_*.pth')
 
@@ -123,3 +128,12 @@ class AtomicCheckpointHook(CheckpointHook):
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for path in others[self.keep - 1 :]:
             path.unlink()
+
+
+def note_on_checkpoints(cfg: Config) -> str:
+    """What a stage's config gives up where another hook writes the checkpoints, or ''."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    kind = HOOKS.get(hook['type']) if isinstance(hook.get('type'), str) else hook.get('type')
+    if not isinstance(kind, type) or issubclass(kind, AtomicCheckpointHook):
+        return ''
+    return _WITHOUT.format(kind.__name__)

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.models.padding import with_padding
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.utils.checkpoint import write_atomically
 
@@ -84,8 +85,10 @@ class PrototypeHook(Hook):
         total = 0
         for batch in runner.build_dataloader(training_images_once(runner)):
             data = model.data_preprocessor(batch, False)
-            labels = torch.stack([sample.gt_sem_seg.data for sample in data['data_samples']])
-            total += prototypes.sums_of(model.backbone(data['inputs']), labels.squeeze(1).long())
+            inputs, samples = data['inputs'], data['data_samples']
+            labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
+            labels = with_padding(labels, samples, inputs.shape[-2:])
+            total += prototypes.sums_of(model.backbone(inputs), labels)
         # Reduced once at the end, not per batch, since ranks may differ by one image.
         all_reduce(total)
         prototypes.add(total)

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.models.padding import without_padding
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import labelling_chunks
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
@@ -64,7 +65,8 @@ class PseudoLabelThresholdHook(Hook):
             ).squeeze(1)
             # Unknown pixels count as background here, as they do in training.
             labels, _ = model.without_unknown(labels)
-            output = model.old_model(data['inputs'])
+            inputs = data['inputs']
+            output = without_padding(model.old_model(inputs), data['data_samples'], inputs.shape[-2:])
             labels = labels.to(device).long()
             for chunk, logits in labelling_chunks(labels, [output], range(len(labels))):
                 labeler.update(chunk, *logits)
