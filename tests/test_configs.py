@@ -32,7 +32,7 @@ FILES = sorted(
     path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_' and path.stem != path.parent.name
 )
 FOLDERS = sorted({path.parent.name for path in FILES})
-NUM_CLASSES = {'voc': 20, 'voc_mini': 20, 'shapes': 6, 'ade20k': 150}
+NUM_CLASSES = {'voc': 20, 'voc_mini': 20, 'shapes': 6, 'ade20k': 150, 'cityscapes': 19}
 OVERRIDES = dict(data_root='/other/root', epochs=17, crop_size=160, batch_size=5, seed=123)
 
 

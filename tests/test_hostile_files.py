@@ -111,7 +111,7 @@ def test_every_file_is_read_safely() -> None:
 )
 def test_paths_stay_below_the_data_root(path: str, inside: bool) -> None:
     if inside:
-        check_inside([path], '/data/')
+        check_inside([path], ['/data/'])
     else:
         with pytest.raises(ValueError, match='leaves the data root /data/'):
-            check_inside(['/data/b.png', path], '/data/')
+            check_inside(['/data/b.png', path], ['/data/'])

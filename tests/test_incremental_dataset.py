@@ -535,3 +535,152 @@ def test_voc_photographs():
         assert data['img'].shape[:2] == seg.shape
         assert dataset.metainfo['classes'] == PascalVOCDataset.METAINFO['classes'][: 16 + stage]
         assert dataset.metainfo['num_base'] == 16
+
+
+def without_background(wrapped, classes, maps, root, **options):
+    """A plain data set of three classes; ``options`` are IncrementalDataset's."""
+    write(root, maps)
+    palette = [[i, 0, 0] for i in range(len(classes))]
+    plain = {**wrapped, 'metainfo': {'classes': classes, 'palette': palette}}
+    return IncrementalDataset(plain, '2-1' if len(classes) > 2 else '1-1', 0, **options)
+
+
+STREET = {'a': ([0, 1], [1, 255]), 'b': ([2, 0], [2, 2])}
+
+
+@pytest.fixture
+def street(wrapped, tmp_path):
+    for path in (*tmp_path.glob('img/*'), *tmp_path.glob('ann/*')):
+        path.unlink()
+    return wrapped, ('road', 'walk', 'wall'), STREET, tmp_path
+
+
+def test_a_class_at_label_0_does_not_silently_become_background(street):
+    message = r"label 0 background or 'road', .*background='road'.*no_background=True.*mask_values=dict\(road="
+    with pytest.raises(ValueError, match=message):
+        without_background(*street)
+    shifted = without_background(*street, no_background=True)
+    assert shifted.class_names == ('background', 'road', 'walk', 'wall')
+    assert labels(shifted) == {'a': ([1, 2], [2, 255]), 'b': ([0, 1], [0, 0])}  # wall is not seen yet
+    meant = without_background(*street, background='road')
+    assert meant.metainfo['classes'] == ('road', 'walk', 'wall')
+    assert labels(meant)['a'] == ([0, 1], [1, 255])
+    numbered = without_background(*street, mask_values={'road': 0, 'walk': 2, 'wall': 1})
+    assert labels(numbered) == {'a': ([1, 0], [0, 255]), 'b': ([2, 1], [2, 2])}
+
+
+@pytest.mark.parametrize('name', ['BACKGROUND', '_background_', 'bg', 'Void', 'other', 'unlabeled', 'null', 'clutter'])
+def test_names_of_background(street, name):
+    wrapped, classes, maps, root = street
+    dataset = without_background(wrapped, (name, *classes[1:]), maps, root, eval_images='all', mode='eval')
+    assert dataset.metainfo['classes'] == (name, 'walk', 'wall')
+    assert labels(dataset)['a'] == ([0, 1], [1, 255])
+
+
+def test_the_last_label_in_a_mask_tells_that_0_is_background(street, tmp_path):
+    wrapped, classes, _, root = street
+    dataset = without_background(wrapped, classes, STREET | {'c': ([0, 3],)}, root)
+    assert dataset.class_names == ('background', *classes)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(background='walk'), "background='walk': expected the class of label 0, which is 'road'"),
+        (dict(background='road', no_background=True), "no_background=True, but background is 'road'"),
+        (dict(no_background=1), 'no_background=1: expected True or False'),
+        (dict(no_background=True, mask_values=dict(road=0)), 'expected one of the two'),
+        (dict(mask_values=dict(rod=0)), r"names 'rod', which is no class \(did you mean 'road'"),
+    ],
+)
+def test_what_label_0_is_must_be_said_rightly(street, options, message):
+    with pytest.raises(ValueError, match=message):
+        without_background(*street, **options)
+
+
+def test_masks_of_0_and_255_are_recognised(street):
+    wrapped, _, _, root = street
+    with pytest.raises(NoImagesError, match=r'0 and 255 alone, and 255 is ignored: .*mask_values=dict\(crack=255\)'):
+        without_background(wrapped, ('background', 'dent', 'crack'), {'a': ([0, 255],)}, root)
+    dataset = without_background(wrapped, ('background', 'dent', 'crack'), {'a': ([0, 255],)}, root,
+                                 mask_values=dict(crack=255), mode='eval', eval_images='all')
+    assert dataset.presence[0, :3].tolist() == [True, False, True]
+
+
+def test_an_image_that_is_listed_twice_is_used_once(wrapped, tmp_path):
+    (tmp_path / 'list.txt').write_text('e\na\nb\ne\na\n')
+    listed = {**wrapped, 'ann_file': 'list.txt', 'img_suffix': '.jpg'}
+    dataset = IncrementalDataset(listed, '2-1', 0)
+    assert names(dataset) == 'eab'
+    assert [path[-5:] for path in dataset.repeated_images] == ['e.jpg', 'a.jpg']
+    halves = [IncrementalDataset(listed, '2-1', 0, held_out=0.5, mode=mode) for mode in ('train', 'eval')]
+    assert sorted(''.join(map(names, halves))) == ['a', 'b', 'e']
+
+
+def test_a_list_with_a_byte_order_mark(wrapped, tmp_path):
+    (tmp_path / 'list.txt').write_bytes('a\r\nb\r\n'.encode('utf-8-sig'))
+    listed = {**wrapped, 'ann_file': 'list.txt', 'img_suffix': '.jpg'}
+    with pytest.raises(ValueError, match=r'list\.txt starts with a byte order mark'):
+        IncrementalDataset(listed, '2-1', 0)
+    (tmp_path / 'list.txt').write_bytes(b'a\r\nb\r\n')
+    assert names(IncrementalDataset(listed, '2-1', 0)) == 'ab'
+
+
+def test_masks_in_another_tree_are_allowed_by_a_word(wrapped, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'img').rename(tmp_path / 'data/img')
+    (tmp_path / 'data/list.txt').write_text('a\nb\n')
+    wrapped |= {'data_root': str(tmp_path / 'data'), 'ann_file': 'list.txt', 'img_suffix': '.jpg',
+                'data_prefix': {'img_path': 'img', 'seg_map_path': str(tmp_path / 'ann')}}
+    with pytest.raises(ValueError, match=r'ann/a\.png leaves the data root .*mask_root=FOLDER'):
+        IncrementalDataset(wrapped, '2-1', 0)
+    with pytest.raises(ValueError, match=r'ann/a\.png leaves the data root .* and .*elsewhere'):
+        IncrementalDataset(wrapped, '2-1', 0, mask_root=str(tmp_path / 'elsewhere'))
+    assert names(IncrementalDataset(wrapped, '2-1', 0, mask_root=str(tmp_path / 'ann'))) == 'ab'
+    (tmp_path / 'data/ann').symlink_to(tmp_path / 'ann')
+    wrapped['data_prefix'] = {'img_path': 'img', 'seg_map_path': 'ann'}
+    assert names(IncrementalDataset(wrapped, '2-1', 0)) == 'ab'
+
+
+@pytest.fixture
+def two_folders(wrapped, tmp_path):
+    """Configs of two data sets whose images have the same names."""
+    parts = []
+    for folder, letters in (('north', 'abd'), ('south', 'ae')):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, {letter: MAPS[letter] for letter in letters})
+        parts.append({**wrapped, 'data_root': str(tmp_path / folder)})
+    return parts
+
+
+def test_several_data_sets_as_one(two_folders):
+    north, south = two_folders
+    both = dict(type='ConcatDataset', datasets=[north, dict(type='RepeatDataset', times=2, dataset=south)])
+    dataset = IncrementalDataset(both, '2-1', 0)
+    assert dataset.image_names() == ['north/img/a', 'north/img/b', *['south/img/a'] * 2, *['south/img/e'] * 2]
+    assert dataset[5]['gt_seg_map'].tolist() == [[1, 0], [0, 0]]
+    assert dataset.repeated_images == []
+    evaluation = IncrementalDataset(both, '2-1', 1, mode='eval')
+    assert evaluation.image_names() == ['north/img/a', 'north/img/b', 'north/img/d', 'south/img/a', 'south/img/e']
+    built = ConcatDataset([DATASETS.build(part) for part in two_folders])
+    assert IncrementalDataset(built, '2-1', 1).image_names() == ['north/img/d', 'south/img/e']
+    assert len(IncrementalDataset(dict(type='RepeatDataset', times=3, dataset=north), '2-1', 0)) == 6
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(metainfo=dict(classes=CLASSES[:3], palette=PALETTE[:3])), r'part 1 \(BaseSegDataset\) has the classes'),
+        (dict(reduce_zero_label=True), 'part 1 .* has the reduce_zero_label True'),
+        (dict(pipeline=[*LOAD, dict(type='RandomFlip', prob=0.5)]), 'have different pipelines: expected one for all'),
+        (dict(type='ConcatDataset', datasets=[]), None),
+    ],
+)
+def test_parts_that_do_not_fit(two_folders, change, message):
+    north, south = two_folders
+    parts = [north, south | change]
+    if message is None:
+        assert len(IncrementalDataset(dict(type='ConcatDataset', datasets=parts), '2-1', 0)) == 2
+        parts, message = parts[1:], 'ConcatDataset of nothing'
+    with pytest.raises(ValueError, match=message):
+        IncrementalDataset(dict(type='ConcatDataset', datasets=parts), '2-1', 0)

@@ -9,6 +9,7 @@ from typing import Any
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
+from mmseg_sats.datasets.class_index.label_numbers import is_background
 from mmseg_sats.utils.spelling import near_match
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -167,11 +168,11 @@ def label_ids(
 
 def _check_names(classes: Sequence[str]) -> None:
     repeated = sorted({name for name in classes if classes.count(name) > 1})
-    if not classes or classes[0] != BACKGROUND or repeated:
+    if not classes or not is_background(classes[0]) or repeated:
         found = f'{repeated} twice' if repeated else f'{list(classes[:3])} ...'
         raise ValueError(
             f'classes of FolderDataset are {BACKGROUND!r} and then a name for each class, all '
-            f'different; got {found}'
+            f'different; got {found}. Where 0 in the masks is a class, mask_values gives it that number'
         )
 
 
@@ -193,7 +194,7 @@ def _images_by_name(folder: Path, suffix: str | None) -> dict[str, Path]:
 
 def _listed(images: Mapping[str, Path], list_file: Path) -> dict[str, Path]:
     """The images that a list names, in its order."""
-    names = [line.strip() for line in list_file.read_text(encoding='utf-8').splitlines()]
+    names = [line.strip() for line in list_file.read_text(encoding='utf-8-sig').splitlines()]
     names = [name for name in names if name]
     missing = [name for name in names if name not in images]
     if missing:

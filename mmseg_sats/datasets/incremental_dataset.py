@@ -3,17 +3,18 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import BaseDataset, Compose, force_full_init
+from mmengine.dataset import Compose, force_full_init
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
 from mmseg_sats.datasets.checks.image_sizes import check_sizes
+from mmseg_sats.datasets.checks.label_lines import Shown
 from mmseg_sats.datasets.class_index.index import (
     EVAL_IMAGES,
     SETTINGS,
@@ -22,7 +23,9 @@ from mmseg_sats.datasets.class_index.index import (
     select_eval,
     select_train,
 )
+from mmseg_sats.datasets.class_index.label_numbers import check_background, hint_on_binary_masks
 from mmseg_sats.datasets.held_out import check_share, held_out
+from mmseg_sats.datasets.joined_dataset import JoinedDataset
 from mmseg_sats.datasets.memory.exemplars import exemplar_rows, image_file
 from mmseg_sats.datasets.transforms import (
     MODES,
@@ -34,6 +37,7 @@ from mmseg_sats.datasets.wrapped_dataset import (
     build_transforms,
     build_wrapped,
     classes_by_label,
+    first_of_each,
     full_init_wrapped,
     mask_of,
     with_relabelling,
@@ -52,11 +56,12 @@ class NoImagesError(ValueError):
 class IncrementalDataset(Dataset):
     """The images and labels of one stage, picked from an ordinary mmseg dataset.
 
-    Label 0 of the masks must be background. Where the wrapped dataset's classes start with
-    ``background`` (VOC), label i is ``classes[i]``; otherwise (ADE20K with
-    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front. A
-    wrapped dataset with ``label_ids``, number in the masks to label, may number them otherwise
-    (``FolderDataset``).
+    Where the wrapped dataset's classes start with ``background`` (VOC) or another of its names
+    (``BACKGROUND_NAMES``), label i is ``classes[i]``; otherwise (ADE20K with
+    ``reduce_zero_label=False``) label i is ``classes[i - 1]`` and background is put in front.
+    Where label 0 may as well be a class (Cityscapes), ``background``, ``no_background`` or
+    ``mask_values`` must say what it is. A wrapped dataset with ``label_ids``, number in the masks to
+    label, may number them otherwise (``FolderDataset``).
 
     Relabelling comes directly after ``LoadAnnotations`` and so before ``RandomCrop``. Its
     ``cat_max_ratio`` therefore only sees labels that the stage has.
@@ -69,7 +74,9 @@ class IncrementalDataset(Dataset):
 
     Args:
         dataset: Config or instance of the wrapped dataset, a subclass of mmengine's BaseDataset
-            with ``seg_map_path``. It is read, never changed; its ``indices`` are honoured.
+            with ``seg_map_path``, or mmengine's ``ConcatDataset`` or ``RepeatDataset`` of such with
+            the same classes. It is read, never changed; its ``indices`` are honoured. An image
+            that is listed twice is used once.
         protocol: ``'15-1'``, ``'joint'`` and so on.
         stage: Number of the stage.
         split: Only with ``'joint'``: the protocol whose base classes are reported.
@@ -90,6 +97,11 @@ class IncrementalDataset(Dataset):
         exemplars: With ``'memory'`` only: the ``exemplars.json`` of an earlier stage.
         held_out: Share of the wrapped dataset's images that training leaves out, the same ones in
             every stage; evaluation uses only these. None: both use all images.
+        background: The name of the wrapped dataset's first class, if that counts as background.
+        no_background: Whether label 0 is a class to learn and the masks know no background: label i
+            is ``classes[i]``, its class id i + 1, and background is what is not seen yet.
+        mask_values: Name to number in the masks, as in ``FolderDataset``.
+        mask_root: A folder outside the wrapped dataset's ``data_root`` where masks may be.
 
     Raises:
         TypeError: If ``dataset`` is neither a config nor a BaseDataset.
@@ -100,6 +112,7 @@ class IncrementalDataset(Dataset):
 
     Attributes:
         dataset: The wrapped dataset.
+        labels: What the numbers in the masks stand for.
         protocol: The :class:`Protocol`.
         stage: The :class:`Stage`.
         class_names: Names by annotation id, background at 0, future classes included.
@@ -110,7 +123,7 @@ class IncrementalDataset(Dataset):
 
     def __init__(
         self,
-        dataset: Mapping[str, Any] | BaseDataset,
+        dataset: Mapping[str, Any] | Dataset,
         protocol: str,
         stage: int,
         split: str | None = None,
@@ -127,6 +140,10 @@ class IncrementalDataset(Dataset):
         lazy_init: bool = False,
         exemplars: str | None = None,
         held_out: float | None = None,
+        background: str | None = None,
+        no_background: bool = False,
+        mask_values: Mapping[str, int] | None = None,
+        mask_root: str | None = None,
     ) -> None:
         check_choice('mode', mode, MODES)
         if (mode == 'memory') != (exemplars is not None):
@@ -142,23 +159,24 @@ class IncrementalDataset(Dataset):
         self.cache_dir = cache_dir
         self.exemplars = exemplars
         self.held_out = held_out
+        self.mask_root = mask_root
         self.ignore_index = ignore_index
         self.seed = seed
         self._epoch: torch.Tensor | None = None
         self.dataset, transforms = build_wrapped(dataset, pipeline)
-        names, palette = classes_by_label(self.dataset)
+        self.labels = classes_by_label(self.dataset, background, no_background, mask_values)
+        names = self.labels.names
         self.protocol = Protocol(protocol, len(names) - 1, class_order, split)
         self.stage = self.protocol.stage(stage)
         self.table = relabel_table(
             self.protocol, stage, mode, setting, eval_future, ignore_index
         )
-        self._label_ids = getattr(self.dataset, 'label_ids', None)
-        self.mask_table = through_label_ids(self.table, self._label_ids, ignore_index)
+        self.mask_table = through_label_ids(self.table, self.labels.numbers, ignore_index)
         self._label_transforms = build_transforms(label_transforms)
         chain = [RelabelSegMap(self.mask_table), *self._label_transforms]
         self.pipeline = Compose(with_relabelling(transforms, chain, mode))
         self.class_names = names
-        self._metainfo = self._stage_metainfo(palette)
+        self._metainfo = self._stage_metainfo(self.labels.palette)
         self._fully_initialized = False
         if not lazy_init:
             self.full_init()
@@ -176,8 +194,8 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        key = ('class index', self.dataset, self.cache_dir, self.ignore_index)
-        class_index = once(key, self._read_class_index)
+        key = ('class index', self.dataset, self.cache_dir, self.ignore_index, self.labels, self.mask_root)
+        class_index, self._first = once(key, self._read_class_index)
         self._class_index = class_index
         self._usable = self._usable_rows()
         if self.mode == 'memory':
@@ -193,14 +211,26 @@ class IncrementalDataset(Dataset):
         self._fully_initialized = True
         self._check_label_transforms()
 
-    def _read_class_index(self) -> ClassIndex:
-        full_init_wrapped(self.dataset)
+    def _read_class_index(self) -> tuple[ClassIndex, np.ndarray]:
+        """The class index, and (N,) bool, which rows name an image for the first time."""
+        full_init_wrapped(self.dataset, self.mask_root)
         files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
         class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
-        if self._label_ids is not None:
-            class_index = index_by_class(class_index, self._label_ids, self.ignore_index)
+        where = type(self.dataset).__name__
+        check_background(self.labels, class_index.presence.any(axis=0), where)
+        if self.labels.numbers is not None:
+            class_index = index_by_class(class_index, self.labels.numbers, self.ignore_index)
         class_index.check_labels(self.protocol.num_classes, self.ignore_index)
-        return class_index
+        return class_index, first_of_each(self._paths(range(len(self.dataset))))
+
+    def _paths(self, rows: Iterable[int]) -> list[str]:
+        return [self.dataset.get_data_info(row)['img_path'] for row in rows]
+
+    @property
+    @force_full_init
+    def repeated_images(self) -> list[str]:
+        """Paths of the images that the wrapped dataset lists again, as often as it does."""
+        return self._paths(np.flatnonzero(~self._first).tolist())
 
     def _check_label_transforms(self) -> None:
         checks = [t.check_images for t in self._label_transforms if hasattr(t, 'check_images')]
@@ -211,11 +241,11 @@ class IncrementalDataset(Dataset):
 
     def _usable_rows(self) -> np.ndarray:
         """(N,) bool: rows of the wrapped dataset that training, or evaluation, may use."""
-        count = len(self._class_index)
-        if self.held_out is None:
-            return np.ones(count, dtype=bool)
-        paths = [self.dataset.get_data_info(row)['img_path'] for row in range(count)]
-        return held_out(paths, self.held_out) == (self.mode == 'eval')
+        usable = self._first.copy()
+        if self.held_out is not None:
+            paths = self._paths(np.flatnonzero(usable).tolist())
+            usable[usable] = held_out(paths, self.held_out) == (self.mode == 'eval')
+        return usable
 
     def _select(self, stage: Stage) -> np.ndarray:
         presence = self._class_index.presence
@@ -223,7 +253,10 @@ class IncrementalDataset(Dataset):
             rows = select_eval(presence, stage, self.eval_images)
         else:
             rows = select_train(presence, stage, self.setting)
-        return rows[self._usable[rows]]
+        rows = rows[self._usable[rows]]
+        if self.mode == 'train' and isinstance(self.dataset, JoinedDataset):
+            rows = np.repeat(rows, self.dataset.repeats[rows])
+        return rows
 
     @force_full_init
     def rows_of(self, stage: Stage) -> np.ndarray:
@@ -233,9 +266,15 @@ class IncrementalDataset(Dataset):
             stage: Any of the protocol's.
 
         Returns:
-            (M,) int64, ascending.
+            (M,) int64, ascending; in training as often as a ``RepeatDataset`` repeats them.
         """
         return self._select(stage)
+
+    @force_full_init
+    def shown(self) -> Shown:
+        """What the images that training, or evaluation, may use show, for all stages of the protocol."""
+        presence = self._class_index.presence & self._usable[:, None]
+        return Shown(presence, [self._select(stage) for stage in self.protocol.stages])
 
     @force_full_init
     def check_stages(self, first: int = 0) -> None:
@@ -380,9 +419,10 @@ class IncrementalDataset(Dataset):
             rule = f'exemplars={self.exemplars!r}'
         if self.held_out is not None:
             rule += f' and held_out={self.held_out}'
+        present = self._class_index.presence.any(axis=0)
         return (
             f'protocol {self.protocol.name!r} stage {stage.index}: none of '
             f'{len(self._class_index)} '
             f'images of {type(self.dataset).__name__} is left for {self.mode} with the classes '
-            f'{names} under {rule}'
+            f'{names} under {rule}{hint_on_binary_masks(present, self.class_names)}'
         )

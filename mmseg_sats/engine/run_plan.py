@@ -2,12 +2,13 @@
 """The plan of a run: the images and iterations of every stage, computed before the stage is reached."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmengine.dist import get_world_size
 from mmseg.registry import DATASETS
 
@@ -56,12 +57,24 @@ def build_protocol(cfg: Config) -> Protocol:
     """The protocol of a run's config for the classes of its data set. No image is read.
 
     Raises:
-        ValueError: the protocol is impossible.
+        ValueError: the protocol is impossible, or the data of several data sets are joined around their stages.
         KeyError: the config of the training data uses a variable that is not defined.
     """
     variables = config_variables(cfg) | dict(stage=0)
+    for part in ('train_dataloader', 'test_dataloader'):
+        _check_order_of_wrappers(part, (cfg.get(part) or {}).get('dataset') or {})
     dataset = resolve_variables(cfg.train_dataloader.dataset.to_dict(), variables)
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
+
+
+def _check_order_of_wrappers(part: str, dataset: Mapping[str, Any]) -> None:
+    kind = dataset.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(kind, type) and issubclass(kind, ConcatDataset | RepeatDataset):
+        raise ValueError(
+            f'{part}.dataset is a {kind.__name__}, of which a stage cannot be made: expected IncrementalDataset around '
+            f"it, such as train_dataset=dict(type='{kind.__name__}', ...) in our configs"
+        )
 
 
 def plan_run(

@@ -116,6 +116,9 @@ KEYS = (
     Key('device', 'package', "cuda, cpu, or None for what there is", 'run', harmless=True),
     # Keys whose values the rest of a config uses.
     Key('data_root', 'package', "the data's folder"),
+    Key('background', 'package', 'the class of label 0, if it counts as background', 'run'),
+    Key('no_background', 'package', 'whether label 0 is a class to learn, as in Cityscapes', 'run'),
+    Key('mask_root', 'package', 'a folder outside data_root where masks may be'),
     Key('epochs', 'package', 'epochs of a stage', least=1),
     Key('iters', 'package', 'iterations of a stage, in place of epochs', least=1, or_none=True),
     Key('lr', 'package', 'the learning rate'),

@@ -40,19 +40,19 @@ def check_sizes(pairs: Sequence[tuple[str, str]], cache_dir: str | Path | None =
         pass  # The next run opens the files again.
 
 
-def check_inside(paths: Sequence[str], root: str) -> None:
-    """Checks that paths made from a list file stay below ``root``; links are not followed for this.
+def check_inside(paths: Sequence[str], roots: Sequence[str]) -> None:
+    """Checks that paths made from a list file stay below one of ``roots``; links are not followed for this.
 
     Raises:
         ValueError: a path does not.
     """
-    top = os.path.normpath(os.path.abspath(root))
+    tops = [os.path.normpath(os.path.abspath(root)) for root in roots]
     for path in paths:
         place = os.path.normpath(os.path.abspath(path))
-        if place != top and not place.startswith(top.rstrip(os.sep) + os.sep):
+        if not any(place == top or place.startswith(top.rstrip(os.sep) + os.sep) for top in tops):
             raise ValueError(
-                f'{path} leaves the data root {root}: a list file names images below it, without '
-                "'..' and not by an absolute path"
+                f'{path} leaves the data root {" and ".join(roots)}: a list file names images below it, without '
+                "'..' and not by an absolute path; mask_root=FOLDER allows masks in another folder"
             )
 
 

@@ -147,7 +147,9 @@ def exemplar_rows(
                     f'{path} was chosen from another data set: {where} has no class {name!r}'
                     f'{near_match(name, class_names)}; it has {list(class_names)}'
                 )
-    row_of = {image_file(dataset, dataset.get_data_info(row)): row for row in range(len(dataset))}
+    # An image that is listed twice counts where it stands first.
+    rows = reversed(range(len(dataset)))
+    row_of = {image_file(dataset, dataset.get_data_info(row)): row for row in rows}
     unknown = [item.image for item in memory.exemplars if item.image not in row_of]
     if unknown:
         raise ValueError(

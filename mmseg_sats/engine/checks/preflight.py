@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Checks before the first iteration: options, numbers, device, data, and the checkpoint for stage 0."""
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_world_size
+from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
+from mmseg_sats.datasets.checks.label_lines import label_lines, note_on_repeated, notes_on_classes
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
+from mmseg_sats.datasets.memory.replay_sampler import batch_split
 from mmseg_sats.engine.checks.trial_build import build_model, trains_on_one_image
 from mmseg_sats.engine.config.variables import variables_in
 from mmseg_sats.engine.evaluation import evaluation_set
@@ -179,6 +183,7 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
     cfgs = [stages[first], *stages[first + 1 :][-1:]]
     parts = ('train_dataloader', 'test_dataloader', 'val_dataloader')
     known: IncrementalDataset | None = None
+    found: dict[str, IncrementalDataset] = {}
     for cfg, part in [(cfg, part) for cfg in cfgs for part in parts if cfg.get(part)]:
         try:
             dataset = DATASETS.build(stage_dataset_cfg(cfg[part].dataset))
@@ -193,10 +198,36 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
         if isinstance(dataset, IncrementalDataset):
             known = known or dataset
             _check_classes(part, dataset, known)
+            found.setdefault(part, dataset)
         if cfg is cfgs[0] and part == 'train_dataloader' and isinstance(dataset, IncrementalDataset):
             _check_last_batches(stages[first:], dataset)
         if part == 'val_dataloader' and cfg.get('held_out'):
             _check_held_out(dataset)
+    if 'train_dataloader' in found and 'test_dataloader' in found:
+        _tell_labels(found['train_dataloader'], found['test_dataloader'], first)
+
+
+def _tell_labels(train: IncrementalDataset, evaluation: IncrementalDataset, first: int) -> None:
+    """Logs how labels are read, how often each class occurs, and what no image shows."""
+    for line in lines_on_labels(train, evaluation):
+        print_log(line, logger='current')
+    notes = [
+        *notes_on_classes(train.labels, train.protocol, train.shown(), evaluation.shown(), first),
+        *note_on_repeated('train', train.repeated_images),
+        *note_on_repeated('evaluation', evaluation.repeated_images),
+    ]
+    for note in notes:
+        print_log(note, logger='current', level=logging.WARNING)
+
+
+def lines_on_labels(train: IncrementalDataset, evaluation: IncrementalDataset) -> Iterator[str]:
+    """How the labels of a run are read, see :func:`label_lines`; together where both data sets have the same."""
+    both = {'train': train, 'evaluation': evaluation}
+    groups = [both] if train.labels == evaluation.labels else [{name: one} for name, one in both.items()]
+    for group in groups:
+        one = next(iter(group.values()))
+        shown = {name: dataset.shown() for name, dataset in group.items()}
+        yield from label_lines(one.labels, one.protocol, shown, one.ignore_index)
 
 
 def _check_classes(part: str, dataset: IncrementalDataset, known: IncrementalDataset) -> None:
@@ -217,6 +248,7 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
     for cfg, stage in zip(stages, dataset.protocol.stages[-len(stages) :], strict=True):
         loader, images = cfg.train_dataloader, len(dataset.rows_of(stage))
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
+        _check_whole_batch(loader, images, stage.index)
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
         batches = loader.get('batch_sampler') or {}
         sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and (
@@ -239,6 +271,27 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
                 + ('' if size == 1 else ', or train_dataloader.drop_last=True')
                 + ('' if processes == 1 else ", or sync_bn='torch'")
             )
+
+
+def _check_whole_batch(loader: Mapping[str, Any], images: int, stage: int) -> None:
+    """Checks that a stage trains at all where the last batch is dropped if it is not full."""
+    sampler = loader.get('batch_sampler') or {}
+    by_epoch = (loader.get('sampler') or {}).get('type') == 'DefaultSampler'
+    size = (loader.get('batch_size') or 1) * get_world_size()
+    if not (by_epoch and (sampler.get('drop_last') or loader.get('drop_last'))):
+        return
+    share, replayed = sampler.get('share'), ''
+    if sampler.get('type') == 'ReplayBatchSampler':
+        sources = [name for name in ('exemplars', 'outside') if loader.dataset.get(name)]
+        if share is None:
+            return  # how many images there are with the replayed ones is not known here
+        size = batch_split(size, share, len(sources))[0]
+        replayed = f' with {size} places for them beside those of replay'
+    if images < size:
+        raise ValueError(
+            f'stage {stage}: {images} images do not fill one batch{replayed or f" of {size}"}, and drop_last=True '
+            'leaves out the last one, so nothing would be trained: expected a smaller batch_size, or drop_last=False'
+        )
 
 
 def _check_held_out(dataset: IncrementalDataset) -> None:

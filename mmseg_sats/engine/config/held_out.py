@@ -6,6 +6,7 @@ import copy
 from mmengine.config import Config
 
 from mmseg_sats.datasets.held_out import check_share
+from mmseg_sats.datasets.joined_dataset import pipeline_of
 
 
 def add_held_out(cfg: Config) -> None:
@@ -39,7 +40,7 @@ def add_held_out(cfg: Config) -> None:
         )
     train.held_out = loader.dataset.held_out = share
     # The transforms of the evaluation are set either on the wrapper or on the data set inside.
-    loader.dataset.setdefault('pipeline', loader.dataset.dataset.get('pipeline'))
+    loader.dataset.setdefault('pipeline', pipeline_of(loader.dataset.dataset))
     loader.dataset.dataset = copy.deepcopy(train.dataset)
     cfg.val_dataloader = loader
     cfg.val_cfg = dict(type='ValLoop')

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmseg.registry import DATASETS, TASK_UTILS
 
+from mmseg_sats.datasets.joined_dataset import pipeline_of
 from mmseg_sats.datasets.memory.exemplars import (
     Exemplar,
     Exemplars,
@@ -20,6 +21,7 @@ from mmseg_sats.datasets.memory.exemplars import (
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
 from mmseg_sats.datasets.memory.selection import NONE, Candidates, ExemplarMemory, Picks
+from mmseg_sats.datasets.wrapped_dataset import first_of_each
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.spelling import near_match
 
@@ -137,7 +139,7 @@ def add_replay(cfg: Config, previous: str | Path) -> None:
 
 def _outside_cfg(outside: Mapping[str, Any], stage_images: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the outside images, with the same transforms as the stage's own images."""
-    pipeline = stage_images.get('pipeline') or stage_images['dataset']['pipeline']
+    pipeline = stage_images.get('pipeline') or pipeline_of(stage_images['dataset'])
     return dict(type='OutsideDataset', dataset=outside, pipeline=pipeline)
 
 
@@ -178,6 +180,8 @@ def _select(
     stage_images = stage_dataset_cfg(cfg.train_dataloader.dataset)
     dataset = DATASETS.build(stage_images)
     files, presence = dataset.image_files(), dataset.presence
+    first = first_of_each(files)  # a RepeatDataset has each several times
+    files, presence = [name for name, new in zip(files, first, strict=True) if new], presence[first]
     if old.exemplars:
         kept = DATASETS.build(dict(stage_images, mode='memory', exemplars=str(old_file)))
         known = {item.image for item in old.exemplars}

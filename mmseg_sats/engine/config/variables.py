@@ -34,6 +34,10 @@ _PASSES = ('PseudoLabelThresholdHook', 'PrototypeHook')
 def config_variables(cfg: Config) -> dict[str, Any]:
     """The values of the top-level keys of ``cfg``, all of which are variables; ``crop_size`` is made (h, w)."""
     variables = dict(cfg._cfg_dict.to_dict())
+    # A data set's file may set these, so the recipes cannot: two bases of a config must not set the same key.
+    variables.update(
+        background=cfg.get('background'), no_background=cfg.get('no_background', False), mask_root=cfg.get('mask_root')
+    )
     size = variables.get('crop_size')
     if isinstance(size, int):
         variables['crop_size'] = (size, size)

@@ -8,12 +8,15 @@ from mmseg_sats.engine.config.variables import RENAMED_VARIABLES
 # Every config used to list these hooks. Now they are added by the parts of a method that need them.
 _LISTED_BY_ALL = ({'type': 'PseudoLabelThresholdHook'}, {'type': 'PrototypeHook'})
 
+# Options of IncrementalDataset that configs of earlier versions lack.
+_ADDED = ('background', 'no_background', 'mask_root')
+
 
 def in_current_names(content: dict[str, Any]) -> dict[str, Any]:
     """A copy of a run's config with the names of this version.
 
     Args:
-        content: the config as a plain dict. A config of this version is returned unchanged.
+        content: the config as a plain dict. Options of the data that came later are set.
     """
     renamed = {
         f'${old}': f'${new}' for old, new in RENAMED_VARIABLES.items() if old not in content
@@ -21,6 +24,10 @@ def in_current_names(content: dict[str, Any]) -> dict[str, Any]:
     current = _replace(content, renamed)
     if isinstance(hooks := current.get('custom_hooks'), list):
         current['custom_hooks'] = [hook for hook in hooks if hook not in _LISTED_BY_ALL]
+    for part in ('train_dataloader', 'test_dataloader'):
+        dataset = (current.get(part) or {}).get('dataset')
+        if isinstance(dataset, dict) and dataset.get('type') == 'IncrementalDataset':
+            current[part] = current[part] | dict(dataset={name: f'${name}' for name in _ADDED} | dataset)
     return current
 
 

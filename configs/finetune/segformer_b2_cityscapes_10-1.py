@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b2_cityscapes.py', './finetune.py']
+protocol = '10-1'
