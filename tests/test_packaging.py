@@ -101,7 +101,7 @@ def test_an_editable_install_is_found_beside_a_clone_of_that_name(archives: Path
     assert Path(place).resolve() == clone.resolve()
     # A .pth file adds its folder to sys.path; a package there goes before a folder of its name without code.
     code = f'import sys; sys.path.append({place!r}); import mmseg_sats; print(mmseg_sats.__file__)'
-    done = subprocess.run([sys.executable, '-ES', '-c', code], cwd=tmp_path, text=True, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, '-ES', '-c', code], cwd=tmp_path, text=True, capture_output=True, check=True)
     assert done.stdout.strip() == str(clone / 'mmseg_sats/__init__.py'), done.stderr[-2000:]
 
 
