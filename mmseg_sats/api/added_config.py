@@ -12,8 +12,8 @@ from mmseg.registry import MODELS
 from mmseg_sats.api.class_table import IGNORED, ClassTable
 from mmseg_sats.api.folders import MaskedImages
 from mmseg_sats.api.old_model import OldModel
-from mmseg_sats.engine.config.own_options import stock_parent
 from mmseg_sats.models import backbones
+from mmseg_sats.models.own_options import stock_parent
 from mmseg_sats.utils.installed import CONFIGS, method_names
 from mmseg_sats.utils.spelling import check_choice
 

@@ -14,8 +14,8 @@ from mmseg.registry import MODELS
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
 from mmseg_sats.visualization import stage_model
