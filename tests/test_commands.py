@@ -143,3 +143,10 @@ def test_what_the_help_says_is_what_there_is() -> None:
     given = parser.parse_args(['report', 'a'])
     assert given.run is report.run
     assert dict(images=given.images, attention=given.attention) == OPTIONS
+
+
+@pytest.mark.parametrize('words', ['predict run/stage_1 a.png', 'export run/stage_1', 'test run', 'table 1', 'demo'])
+def test_where_a_command_cannot_write_is_said_before_it_works(words: str, tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match=rf'--out {tmp_path}/file/out cannot be written to: Not a directory'):
+        main([*words.split(), '--out', f'{tmp_path}/file/out'])

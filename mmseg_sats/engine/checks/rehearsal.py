@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmseg_sats.datasets.checks.image_sizes import size_of
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
+from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.engine.checks.no_trace import no_trace
 from mmseg_sats.engine.config.method_hooks import hook_class
 from mmseg_sats.engine.evaluation import evaluation_set
@@ -32,7 +33,10 @@ from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.engine.training.stage_work import StageWork
 from mmseg_sats.protocol import Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely, write_text
+from mmseg_sats.utils.spelling import near_match, one_slip
 
+# What mmengine's runner is asked to call beside its own moments.
+STAGE_MOMENTS = ('before_stage', 'before_snapshot', 'after_stage')
 FOLDER = '.rehearsal'
 LOG = 'rehearsal.log'
 _ITERATIONS = 2
@@ -40,6 +44,8 @@ _ITERATIONS = 2
 _ADVICE = (
     ('stack expects each tensor to be equal size|image size in a batch should be the same', 'expected '
      'test_dataloader.batch_size=1, or transforms that give all images one size'),
+    ('None is not a callable object', 'expected an optimizer of torch as optim_wrapper.optimizer.type'),
+    ('must contain the key "type"', 'expected the name of a hook or part that the config has, or a type'),
     ('out of memory', 'expected a smaller batch_size or crop_size, or mixed precision (--amp)'),
     ('must match the size of tensor', 'where the encoder takes images of one size only, expected '
      "model.test_cfg=dict(mode='slide', crop_size=..., stride=...) with that size"),
@@ -64,6 +70,27 @@ class _StopAtEnough(Hook):
     ) -> None:
         if _ITERATIONS <= runner.iter + 1 < runner.max_iters:
             raise _Enough
+
+
+@contextmanager
+def _part(name: str) -> Iterator[None]:
+    """Tells an error which part of the config it comes from."""
+    try:
+        yield
+    except Exception as error:
+        error.part = name
+        raise
+
+
+def check_moments(hook: type) -> None:
+    """Refuses a hook with a method of nearly the name that is called at the border of a stage.
+
+    Raises:
+        ValueError: the method, and the name that it is near to.
+    """
+    for name in dir(hook):
+        if name not in STAGE_MOMENTS and any(one_slip(name, moment) for moment in STAGE_MOMENTS):
+            raise ValueError(f'{hook.__name__}.{name} is called by nothing{near_match(name, STAGE_MOMENTS)}')
 
 
 class _Picked(Sampler):
@@ -91,6 +118,23 @@ class RehearsalRunner(StageRunner):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register_hook(_StopAtEnough())
+
+    def register_hook(self, hook: Hook | dict[str, Any], priority: Any = None) -> None:
+        """mmengine's, which refuses a method of nearly the name that is called at the border of a stage."""
+        with _part('a hook'):
+            super().register_hook(hook, priority)
+            for kind in {type(one) for one in self.hooks}:
+                check_moments(kind)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """mmengine's."""
+        with _part('optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """mmengine's."""
+        with _part('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     def build_logger(self, *args: Any, **options: Any) -> MMLogger:
         """The stage's logger without the screen."""
@@ -178,14 +222,12 @@ class Rehearsal(StageWork):
         barrier()
 
     def _message(self, stage: Stage, error: Exception) -> str:
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().split('\n')[0]
         advice = next((f'; {what}' for pattern, what in _ADVICE if re.search(pattern, str(error))), '')
-        where = f'stage {stage.index} would fail in {self.doing}{self._pictures(stage)}'
+        part = f', {error.part}' if hasattr(error, 'part') else ''
+        where = f'stage {stage.index} would fail in {self.doing}{part}{self._pictures(stage)}'
         log = self.work_dir.parent / LOG
-        return (
-            f'{where}: {type(error).__name__}: {text}{advice} ({log} has the traceback; rehearsal=None starts without '
-            'this rehearsal)'
-        )
+        what = f'{type(error).__name__}: {with_near_names(error)}{advice}'
+        return f'{where}: {what} ({log} has the traceback; rehearsal=None starts without this rehearsal)'
 
     def _pictures(self, stage: Stage) -> str:
         if self.doing != 'evaluation':
