@@ -135,7 +135,8 @@ def test_what_is_read_in_another_way_is_told(shapes_cfg: MakeConfig) -> None:
         assert part in notes
     cfg = shapes_cfg('sats', iters=4)
     assert list(notes_on_length(cfg, stage_configs(cfg))) == ['iters=4 is used, epochs=1 is not']
-    assert not list(notes_on_length(plain := shapes_cfg('sats'), stage_configs(plain)))
+    plain = shapes_cfg('sats')
+    assert not list(notes_on_length(plain, stage_configs(plain)))
 
 
 @pytest.fixture
