@@ -165,9 +165,10 @@ def inherited(shapes_root: Path, tmp_path: Path) -> Callable[[str], Config]:
     return make
 
 
-@pytest.mark.parametrize('path', sorted(SCHEDULES.glob('*.py')), ids=lambda path: path.stem)
-def test_mmsegs_schedules_are_inherited_as_they_are(path: Path, inherited: Callable[..., Config]) -> None:
-    cfg = inherited(str(path))
+@pytest.mark.parametrize('name', sorted(path.name for path in SCHEDULES.glob('*.py')))
+def test_mmsegs_schedules_are_inherited_as_they_are(name: str, inherited: Callable[..., Config]) -> None:
+    cfg = inherited(f'mmseg::_base_/schedules/{name}')
+    assert '_scope_' not in cfg.pretty_text
     for stage in stage_configs(cfg):
         assert stage.train_cfg.max_iters == cfg.train_cfg.max_iters >= 20000
         assert stage.param_scheduler[-1].end == cfg.train_cfg.max_iters
