@@ -316,4 +316,8 @@ def test_a_last_batch_of_one_image_is_found_before_training(
     else:
         with pytest.raises(ValueError, match=r'stage 1: 6 images in batches of 5 leave one'):
             RUNNERS.build(config(yard, monkeypatch, **options))
-        RUNNERS.build(config(yard, monkeypatch, **options | {'train_dataloader.drop_last': True}))
+        endless = {'train_dataloader.sampler.type': 'InfiniteSampler'}
+        for without in ({'train_dataloader.drop_last': True}, dict(iters=1), endless):
+            RUNNERS.build(config(yard, monkeypatch, **options | without))
+        with pytest.raises(ValueError, match=r'stage 1: 6 images in batches of 5 leave one'):
+            RUNNERS.build(config(yard, monkeypatch, **options, iters=2))

@@ -10,9 +10,11 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
+from mmseg_sats.engine import ResumableTrainLoop
 from mmseg_sats.engine.command_line import run_config
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.stage_length import notes_on_length
+from mmseg_sats.engine.experiments.plan import Run
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.utils.installed import CONFIGS
 
@@ -137,6 +139,18 @@ def test_what_is_read_in_another_way_is_told(shapes_cfg: MakeConfig) -> None:
     assert list(notes_on_length(cfg, stage_configs(cfg))) == ['iters=4 is used, epochs=1 is not']
     plain = shapes_cfg('sats')
     assert not list(notes_on_length(plain, stage_configs(plain)))
+
+
+def test_the_tables_take_the_same_words() -> None:
+    run = Run('sats', CONFIGS / 'sats/segformer_tiny_shapes_3-1.py', ('iters=9', 'later_stages.epochs=2'))
+    loops = [stage.train_cfg for stage in stage_configs(run.load())]
+    assert [(loop.get('max_iters'), loop.get('max_epochs')) for loop in loops] == [(9, None), *[(None, 2)] * 3]
+
+
+def test_a_loop_has_one_length() -> None:
+    for options in ({}, dict(max_epochs=1, max_iters=1)):
+        with pytest.raises(ValueError, match=r'ResumableTrainLoop: .* expected one of the two'):
+            ResumableTrainLoop(None, None, **options)
 
 
 @pytest.fixture
