@@ -2,15 +2,21 @@
 """check_dataset: the counts, and every kind of fault at once."""
 
 import csv
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
 import pytest
+from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
+from mmseg_sats.datasets.checks import image_sizes
+from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_sizes
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
+from mmseg_sats.datasets.class_index.index import ClassIndex
 from mmseg_sats.protocol import Protocol
 from tests.in_process import call
 from tests.shared import shared_path
@@ -76,16 +82,78 @@ def test_a_clean_data_set_is_counted(config: Path) -> None:
     assert row(lines, 'c', 1) == ['c', '2', '1', '8', '1', '8']
 
 
-def test_a_photograph_is_turned_as_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
+@pytest.mark.parametrize('kind', ['color', 'color_ignore_orientation', 'unchanged'])
+def test_a_photograph_is_turned_as_it_is_loaded(suffix: str, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
-    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(tmp_path / 'a.jpg', exif=exif)
+    picture = Image.fromarray(np.zeros((8, 10, 3), np.uint8))
+    for name in 'ab':  # the first of a kind is loaded, the others are measured by their headers
+        picture.save(tmp_path / f'{name}.{suffix}', **(dict(tiffinfo=exif) if suffix == 'tif' else dict(exif=exif)))
     for name, shape in (('turned', (10, 8)), ('lying', (8, 10))):
         Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f'{name}.png')
-    image = str(tmp_path / 'a.jpg')
-    assert mmcv.imread(image).shape[:2] == (10, 8)
-    assert examine_pair((image, str(tmp_path / 'turned.png'))).fault is None
-    assert 'lying.png is 10 x 8 pixels' in examine_pair((image, str(tmp_path / 'lying.png'))).fault
+    sizes = PairSizes([LoadImageFromFile(color_type=kind)])
+    for name in 'ab':
+        image = str(tmp_path / f'{name}.{suffix}')
+        right, wrong = ('turned', 'lying') if mmcv.imread(image, flag=kind).shape[0] == 10 else ('lying', 'turned')
+        info = dict(img_path=image, seg_map_path=str(tmp_path / f'{right}.png'))
+        assert examine_pair(info, sizes).fault is None
+        fault = examine_pair(info | dict(seg_map_path=str(tmp_path / f'{wrong}.png')), sizes).fault
+        assert f'{wrong}.png is ' in fault
+        assert 'as it is loaded (its EXIF orientation is 6)' in fault
+
+
+def test_what_pillow_does_not_read_is_loaded_as_the_pipeline_does(tmp_path: Path) -> None:
+    np.save(tmp_path / 'a.npy', np.zeros((8, 10, 5), np.float32))
+    Image.fromarray(np.zeros((8, 10), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.npy'), seg_map_path=str(tmp_path / 'a.png'))
+    assert examine_pair(info, PairSizes([LoadNpy()])).fault is None
+    check_sizes([info], [LoadNpy()])
+    (tmp_path / 'b.npy').write_bytes(b'no array')
+    with pytest.raises(ValueError, match=r'b\.npy is no image that can be read: '):
+        check_sizes([info | dict(img_path=str(tmp_path / 'b.npy'))], [LoadNpy()])
+
+
+class LoadNpy:
+    """A user's own loader."""
+
+    def __call__(self, results: dict) -> dict:
+        return results | dict(img=np.load(results['img_path'], allow_pickle=False))
+
+
+def test_very_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / 'a.jpg')
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    check_sizes([info], [LoadImageFromFile()], mask_backend='cv2')  # OpenCV reads it
+    with pytest.raises(ValueError, match=r"mask .*a\.png is larger than Pillow decodes .*imdecode_backend='cv2'"):
+        check_sizes([info], [LoadImageFromFile()])
+    monkeypatch.setattr(image_sizes, '_PILLOW_LIMIT', 200)
+    with pytest.raises(ValueError, match=r'a\.jpg is no image .*expected tiles of it; .*OPENCV_IO_MAX_IMAGE_PIXELS'):
+        check_sizes([info], [LoadImageFromFile(imdecode_backend='pillow')], mask_backend='cv2')
+
+
+def test_a_cache_that_may_not_be_entered_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(tmp_path / 'a.jpg')
+    Image.fromarray(np.zeros((8, 10), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
+    stat, mkdir = os.stat, os.mkdir
+
+    def refusing(function: Callable) -> Callable:
+        def call(path: object, *args: object, **options: object) -> object:
+            if str(path).startswith('/locked'):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(os, 'stat', refusing(stat))
+    monkeypatch.setattr(os, 'mkdir', refusing(mkdir))
+    monkeypatch.delenv('MMSEG_SATS_CACHE')
+    monkeypatch.setenv('HOME', '/locked/home')
+    check_sizes([info], [LoadImageFromFile()])
+    assert ClassIndex.load_or_scan([info['seg_map_path']]).presence[0, 0]
 
 
 def test_every_fault_is_listed_not_the_first_alone(config: Path, tmp_path: Path) -> None:
@@ -135,14 +203,15 @@ def test_a_list_that_is_not_there_and_shared_images(config: Path, tmp_path: Path
 def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmseg_sats.datasets.checks import whole_dataset
 
-    pairs = [
-        (str(path), str(tmp_path / 'labels/train' / f'{path.stem}.png'))
+    infos = [
+        dict(img_path=str(path), seg_map_path=str(tmp_path / 'labels/train' / f'{path.stem}.png'))
         for path in sorted((tmp_path / 'rgb/train').iterdir())
     ]
-    pairs.append((pairs[0][0], 'nowhere.png'))
-    one = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
+    infos.append(infos[0] | dict(seg_map_path='nowhere.png'))
+    sizes = PairSizes([LoadImageFromFile()])
+    one = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
     monkeypatch.setattr(whole_dataset, '_IN_PROCESS', 0)
-    two = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
+    two = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
     assert (one.images, one.faults) == (two.images, two.faults)
     assert one.faults == ['mask nowhere.png does not exist']
     np.testing.assert_array_equal(one.counts, two.counts)

@@ -321,7 +321,7 @@ def test_a_last_batch_of_one_image_is_found_before_training(
     state_dict = MODELS.build(dict(trained.model, pretrained=None)).state_dict()
     torch.save(dict(meta={}, state_dict=state_dict), yard / 'old/model.pth')
     options = dict(batch_size=batch_size, distillation=dict(attention=None, output=None))
-    monkeypatch.setattr('mmseg_sats.engine.checks.preflight.get_world_size', lambda: processes)
+    monkeypatch.setattr('mmseg_sats.engine.checks.data.get_world_size', lambda: processes)
     if not refused:
         RUNNERS.build(config(yard, monkeypatch, **options))
         return

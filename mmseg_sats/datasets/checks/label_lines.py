@@ -82,11 +82,11 @@ def notes_on_classes(
             'a class of the results all the same'
         )
     for _, class_id in [] if evaluation is None else evaluation.absent(protocol):
-        yield f'evaluation: no image shows {labels.names[class_id]}, its IoU will say nothing'
+        yield f'val: no image shows {labels.names[class_id]}, its IoU will say nothing'
     last = protocol.stages[-1].index
     if evaluation is not None and not evaluation.count(last, 0):
         yield (
-            f'evaluation: no image shows {labels.names[0]}: once all classes are learned it has no true pixel, and its '
+            f'val: no image shows {labels.names[0]}: once all classes are learned it has no true pixel, and its '
             'IoU will say nothing'
         )
 
