@@ -11,12 +11,15 @@ import mmcv
 import numpy as np
 import pytest
 from mmcv.transforms import LoadImageFromFile
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
 from PIL import Image
 
 from mmseg_sats.datasets.checks import image_sizes
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_sizes
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
 from mmseg_sats.datasets.class_index.index import ClassIndex
+from mmseg_sats.engine.checks import data
 from mmseg_sats.protocol import Protocol
 from tests.in_process import call
 from tests.shared import shared_path
@@ -250,3 +253,80 @@ def test_a_photograph_that_is_cut_off_is_a_fault(config: Path, tmp_path: Path) -
     status, lines = check(config)
     assert status == 1
     assert any('half.jpg is cut off or damaged' in line for line in lines)
+
+
+STREET = """
+_base_ = ['{configs}/_base_/segformer_tiny_shapes.py', '{configs}/sats/sats.py']
+protocol = '1-1'
+train_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{root}', ann_file='list.txt', img_suffix='.jpg',
+    data_prefix=dict(img_path='rgb/train', seg_map_path='labels/train'), metainfo=dict(classes=['road', 'a', 'b']),
+    pipeline='$train_pipeline')
+eval_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{root}', img_suffix='.jpg',
+    data_prefix=dict(img_path='rgb/val', seg_map_path='labels/val'), metainfo=dict(classes=['road', 'a', 'b']),
+    pipeline='$eval_pipeline')
+"""
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    """Three classes and no background; a list that repeats an image."""
+    for name, numbers in (('one', (1, 255)), ('two', (2, 255))):
+        write(tmp_path, 'train', name, mask(*numbers))
+    write(tmp_path, 'val', 'four', mask(1, 2))
+    (tmp_path / 'list.txt').write_text('one\ntwo\none\n')
+    path = tmp_path / 'config.py'
+    path.write_text(STREET.format(configs=Path(__file__).parents[1] / 'configs', root=tmp_path))
+    return path
+
+
+def test_check_refuses_what_the_run_refuses(street: Path, tmp_path: Path) -> None:
+    status, lines = check(street)
+    assert status == 1
+    assert any("wrong: train: BaseSegDataset: is label 0 background or 'road'" in line for line in lines)
+    elsewhere = tmp_path / 'elsewhere'
+    (tmp_path / 'labels').rename(elsewhere)
+    text = street.read_text().replace("seg_map_path='labels", f"seg_map_path='{elsewhere}")
+    text = text.replace(f"data_root='{tmp_path}'", f"data_root='{tmp_path / 'data'}'")
+    street.write_text(text + 'no_background = True\n')
+    (tmp_path / 'data').mkdir()
+    for name in ('rgb', 'list.txt'):
+        (tmp_path / name).rename(tmp_path / 'data' / name)
+    status, lines = check(street)
+    assert [line for line in lines if 'leaves the data root' in line]
+    street.write_text(street.read_text() + f"mask_root = '{elsewhere}'\n")
+    assert check(street)[0] == 0
+
+
+def test_labels_as_they_are_read_and_what_is_missing(street: Path) -> None:
+    street.write_text(street.read_text() + 'no_background = True\n')
+    status, lines = check(street)
+    assert status == 0
+    assert lines[:2] == [
+        'labels: number in the masks, class > channel (images of the stage that show it: train / val)',
+        '  images: 2 in train / 1 in val; background is what is not seen yet > 0 (0 / 0); ignored: 255 (2 / 0)',
+    ]
+    assert lines[2:5] == ['  stage 0: 0 road > 1 (2 / 1)', '  stage 1: 1 a > 2 (1 / 1)', '  stage 2: 2 b > 3 (1 / 1)']
+    assert row(lines, 'background', 1) == ['background', '-', '0', '0', '0', '0']
+    assert row(lines, '(ignored)', 1) == ['(ignored)', '-', '2', '16', '0', '0']
+    assert row(lines, 'road', 1) == ['road', '0', '2', '128', '1', '64']
+    notes = [line for line in lines if line.startswith('note: ')]
+    assert any('train: 1 entries repeat an image that is listed before, such as' in note for note in notes)
+    assert any('val: no image shows background: once all classes are learned' in note for note in notes)
+
+
+def test_a_run_begins_with_its_labels(street: Path) -> None:
+    street.write_text(street.read_text() + 'no_background = True\n')
+    (street.parent / 'list.txt').write_text('one\none\ntwo\n')
+    write(street.parent, 'train', 'two', mask(1))  # b is in no training image
+    cfg = Config.fromfile(street)
+    cfg.merge_from_dict(dict(protocol='1-2', work_dir=str(street.parent / 'run'), num_workers=0, crop_size=64))
+    records: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, 'print_log', lambda message, **_: records.append(message))
+        RUNNERS.build(cfg)
+    told = '\n'.join(records)
+    assert '  stage 1: 1 a > 2 (2 / 1), 2 b > 3 (0 / 1)' in told
+    assert 'train: no image of stage 1 shows b: it cannot be learned' in told
+    assert 'train: 1 entries repeat an image' in told
