@@ -78,6 +78,21 @@ class Place(NamedTuple):
         self.config.write_text(text.replace(old, new))
 
 
+def shift(place: Place) -> None:
+    """The masks' numbers less by one, so that 0 is the first class."""
+    for path in place.data.glob('masks/*'):
+        mask = np.array(Image.open(path))
+        Image.fromarray(mask - (mask > 0)).save(path)
+
+
+def turn(place: Place) -> None:
+    """A picture and its mask that lie, of which the picture's EXIF says that it stands."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(place.data / 'images/3.png', exif=exif)
+    place.mask(np.ones((16, 32), np.uint8))
+
+
 OTHER_ORDER = """
 eval_dataset['metainfo'] = dict(classes=['background', 'b', 'a', 'c', 'd', 'e', 'f'])
 """
@@ -416,6 +431,48 @@ CASES = [
         'labels shifted',
         r'reduce_zero_label=True, which turns background into ignored',
         ('train_dataset.reduce_zero_label=True',),
+    ),
+    Case(
+        'a class at label 0',
+        r"BaseSegDataset: is label 0 background or 'a'.*background='a'.*no_background=True.*mask_values=dict\(a=",
+        ("class_names=['a','b','c','d','e','f']", 'protocol=2-1'),
+        spoil=lambda p: shift(p),
+    ),
+    Case('background misnamed', r"background='z': expected the class of label 0", ('background=z',)),
+    Case(
+        'masks of 0 and 255',
+        r'0 and 255 alone, and 255 is ignored: .*mask_values=dict\(f=255\)',
+        spoil=lambda p: [
+            Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(path) for path in p.data.glob('masks/*')
+        ],
+    ),
+    Case(
+        'list with a byte order mark',
+        r'train\.txt starts with a byte order mark',
+        spoil=lambda p: (p.data / 'train.txt').write_text('0\n1\n', encoding='utf-8-sig'),
+    ),
+    Case(
+        'the last batch dropped is the only one',
+        r'stage 0: 8 images do not fill one batch of 16, and drop_last=True .* expected a smaller batch_size',
+        ('batch_size=16', 'train_dataloader.drop_last=True'),
+    ),
+    Case(
+        'the last batch dropped is the only one of a later stage',
+        r'stage 1: 4 images do not fill one batch with 5 places for them beside those of replay',
+        ('batch_size=10', 'memory=6'),
+        spoil=lambda p: p.add("later_stages = {'train_dataloader.drop_last': True}\n"),
+    ),
+    Case(
+        'data sets joined around stages',
+        r'train_dataloader\.dataset is a ConcatDataset.*expected IncrementalDataset around it',
+        spoil=lambda p: p.add(
+            "train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=['$train_dataset']))\n"
+        ),
+    ),
+    Case(
+        'a PNG turned by its EXIF',
+        r'images/3\.png is 16 x 32 .* as it is loaded \(its EXIF orientation is 6\), its mask .* is 32 x 16',
+        spoil=lambda p: turn(p),
     ),
     Case('no LoadAnnotations', r'pipeline needs LoadAnnotations', ('train_pipeline=[]',)),
     # model

@@ -2,15 +2,24 @@
 """check_dataset: the counts, and every kind of fault at once."""
 
 import csv
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
 import pytest
+from mmcv.transforms import LoadImageFromFile
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
 from PIL import Image
 
+from mmseg_sats.datasets.checks import image_sizes
+from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_sizes
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
+from mmseg_sats.datasets.class_index.index import ClassIndex
+from mmseg_sats.engine.checks import data
 from mmseg_sats.protocol import Protocol
 from tests.in_process import call
 from tests.shared import shared_path
@@ -76,16 +85,78 @@ def test_a_clean_data_set_is_counted(config: Path) -> None:
     assert row(lines, 'c', 1) == ['c', '2', '1', '8', '1', '8']
 
 
-def test_a_photograph_is_turned_as_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
+@pytest.mark.parametrize('kind', ['color', 'color_ignore_orientation', 'unchanged'])
+def test_a_photograph_is_turned_as_it_is_loaded(suffix: str, kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
-    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(tmp_path / 'a.jpg', exif=exif)
+    picture = Image.fromarray(np.zeros((8, 10, 3), np.uint8))
+    for name in 'ab':  # the first of a kind is loaded, the others are measured by their headers
+        picture.save(tmp_path / f'{name}.{suffix}', **(dict(tiffinfo=exif) if suffix == 'tif' else dict(exif=exif)))
     for name, shape in (('turned', (10, 8)), ('lying', (8, 10))):
         Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f'{name}.png')
-    image = str(tmp_path / 'a.jpg')
-    assert mmcv.imread(image).shape[:2] == (10, 8)
-    assert examine_pair((image, str(tmp_path / 'turned.png'))).fault is None
-    assert 'lying.png is 10 x 8 pixels' in examine_pair((image, str(tmp_path / 'lying.png'))).fault
+    sizes = PairSizes([LoadImageFromFile(color_type=kind)])
+    for name in 'ab':
+        image = str(tmp_path / f'{name}.{suffix}')
+        right, wrong = ('turned', 'lying') if mmcv.imread(image, flag=kind).shape[0] == 10 else ('lying', 'turned')
+        info = dict(img_path=image, seg_map_path=str(tmp_path / f'{right}.png'))
+        assert examine_pair(info, sizes).fault is None
+        fault = examine_pair(info | dict(seg_map_path=str(tmp_path / f'{wrong}.png')), sizes).fault
+        assert f'{wrong}.png is ' in fault
+        assert 'as it is loaded (its EXIF orientation is 6)' in fault
+
+
+def test_what_pillow_does_not_read_is_loaded_as_the_pipeline_does(tmp_path: Path) -> None:
+    np.save(tmp_path / 'a.npy', np.zeros((8, 10, 5), np.float32))
+    Image.fromarray(np.zeros((8, 10), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.npy'), seg_map_path=str(tmp_path / 'a.png'))
+    assert examine_pair(info, PairSizes([LoadNpy()])).fault is None
+    check_sizes([info], [LoadNpy()])
+    (tmp_path / 'b.npy').write_bytes(b'no array')
+    with pytest.raises(ValueError, match=r'b\.npy is no image that can be read: '):
+        check_sizes([info | dict(img_path=str(tmp_path / 'b.npy'))], [LoadNpy()])
+
+
+class LoadNpy:
+    """A user's own loader."""
+
+    def __call__(self, results: dict) -> dict:
+        return results | dict(img=np.load(results['img_path'], allow_pickle=False))
+
+
+def test_very_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / 'a.jpg')
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    check_sizes([info], [LoadImageFromFile()], mask_backend='cv2')  # OpenCV reads it
+    with pytest.raises(ValueError, match=r"mask .*a\.png is larger than Pillow decodes .*imdecode_backend='cv2'"):
+        check_sizes([info], [LoadImageFromFile()])
+    monkeypatch.setattr(image_sizes, '_PILLOW_LIMIT', 200)
+    with pytest.raises(ValueError, match=r'a\.jpg is no image .*expected tiles of it; .*OPENCV_IO_MAX_IMAGE_PIXELS'):
+        check_sizes([info], [LoadImageFromFile(imdecode_backend='pillow')], mask_backend='cv2')
+
+
+def test_a_cache_that_may_not_be_entered_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(tmp_path / 'a.jpg')
+    Image.fromarray(np.zeros((8, 10), np.uint8)).save(tmp_path / 'a.png')
+    info = dict(img_path=str(tmp_path / 'a.jpg'), seg_map_path=str(tmp_path / 'a.png'))
+    stat, mkdir = os.stat, os.mkdir
+
+    def refusing(function: Callable) -> Callable:
+        def call(path: object, *args: object, **options: object) -> object:
+            if str(path).startswith('/locked'):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(os, 'stat', refusing(stat))
+    monkeypatch.setattr(os, 'mkdir', refusing(mkdir))
+    monkeypatch.delenv('MMSEG_SATS_CACHE')
+    monkeypatch.setenv('HOME', '/locked/home')
+    check_sizes([info], [LoadImageFromFile()])
+    assert ClassIndex.load_or_scan([info['seg_map_path']]).presence[0, 0]
 
 
 def test_every_fault_is_listed_not_the_first_alone(config: Path, tmp_path: Path) -> None:
@@ -135,14 +206,15 @@ def test_a_list_that_is_not_there_and_shared_images(config: Path, tmp_path: Path
 def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmseg_sats.datasets.checks import whole_dataset
 
-    pairs = [
-        (str(path), str(tmp_path / 'labels/train' / f'{path.stem}.png'))
+    infos = [
+        dict(img_path=str(path), seg_map_path=str(tmp_path / 'labels/train' / f'{path.stem}.png'))
         for path in sorted((tmp_path / 'rgb/train').iterdir())
     ]
-    pairs.append((pairs[0][0], 'nowhere.png'))
-    one = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
+    infos.append(infos[0] | dict(seg_map_path='nowhere.png'))
+    sizes = PairSizes([LoadImageFromFile()])
+    one = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
     monkeypatch.setattr(whole_dataset, '_IN_PROCESS', 0)
-    two = examine(pairs, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
+    two = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
     assert (one.images, one.faults) == (two.images, two.faults)
     assert one.faults == ['mask nowhere.png does not exist']
     np.testing.assert_array_equal(one.counts, two.counts)
@@ -181,3 +253,80 @@ def test_a_photograph_that_is_cut_off_is_a_fault(config: Path, tmp_path: Path) -
     status, lines = check(config)
     assert status == 1
     assert any('half.jpg is cut off or damaged' in line for line in lines)
+
+
+STREET = """
+_base_ = ['{configs}/_base_/segformer_tiny_shapes.py', '{configs}/sats/sats.py']
+protocol = '1-1'
+train_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{root}', ann_file='list.txt', img_suffix='.jpg',
+    data_prefix=dict(img_path='rgb/train', seg_map_path='labels/train'), metainfo=dict(classes=['road', 'a', 'b']),
+    pipeline='$train_pipeline')
+eval_dataset = dict(
+    _delete_=True, type='BaseSegDataset', data_root='{root}', img_suffix='.jpg',
+    data_prefix=dict(img_path='rgb/val', seg_map_path='labels/val'), metainfo=dict(classes=['road', 'a', 'b']),
+    pipeline='$eval_pipeline')
+"""
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    """Three classes and no background; a list that repeats an image."""
+    for name, numbers in (('one', (1, 255)), ('two', (2, 255))):
+        write(tmp_path, 'train', name, mask(*numbers))
+    write(tmp_path, 'val', 'four', mask(1, 2))
+    (tmp_path / 'list.txt').write_text('one\ntwo\none\n')
+    path = tmp_path / 'config.py'
+    path.write_text(STREET.format(configs=Path(__file__).parents[1] / 'configs', root=tmp_path))
+    return path
+
+
+def test_check_refuses_what_the_run_refuses(street: Path, tmp_path: Path) -> None:
+    status, lines = check(street)
+    assert status == 1
+    assert any("wrong: train: BaseSegDataset: is label 0 background or 'road'" in line for line in lines)
+    elsewhere = tmp_path / 'elsewhere'
+    (tmp_path / 'labels').rename(elsewhere)
+    text = street.read_text().replace("seg_map_path='labels", f"seg_map_path='{elsewhere}")
+    text = text.replace(f"data_root='{tmp_path}'", f"data_root='{tmp_path / 'data'}'")
+    street.write_text(text + 'no_background = True\n')
+    (tmp_path / 'data').mkdir()
+    for name in ('rgb', 'list.txt'):
+        (tmp_path / name).rename(tmp_path / 'data' / name)
+    status, lines = check(street)
+    assert [line for line in lines if 'leaves the data root' in line]
+    street.write_text(street.read_text() + f"mask_root = '{elsewhere}'\n")
+    assert check(street)[0] == 0
+
+
+def test_labels_as_they_are_read_and_what_is_missing(street: Path) -> None:
+    street.write_text(street.read_text() + 'no_background = True\n')
+    status, lines = check(street)
+    assert status == 0
+    assert lines[:2] == [
+        'labels: number in the masks, class > channel (images of the stage that show it: train / val)',
+        '  images: 2 in train / 1 in val; background is what is not seen yet > 0 (0 / 0); ignored: 255 (2 / 0)',
+    ]
+    assert lines[2:5] == ['  stage 0: 0 road > 1 (2 / 1)', '  stage 1: 1 a > 2 (1 / 1)', '  stage 2: 2 b > 3 (1 / 1)']
+    assert row(lines, 'background', 1) == ['background', '-', '0', '0', '0', '0']
+    assert row(lines, '(ignored)', 1) == ['(ignored)', '-', '2', '16', '0', '0']
+    assert row(lines, 'road', 1) == ['road', '0', '2', '128', '1', '64']
+    notes = [line for line in lines if line.startswith('note: ')]
+    assert any('train: 1 entries repeat an image that is listed before, such as' in note for note in notes)
+    assert any('val: no image shows background: once all classes are learned' in note for note in notes)
+
+
+def test_a_run_begins_with_its_labels(street: Path) -> None:
+    street.write_text(street.read_text() + 'no_background = True\n')
+    (street.parent / 'list.txt').write_text('one\none\ntwo\n')
+    write(street.parent, 'train', 'two', mask(1))  # b is in no training image
+    cfg = Config.fromfile(street)
+    cfg.merge_from_dict(dict(protocol='1-2', work_dir=str(street.parent / 'run'), num_workers=0, crop_size=64))
+    records: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, 'print_log', lambda message, **_: records.append(message))
+        RUNNERS.build(cfg)
+    told = '\n'.join(records)
+    assert '  stage 1: 1 a > 2 (2 / 1), 2 b > 3 (0 / 1)' in told
+    assert 'train: no image of stage 1 shows b: it cannot be learned' in told
+    assert 'train: 1 entries repeat an image' in told

@@ -3,10 +3,12 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -18,7 +20,7 @@ from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.trained_model import note_on_sizes, take_trained_model
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
-from tests.foreign import PAGE, code_blocks, commands, lay_out, write_split
+from tests.foreign import PAGE, code_blocks, commands, lay_out, read_mask, write_split
 from tests.in_process import ROOT, call
 from tests.small_models import RESNET, RESNET_CHANNELS, auxiliary_head_cfg
 from tests.stage_folder import make_stage
@@ -77,11 +79,12 @@ def yard(drawn: list[tuple[Path, Path]], tmp_path: Path) -> Path:
     return folder
 
 
-def follow(folder: Path, command: str, *more: str) -> None:
+def follow(folder: Path, command: str, *more: str) -> str:
     name, *words = shlex.split(command)
     assert name == 'mmseg-sats'
     done = call(COMMAND, *words, *more, cwd=folder)
     assert done.returncode == 0, f'{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}'
+    return done.stdout
 
 
 def test_the_config_is_short() -> None:
@@ -89,7 +92,7 @@ def test_the_config_is_short() -> None:
 
 
 def test_the_page_word_by_word(yard: Path) -> None:
-    done = commands(PAGE)
+    done = commands(PAGE)[:4]
     assert [command.split()[1] for command in done] == [
         'check',
         'train',
@@ -321,7 +324,7 @@ def test_a_last_batch_of_one_image_is_found_before_training(
     state_dict = MODELS.build(dict(trained.model, pretrained=None)).state_dict()
     torch.save(dict(meta={}, state_dict=state_dict), yard / 'old/model.pth')
     options = dict(batch_size=batch_size, distillation=dict(attention=None, output=None))
-    monkeypatch.setattr('mmseg_sats.engine.checks.preflight.get_world_size', lambda: processes)
+    monkeypatch.setattr('mmseg_sats.engine.checks.data.get_world_size', lambda: processes)
     if not refused:
         RUNNERS.build(config(yard, monkeypatch, **options))
         return
@@ -336,3 +339,36 @@ def test_a_last_batch_of_one_image_is_found_before_training(
         RUNNERS.build(config(yard, monkeypatch, **options, sync_bn='torch'))
         synchronised = {'model.decode_head.norm_cfg': dict(type='SyncBN', requires_grad=True)}
         RUNNERS.build(config(yard, monkeypatch, **options | synchronised))
+
+
+TINY = ['model.backbone.embed_dims=8', 'model.backbone.num_layers=[1,1,1,1]', 'model.backbone.num_heads=[1,1,1,1]',
+        'model.decode_head.in_channels=[8,8,8,8]', 'model.decode_head.channels=8', 'norm_cfg.type=BN',
+        'model.backbone.init_cfg=None']  # fmt: skip
+
+
+def test_data_without_background_word_by_word(drawn: list[tuple[Path, Path]], tmp_path: Path) -> None:
+    """The section's config and commands, on masks whose 0 is a class and whose background is 255."""
+    (config,) = [block for block in code_blocks(PAGE, 'python') if 'no_background' in block]
+    (tmp_path / 'street.py').write_text(config)
+    write_street(drawn[:16], tmp_path / 'data/street', 'train')
+    write_street(drawn[16:], tmp_path / 'data/street', 'val')
+    check, train = [command for command in commands(PAGE) if 'street.py' in command]
+    told = follow(tmp_path, check)
+    assert '0 road > 1' in told
+    assert 'val: no image shows background: once all classes are learned' in told
+    follow(tmp_path, train, '--cfg-options', *SMALL, *TINY, 'report=None')
+    results = json.loads((tmp_path / 'work_dirs/street/results.json').read_text())
+    first, last = results['stages']
+    assert first['new_classes'] == ['road', 'pavement', 'building', 'sky', 'car']
+    assert first['iou']['background'] is not None  # the classes that are not seen yet
+    assert last['iou']['background'] is None
+    assert last['iou']['road'] is not None
+
+
+def write_street(pairs: list[tuple[Path, Path]], root: Path, split: str) -> None:
+    for image, mask in pairs:
+        labels = read_mask(mask)
+        (root / 'images' / split).mkdir(parents=True, exist_ok=True)
+        (root / 'labels' / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, root / 'images' / split)
+        cv2.imwrite(str(root / 'labels' / split / mask.name), np.where(labels == 0, 255, labels - 1).astype(np.uint8))

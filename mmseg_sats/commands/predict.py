@@ -25,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
     from mmseg_sats.visualization.predictions import (
         find_images,
         predicted_overlay,
-        read_image,
         write_png,
     )
 
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     console, failed = Console(stderr=True), 0
     for path, name in track(images, description='predicting', console=console):
         try:
-            overlay = predicted_overlay(model, read_image(path))
+            overlay = predicted_overlay(model, path)
         except ValueError as error:
             failed += 1
             console.print(str(error), style='red', markup=False, soft_wrap=True)

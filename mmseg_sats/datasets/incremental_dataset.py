@@ -39,6 +39,7 @@ from mmseg_sats.datasets.wrapped_dataset import (
     classes_by_label,
     first_of_each,
     full_init_wrapped,
+    mask_backend,
     mask_of,
     with_relabelling,
 )
@@ -194,7 +195,8 @@ class IncrementalDataset(Dataset):
         """Read the wrapped dataset's list and the class index, and pick the stage's images."""
         if self._fully_initialized:
             return
-        key = ('class index', self.dataset, self.cache_dir, self.ignore_index, self.labels, self.mask_root)
+        key = ('class index', self.dataset, self.cache_dir, self.ignore_index, self.labels)
+        key = (*key, self.mask_root, self.mask_backend)
         class_index, self._first = once(key, self._read_class_index)
         self._class_index = class_index
         self._usable = self._usable_rows()
@@ -215,7 +217,9 @@ class IncrementalDataset(Dataset):
         """The class index, and (N,) bool, which rows name an image for the first time."""
         full_init_wrapped(self.dataset, self.mask_root)
         files = [mask_of(self.dataset, row) for row in range(len(self.dataset))]
-        class_index = ClassIndex.load_or_scan(files, cache_dir=self.cache_dir)
+        class_index = ClassIndex.load_or_scan(
+            files, cache_dir=self.cache_dir, imdecode_backend=self.mask_backend
+        )
         where = type(self.dataset).__name__
         check_background(self.labels, class_index.presence.any(axis=0), where)
         if self.labels.numbers is not None:
@@ -290,9 +294,13 @@ class IncrementalDataset(Dataset):
         for stage in self.protocol.stages[first:]:
             if self._select(stage).size == 0:
                 raise NoImagesError(self._nothing_left(stage))
-        infos = [self.dataset.get_data_info(row) for row in range(len(self.dataset))]
-        pairs = [(info['img_path'], info['seg_map_path']) for info in infos]
-        check_sizes(pairs, self.cache_dir)
+        infos = [self.dataset.get_data_info(row) for row in np.flatnonzero(self._first).tolist()]
+        check_sizes(infos, self.pipeline.transforms, self.cache_dir, self.mask_backend)
+
+    @property
+    def mask_backend(self) -> str:
+        """What decodes the masks: that of the pipeline's ``LoadAnnotations``."""
+        return mask_backend(self.pipeline.transforms)
 
     @property
     @force_full_init

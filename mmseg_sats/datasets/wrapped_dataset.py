@@ -230,6 +230,13 @@ def _insert(transforms: list, chain: Sequence[Callable]) -> int:
     return len(places)
 
 
+def mask_backend(transforms: Sequence[Callable]) -> str:
+    """What decodes masks in a pipeline, as ``LoadAnnotations`` names it."""
+    branches = [list(transforms), *_branches(transforms)]
+    found = [one for branch in branches for one in branch if isinstance(one, LoadAnnotations)]
+    return getattr(found[0], 'imdecode_backend', 'pillow') if found else 'pillow'
+
+
 def full_init_wrapped(dataset: BaseDataset | JoinedDataset, mask_root: str | None = None) -> None:
     """Read the dataset's list.
 

@@ -13,7 +13,8 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS, init_default_scope
 
-from mmseg_sats.engine.checks.preflight import check_base, check_config, check_data
+from mmseg_sats.engine.checks.data import check_data
+from mmseg_sats.engine.checks.preflight import check_base, check_config
 from mmseg_sats.engine.checks.rehearsal import rehearse
 from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model
 from mmseg_sats.engine.checks.values import check_length, check_values

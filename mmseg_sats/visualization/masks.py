@@ -11,8 +11,17 @@ IGNORED = (224, 224, 192)  # VOC's own colour for it
 
 
 def rgb_image(inputs: Tensor) -> np.ndarray:
-    """A packed image (3, H, W), BGR as mmcv reads it, as RGB (H, W, 3) uint8."""
-    return np.ascontiguousarray(inputs.permute(1, 2, 0).cpu().numpy()[..., ::-1].astype(np.uint8))
+    """A packed image (C, H, W), BGR as mmcv reads it, as RGB (H, W, 3) uint8.
+
+    Of more than three bands the first three are shown, and of fewer the last one in the place of what lacks.
+    Values beyond those of a photograph are scaled to black and white.
+    """
+    bands = inputs[[min(band, len(inputs) - 1) for band in (2, 1, 0)]].permute(1, 2, 0).cpu().numpy()
+    if bands.dtype != np.uint8 and (len(inputs) != 3 or bands.min() < 0 or bands.max() > 255):
+        low, high = float(bands.min()), float(bands.max())
+        if low < 0 or high > 255 or high <= 1:
+            bands = (bands - low) * (255 / max(high - low, 1e-9))
+    return np.ascontiguousarray(bands.astype(np.uint8))
 
 
 def colour_mask(

@@ -1,17 +1,21 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Overlays of a model's predictions: which images, how they are read, drawn and written."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
-import mmcv
 import numpy as np
+import torch
 from mmseg.apis import inference_model
+from mmseg.registry import TRANSFORMS
 from torch import nn
 
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
 from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.overlay import draw_overlay
 
 
@@ -35,24 +39,35 @@ def find_images(given: Sequence[Path]) -> list[tuple[Path, str]]:
     return found
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, BGR.
+def read_image(model: nn.Module, path: Path) -> np.ndarray:
+    """A file as the model's test pipeline loads it, for showing: (H, W, 3) uint8, BGR.
 
     Raises:
         ValueError: there is no such file, or it is no image.
     """
+    results: Any = dict(img_path=str(path))
     try:
-        image = mmcv.imfrombytes(path.read_bytes(), flag='color')
-    except (OSError, cv2.error) as error:
+        path.stat()
+        for step in model.cfg.test_pipeline:
+            results = TRANSFORMS.build(copy.deepcopy(dict(step)))(results)
+            if results.get('img') is not None:
+                break
+        image = np.atleast_3d(results['img'])
+    except OSError as error:
         raise ValueError(f'{path} cannot be read: {error}') from error
-    if image is None:
-        raise ValueError(f'{path} is no image, or a broken one')
-    return image
+    except Exception as error:  # a user's own loader may raise anything
+        raise ValueError(f'{path} is no image, or a broken one: {error}') from error
+    return np.ascontiguousarray(rgb_image(torch.from_numpy(image).permute(2, 0, 1))[..., ::-1])
 
 
-def predicted_overlay(model: nn.Module, image: np.ndarray) -> np.ndarray:
-    """The overlay of one image, see :func:`draw_overlay`."""
-    labels = inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
+def predicted_overlay(model: nn.Module, path: Path) -> np.ndarray:
+    """The overlay of one image, see :func:`draw_overlay`.
+
+    Raises:
+        ValueError: there is no such file, or it is no image.
+    """
+    image = read_image(model, path)
+    labels = inference_model(model, str(path)).pred_sem_seg.data[0].cpu().numpy()
     meta = model.dataset_meta
     return draw_overlay(image, labels, meta['classes'], meta['palette'])
 

@@ -11,6 +11,7 @@ from mmseg_sats.datasets.class_index.label_numbers import Labels
 from mmseg_sats.protocol import Protocol
 
 _WIDTH = 116
+_GLUE = '\0'  # in the place of spaces where a line must not break
 
 
 class Shown(NamedTuple):
@@ -59,9 +60,12 @@ def label_lines(
         for class_id in stage.new:
             counts = ' / '.join(str(one.count(stage.index, class_id)) for one in shown.values())
             number = _listed(numbers[class_id]) or '-'
-            words.append(f'{number} {labels.names[class_id]} > {channels[class_id]} ({counts})')
+            word = f'{number} {labels.names[class_id]} > {channels[class_id]} ({counts})'
+            words.append(word.replace(' ', _GLUE))
         text = f'  stage {stage.index}: {", ".join(words)}'
-        yield from textwrap.wrap(text, _WIDTH, subsequent_indent='    ', break_long_words=False)
+        lines = textwrap.wrap(text, _WIDTH, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+        for line in lines:
+            yield line.replace(_GLUE, ' ')
 
 
 def notes_on_classes(
@@ -82,11 +86,11 @@ def notes_on_classes(
             'a class of the results all the same'
         )
     for _, class_id in [] if evaluation is None else evaluation.absent(protocol):
-        yield f'evaluation: no image shows {labels.names[class_id]}, its IoU will say nothing'
+        yield f'val: no image shows {labels.names[class_id]}, its IoU will say nothing'
     last = protocol.stages[-1].index
     if evaluation is not None and not evaluation.count(last, 0):
         yield (
-            f'evaluation: no image shows {labels.names[0]}: once all classes are learned it has no true pixel, and its '
+            f'val: no image shows {labels.names[0]}: once all classes are learned it has no true pixel, and its '
             'IoU will say nothing'
         )
 

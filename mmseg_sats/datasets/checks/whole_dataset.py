@@ -7,11 +7,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmseg_sats.datasets.checks.image_sizes import check_decodes, size_of
+from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_decodes
 from mmseg_sats.datasets.class_index.index import (
     available_cores,
     may_fork,
@@ -63,7 +63,8 @@ class Examination:
 
 
 def examine(
-    pairs: Sequence[tuple[str, str]],
+    infos: Sequence[Mapping[str, Any]],
+    sizes: PairSizes,
     num_classes: int,
     label_ids: Mapping[int, int] | None = None,
     ignore_index: int = 255,
@@ -73,20 +74,22 @@ def examine(
     """Reads all images' headers and all masks, and collects faults instead of stopping at the first.
 
     Args:
-        pairs: paths of image and mask.
+        infos: entries of the data set's list, with ``img_path`` and ``seg_map_path``.
+        sizes: tells how the files are loaded.
         num_classes: foreground classes.
         label_ids: number in the masks to class id; None: every number is its class.
         ignore_index: the ignored number.
-        progress: wraps the iteration over the pairs, to show how far it is.
+        progress: wraps the iteration over the files, to show how far it is.
         workers: processes; the available cores by default.
     """
-    found = list(progress(_examine_all(pairs, workers)))
+    found = list(progress(_examine_all(infos, sizes, workers)))
     ids = {number: number for number in range(num_classes + 1)} if label_ids is None else label_ids
     ids = {ignore_index: ignore_index, **ids}
     known = np.zeros(256, bool)
     known[list(ids)] = True
     images, counts, faults = [], [], []
-    for (image, mask), (numbers, fault) in zip(pairs, found, strict=True):
+    for info, (numbers, fault) in zip(infos, found, strict=True):
+        image, mask = info['img_path'], info['seg_map_path']
         unknown = np.flatnonzero((numbers > 0) & ~known).tolist()
         if fault is None and unknown:
             fault = f'mask {mask} holds the numbers {unknown}, which stand for no class'
@@ -102,32 +105,40 @@ def examine(
     return Examination(images, stacked, faults)
 
 
-def _examine_all(pairs: Sequence[tuple[str, str]], workers: int | None) -> Iterable[Pair]:
+def _examine_all(infos: Sequence[Mapping[str, Any]], sizes: PairSizes, workers: int | None) -> Iterable[Pair]:
     workers = min(available_cores(), 16) if workers is None else workers
-    if len(pairs) < _IN_PROCESS or workers < 2 or not may_fork():
-        yield from map(examine_pair, pairs)
+    if len(infos) < _IN_PROCESS or workers < 2 or not may_fork():
+        yield from (examine_pair(info, sizes) for info in infos)
         return
-    # Forked children decode and count, and touch neither torch nor OpenMP; see class_index.
-    with ProcessPoolExecutor(workers, mp_context=get_context('fork')) as pool:
-        yield from pool.map(examine_pair, pairs, chunksize=32)
+    # Forked children decode and count, and touch neither torch nor OpenMP; see class_index. A user's loader comes
+    # along without being pickled.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context('fork'), initializer=_open_with, initargs=(sizes,)
+    ) as pool:
+        yield from pool.map(_examine_in_child, infos, chunksize=32)
 
 
-def examine_pair(pair: tuple[str, str]) -> Pair:
+_sizes: list[PairSizes] = []  # of a child process
+
+
+def _open_with(sizes: PairSizes) -> None:
+    _sizes.append(sizes)
+
+
+def _examine_in_child(info: Mapping[str, Any]) -> Pair:
+    return examine_pair(info, _sizes[-1])
+
+
+def examine_pair(info: Mapping[str, Any], sizes: PairSizes) -> Pair:
     """Reads one mask, and decodes its image."""
-    image, mask = pair
     nothing = np.zeros(256, np.int64)
     try:
-        width, height = size_of(image)
-        check_decodes(image)
-        labels = read_labels(mask)
+        check_decodes(info['img_path'])
+        sizes.images.of(info)  # before the mask, of which there may be none
+        labels = read_labels(info['seg_map_path'], sizes.mask_backend)
+        sizes.check(info)
     except (FileNotFoundError, ValueError) as error:
         return Pair(nothing, str(error))
-    if labels.shape != (height, width):
-        return Pair(
-            nothing,
-            f'mask {mask} is {labels.shape[1]} x {labels.shape[0]} pixels, '
-            f'its image {image} {width} x {height}',
-        )
     return Pair(np.bincount(labels.ravel(), minlength=256), None)
 
 

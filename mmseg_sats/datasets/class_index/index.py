@@ -31,6 +31,7 @@ __all__ = [
     'SETTINGS',
     'ClassIndex',
     'available_cores',
+    'cache_folder',
     'index_by_class',
     'labels_of',
     'may_fork',
@@ -251,12 +252,19 @@ def _stamps(files: Sequence[str]) -> np.ndarray:
     return stamps
 
 
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """Where what can be computed again is kept; it may not exist or be readable, which never costs a run.
+
+    Args:
+        folder: in place of the environment variable ``MMSEG_SATS_CACHE``, else ``~/.cache/mmseg_sats``.
+    """
+    return Path(os.path.expanduser(folder or os.environ.get('MMSEG_SATS_CACHE') or '~/.cache/mmseg_sats'))
+
+
 def _cache_file(files: Sequence[str], cache_dir: str | Path | None, backend: str) -> Path:
-    if cache_dir is None:
-        cache_dir = os.environ.get('MMSEG_SATS_CACHE') or '~/.cache/mmseg_sats'
     content = '\0'.join((_FORMAT, backend, *files))
     key = hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()[:32]
-    return Path(os.path.expanduser(cache_dir)) / f'class_index_{key}.npz'
+    return cache_folder(cache_dir) / f'class_index_{key}.npz'
 
 
 def _read_cache(cache_file: Path, num_files: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from PIL.Image import DecompressionBombError
 from rich.progress import track
 
 _CHUNK = 64  # masks per message between processes
@@ -80,6 +81,11 @@ def read_labels(file: str, backend: str = 'pillow') -> np.ndarray:
         seg = mmcv.imfrombytes(content, flag='unchanged', backend=backend)
     except FileNotFoundError:
         raise FileNotFoundError(f'mask {file} does not exist') from None
+    except DecompressionBombError as error:
+        raise ValueError(
+            f'mask {file} is larger than Pillow decodes ({error}): expected tiles of it and of its image, or masks of '
+            "mode L and LoadAnnotations(imdecode_backend='cv2') in the pipelines"
+        ) from error
     # Pillow answers broken files with any of these.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f'mask {file} is unreadable ({error}); {expected}') from error

@@ -17,6 +17,7 @@ from torch import nn
 from mmseg_sats.engine.checks.attention import check_backbone_attention
 from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.evaluation import IncrementalIoUMetric
+from mmseg_sats.models.backbones.input_channels import input_channels
 
 
 def check_model(cfg: Config) -> nn.Module:
@@ -104,7 +105,7 @@ def trains_on_one_image(cfg: Config, processes: int = 1) -> bool:
     heads = [one for head in heads for one in (head if isinstance(head, nn.ModuleList) else [head])]
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            features = model.extract_feat(torch.zeros(1, 3, height, width))
+            features = model.extract_feat(torch.zeros(1, input_channels(model), height, width))
             for head in heads:
                 head(features)
     except Exception as error:

@@ -13,6 +13,7 @@ from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 
 from mmseg_sats.engine.export.stock import window_of
+from mmseg_sats.models.backbones.input_channels import input_channels
 from mmseg_sats.utils.checkpoint import write_atomically
 
 TOLERANCE = 1e-4
@@ -34,7 +35,7 @@ class WholeImageLogits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K, H, W) of normalised RGB images (B, 3, H, W)."""
+        """Logits (B, K, H, W) of normalised images (B, 3, H, W), RGB; as many bands as the model takes."""
         logits = self.model(images, mode='tensor')
         return F.interpolate(
             logits,
@@ -88,7 +89,7 @@ def export_onnx(model: EncoderDecoder, path: Path) -> float:
 def _serialised(wrapped: nn.Module, metadata: dict[str, str], size: tuple[int, int], free: bool) -> bytes:
     any_size = torch.export.Dim.AUTO
     # Two images: with one, the exporter takes the batch for a constant.
-    example = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, input_channels(wrapped.model), *size, generator=torch.Generator().manual_seed(0))
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     program = torch.onnx.export(
         wrapped,
@@ -119,7 +120,7 @@ def _difference(wrapped: nn.Module, content: bytes, size: tuple[int, int]) -> fl
     """How far onnxruntime's logits for one random image are from PyTorch's, see ``export_onnx``."""
     runtime = importlib.import_module('onnxruntime')
     session = runtime.InferenceSession(content, providers=['CPUExecutionProvider'])
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(1, input_channels(wrapped.model), *size, generator=torch.Generator().manual_seed(1))
     (found,) = session.run(None, {'images': image.numpy()})
     expected = wrapped(image).numpy()
     if found.shape != expected.shape:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.models.backbones.input_channels import input_channels
 from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
@@ -170,7 +171,7 @@ def check_same_logits(
     stock.load_state_dict(state_dict)
     # In double precision, so that a difference cannot come from rounding.
     size = window_of(model) or (96, 128)
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).double()
+    images = torch.randn(1, input_channels(model), *size, generator=torch.Generator().manual_seed(0)).double()
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
     )
