@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> None:
         folders = folders[-1:]
     out = args.out or args.work_dir / 'test'
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        stages = [evaluate_again(folder, out, args.cfg_options) for folder in folders]
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(message_of(error)) from error
-    write_json(out / 'test.json', stages)
+    stages = []
+    for folder in folders:
+        try:
+            stages.append(evaluate_again(folder, out, args.cfg_options))
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise SystemExit(message_of(error)) from error
+        write_json(out / 'test.json', stages)  # after each stage, so that a stop loses none
     print(f'wrote {out / "test.json"}')
