@@ -22,7 +22,7 @@ from torch import nn
 
 from mmseg_sats.datasets.memory.selection import ClassBalancedMemory
 from mmseg_sats.engine.checks import rehearsal
-from mmseg_sats.engine.checks.rehearsal import largest_and_smallest
+from mmseg_sats.engine.checks.rehearsal_runner import largest_and_smallest
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.test_bad_input import CONFIG, draw
 from tools.train_incremental import main
