@@ -374,19 +374,19 @@ class IncrementalDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[idx] for idx in range(len(self)))  # in training an index has no end
+        return (self[idx] for idx in range(len(self)))  # in training no index is too large
 
     @force_full_init
     def __getitem__(self, idx: int) -> Any:
         """The idx-th image after the pipeline; in training another one where that gives None.
 
-        In training ``idx + n * len(self)`` is the same image in the n-th pass over the images, which counts for
-        what is drawn as epoch n does. Endless batches hold images of two passes or more.
+        Once :meth:`set_epoch` was called, ``idx + n * len(self)`` is the same image in the n-th pass over the images,
+        which counts for what is drawn as epoch n does. Endless batches hold images of two passes or more.
         """
-        if self.mode == 'eval':
+        if self.mode == 'eval' or self._epoch is None:
             return self._item(idx)
         number, row = divmod(idx, len(self))
-        if self.seed is None or self._epoch is None:
+        if self.seed is None:
             return self._item(row)
         with seeded(self.seed, self.stage.index, number if number > 0 else int(self._epoch), row):
             return self._item(row)

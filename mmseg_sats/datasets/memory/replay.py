@@ -50,6 +50,8 @@ class ReplayDataset(Dataset):
         parts: the data sets by source.
     """
 
+    _in_epochs = False
+
     def __init__(
         self,
         stage_images: Mapping[str, Any],
@@ -103,6 +105,7 @@ class ReplayDataset(Dataset):
         stage_images = self.parts[STAGE]
         if hasattr(stage_images, 'set_epoch'):
             stage_images.set_epoch(epoch)
+            self._in_epochs = True
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts.values())
@@ -127,8 +130,8 @@ class ReplayDataset(Dataset):
     def _draw(self, source: str, at: int, key: tuple[int, ...]) -> dict:
         part = self.parts[source]
         if source == STAGE:
-            # An IncrementalDataset takes the number as that of the epoch, which it is.
-            return part[at + key[0] * len(part)] if hasattr(part, 'set_epoch') else part[at]
+            # An IncrementalDataset that is told its epochs takes the number as that of the epoch, which it is.
+            return part[at + key[0] * len(part) * self._in_epochs]
         if self.seed is None:
             return part[at]
         with seeded(self.seed, self.metainfo['stage'], *key):
