@@ -73,6 +73,7 @@ NOT_LISTED = re.compile(
 SOMETIMES = {
     'stage_k/held_out.json': 'engine/hooks/best_epoch_hook.py',
     'stage_k/prototypes.npz': 'engine/hooks/prototype_hook.py',
+    'rehearsal.log': 'engine/checks/rehearsal.py',
 }
 
 

@@ -248,7 +248,7 @@ def test_every_method_folder_has_its_method_file_and_configs() -> None:
 def test_every_recipe_has_a_config_or_a_page() -> None:
     used = {parent.resolve() for path in FILES for parent in parents_of(path)}
     pages = ''.join(page.read_text() for page in CONFIGS.parent.glob('docs/*.md'))
-    recipes = set((CONFIGS / '_base_').glob('*.py')) - {CONFIGS / '_base_' / 'default_runtime.py'}
+    recipes = set((CONFIGS / '_base_').glob('*.py')) - set((CONFIGS / '_base_').glob('default_*.py'))
     assert [path.name for path in recipes - used if f'_base_/{path.name}' not in pages] == []
 
 

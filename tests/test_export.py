@@ -175,7 +175,7 @@ def follow_the_page(stage: Path, folder: Path) -> None:
 def test_onnx_that_differs_is_not_written(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_onnx: None
 ) -> None:
-    monkeypatch.setattr(onnx_export, '_serialised', lambda *_: b'')
+    monkeypatch.setattr(onnx_export, '_serialised', lambda *_, **__: b'')
     monkeypatch.setattr(onnx_export, '_difference', lambda *_: 2e-4)
     with pytest.raises(ValueError, match=r'differ by 0\.0002 from PyTorch'):
         onnx_export.export_onnx(load_for_export(stage)[1], tmp_path / 'model.onnx')

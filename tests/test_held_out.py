@@ -67,13 +67,6 @@ def test_a_second_validation_is_refused(shapes_cfg: MakeConfig) -> None:
         RUNNERS.build(cfg)
 
 
-def test_a_loop_without_epochs_is_refused(shapes_cfg: MakeConfig) -> None:
-    cfg = shapes_cfg('sats', held_out=0.2)
-    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=5, _delete_=True)
-    with pytest.raises(ValueError, match='chooses among epochs: expected a train_cfg with max_epochs'):
-        RUNNERS.build(cfg)
-
-
 def test_a_class_that_no_held_out_image_shows_is_named(shapes_cfg: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r'no held-out image shows .*square.*: expected every class'):
         RUNNERS.build(shapes_cfg('sats', held_out=0.05))
@@ -219,7 +212,7 @@ def test_an_epoch_without_a_figure_is_no_best(
     monkeypatch.setattr(f'{module}.write_checkpoint', lambda path, weights: kept.append(weights))
     hook, logger = BestEpochHook(), logging.getLogger('held out')
     for epoch, score in [*scores.items(), (6, 5.9), (7, 5.95)]:
-        runner = SimpleNamespace(epoch=epoch, work_dir=str(tmp_path), logger=logger)
+        runner = SimpleNamespace(epoch=epoch, work_dir=str(tmp_path), logger=logger, train_loop=None)
         hook.after_val_epoch(runner, dict(mIoU_base=0.0, mIoU_all=score))
     assert kept == [1, 2, 6]
     noted = read_json(tmp_path / 'held_out.json')
@@ -229,22 +222,27 @@ def test_an_epoch_without_a_figure_is_no_best(
 def test_a_stage_that_starts_afresh_does_not_take_up_the_scores_of_another_run(tmp_path: Path) -> None:
     write_json(tmp_path / 'held_out.json', {'1': 90.0})
     hook = BestEpochHook()
-    hook.before_train(SimpleNamespace(epoch=0, iter=0, work_dir=str(tmp_path)))
+    hook.before_train(SimpleNamespace(epoch=0, iter=0, work_dir=str(tmp_path), train_loop=None))
     assert hook.scores == {}
 
 
 @pytest.mark.parametrize(
-    ('epoch', 'begin', 'interval', 'validated'),
+    ('done', 'begin', 'interval', 'validated'),
     [(3, 1, 2, False), (4, 1, 2, True), (4, 5, 2, False), (5, 1, 2, True), (0, 1, 1, False)],
 )
+@pytest.mark.parametrize('by_iterations', [False, True])
 def test_a_resumed_run_validates_what_the_run_would_have(
-    epoch: int, begin: int, interval: int, validated: bool, tmp_path: Path
+    by_iterations: bool, done: int, begin: int, interval: int, validated: bool, tmp_path: Path
 ) -> None:
+    """Of five epochs of three iterations, or of five iterations in passes of three."""
     ran: list[int] = []
-    loop = SimpleNamespace(val_begin=begin, val_interval=interval, max_epochs=5)
+    loop = SimpleNamespace(
+        val_begin=begin, val_interval=interval, max_iters=5 if by_iterations else 15, by_iterations=by_iterations
+    )
+    epoch, iteration = (done // 3, done) if by_iterations else (done, 3 * done)
     runner = SimpleNamespace(
-        epoch=epoch, iter=3 * epoch, work_dir=str(tmp_path), train_dataloader=range(3), train_loop=loop,
-        val_loop=SimpleNamespace(run=lambda: ran.append(epoch)),
+        epoch=epoch, iter=iteration, work_dir=str(tmp_path), train_dataloader=range(3), train_loop=loop,
+        val_loop=SimpleNamespace(run=lambda: ran.append(done)),
     )  # fmt: skip
     BestEpochHook().before_train(runner)
     assert bool(ran) is validated

@@ -2,12 +2,17 @@
 """`mmseg-sats table --configs DIR`: which of a user's files are rows, how their runs are called, one table trained."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmseg.registry import DATASETS
 
 from mmseg_sats import commands
 from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
@@ -134,6 +139,82 @@ def test_what_is_wrong_is_told_before_anything_is_trained(write: Write, words: l
     assert message in str(told.value)
     assert '\n' not in str(told.value)
     assert not Path('work_dirs').exists()
+
+
+PAGE = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/folders.md').read_text(), re.DOTALL)
+# The page's config of the data, with a network and crops that a test can afford.
+RECIPE = f"""{PAGE[0]}
+pretrained = None
+crop_size = 64
+epochs = 1
+model = dict(
+    backbone=dict(embed_dims=16, num_layers=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=32))
+"""
+
+
+def draw_street(shapes_root: Path) -> None:
+    """The folders of the page, with images of as many classes."""
+    shapes = dict(type='ShapesDataset', data_root=str(shapes_root), num_classes=5, num_images=12, image_size=64)
+    for split in ('train', 'val'):
+        info = DATASETS.build(dict(shapes, split=split)).get_data_info(0)
+        for kind, key in (('images', 'img_path'), ('masks', 'seg_map_path')):
+            shutil.copytree(Path(info[key]).parent, f'data/street/{kind}/{split}')
+
+
+def test_every_method_runs_on_a_data_set_of_the_user_s(
+    write: Write, shapes_root: Path, capsys: pytest.CaptureFixture
+) -> None:
+    draw_street(shapes_root)
+    write('street.py', RECIPE)
+    write('sats_street.py', PAGE[1])
+    words = ['table', 'table1', '--dataset', 'street.py', '--report']
+    assert commands.main(words) == 0
+    printed = capsys.readouterr().out
+    methods = [line.split('|')[1].strip() for line in printed.splitlines() if '0 of 1 (not run)' in line]
+    assert ' '.join(methods) == 'joint finetune finetune_frozen lwf lwf_mc ilt mib plop sdr ssul sats'
+    assert 'left out: recall needs images from outside: --cfg-options outside_root=FOLDER' in printed
+    assert 'paper' not in printed
+    for method in ('joint', 'lwf_mc', 'sdr', 'ssul', 'sats'):
+        path = Path(f'work_dirs/street/configs/{method}/own_street_3-1.py')
+        cfg = Config.fromfile(path)
+        cfg.work_dir, cfg.seed = f'work_dirs/street/{method}', 0
+        RUNNERS.build(cfg)  # all checks before training
+        kept = ('joint', '3-1') if method == 'joint' else ('3-1', None)
+        assert (cfg.protocol, cfg.get('split')) == kept
+    alone = Config.fromfile('sats_street.py')
+    alone.work_dir = 'work_dirs/alone'
+    assert RUNNERS.build(alone).cfg.method == 'sats'
+    written = path.stat().st_mtime_ns
+    write('street.py', f'{RECIPE}memory = 12\n')
+    more = ['--methods', 'recall,sats', '--protocols', '4-1', '--cfg-options', 'outside_root=data/street/images/val']
+    assert commands.main([*words, *more]) == 0
+    rows = [line.split('|')[1:3] for line in capsys.readouterr().out.splitlines() if 'not run' in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [['recall', '-'], ['sats', '-'], ['recall', '12'],
+                                                                ['sats', '12']]  # fmt: skip
+    assert path.stat().st_mtime_ns == written  # what is there already stays
+
+
+@pytest.mark.parametrize(
+    ('text', 'words', 'message'),
+    [
+        (None, [], '--dataset street.py does not exist'),
+        ("_base_ = 'mmseg_sats::_base_/datasets/folders.py'\n", [], 'has no model, train_dataloader, optim_wrapper'),
+        (RECIPE.replace("'3-1'", 'None'), [], 'has protocol=None: expected m-n in it or by --protocols'),
+        (RECIPE + 'distillation = dict()\n', [], 'has distillation of a method'),
+        (RECIPE, ['--memory', 'both'], 'there is no usual number for street'),
+        (RECIPE, ['--methods', 'mibb'], "did you mean 'mib'?"),
+    ],
+)
+def test_what_is_wrong_with_such_a_config_is_told(
+    write: Write, text: str | None, words: list[str], message: str
+) -> None:
+    if text is not None:
+        write('street.py', text)
+    with pytest.raises(SystemExit) as told:
+        commands.main(['table', 'table1', '--dataset', 'street.py', *words])
+    assert message in str(told.value)
+    assert '\n' not in str(told.value)
 
 
 def test_one_table_of_own_configs_and_a_method_of_the_package(

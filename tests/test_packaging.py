@@ -91,6 +91,20 @@ def wheel(archives: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def test_an_editable_install_is_found_beside_a_clone_of_that_name(archives: Path, tmp_path: Path) -> None:
+    clone = tmp_path / 'mmseg_sats'
+    shutil.copytree(archives.parent, clone, symlinks=True, ignore=shutil.ignore_patterns('built', 'build'))
+    (editable,) = build(clone, 'editable').glob('*.whl')
+    with zipfile.ZipFile(editable) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith('.pth'))
+        (place,) = opened.read(name).decode().splitlines()
+    assert Path(place).resolve() == clone.resolve()
+    # A .pth file adds its folder to sys.path; a package there goes before a folder of its name without code.
+    code = f'import sys; sys.path.append({place!r}); import mmseg_sats; print(mmseg_sats.__file__)'
+    done = subprocess.run([sys.executable, '-ES', '-c', code], cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == str(clone / 'mmseg_sats/__init__.py'), done.stderr[-2000:]
+
+
 @pytest.fixture(scope='module')
 def metadata(wheel: zipfile.ZipFile) -> Message:
     (name,) = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))

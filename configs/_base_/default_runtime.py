@@ -1,4 +1,4 @@
-"""What every run shares: the runner of the stages, a stage's view of the data, mmengine's hooks, logs and seeds."""
+"""What every run shares: the runner of the stages, a stage's view of the data, logs and seeds."""
 custom_imports = dict(imports=['mmseg_sats'], allow_failed_imports=False)
 default_scope = 'mmseg'
 runner_type = 'IncrementalRunner'
@@ -17,14 +17,6 @@ env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=True),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    # After every epoch, and every so many iterations where checkpoint_iters says so.
-    checkpoint=dict(type='AtomicCheckpointHook', interval=1, iters='$checkpoint_iters', max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    finite=dict(type='FiniteHook'))
 # Those that a method's parts need come by themselves.
 custom_hooks = [dict(type='ProgressHook')]
 # WORK_DIR/report, at the end of the run; images=, attention=: how many of each (docs/report.md). None writes none.
@@ -86,5 +78,4 @@ test_dataloader = dict(
         eval_future='$eval_future',
         eval_images='$eval_images',
         dataset='$eval_dataset'))
-test_cfg = dict(type='TestLoop')
 test_evaluator = dict(type='IncrementalIoUMetric')

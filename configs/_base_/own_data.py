@@ -1,5 +1,5 @@
 """New classes on top of a trained mmseg model, from two folders; docs/own_data.md leads through it."""
-_base_ = ['./datasets/folders.py', './schedules/adamw_poly.py', './default_runtime.py']
+_base_ = ['./datasets/folders.py', './schedules/adamw_poly.py', './default_hooks.py', './default_runtime.py']
 
 # The mmseg config that the checkpoint given by --base was trained with.
 model_config = None

@@ -1,5 +1,5 @@
 """SegFormer-B0 on voc_mini: 1313 VOC photographs with a long side of 384 px, all 20 classes, on a CPU."""
-_base_ = ['./models/segformer.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_runtime.py']
+_base_ = ['./models/segformer.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_hooks.py', './default_runtime.py']
 
 pretrained = 'checkpoints/mit_b0.pth'
 norm_cfg = dict(_delete_=True, type='BN')

@@ -1,5 +1,5 @@
 """A SegFormer of one layer a block on the embedded data, trained from scratch within minutes on a CPU."""
-_base_ = ['./models/segformer.py', './datasets/shapes.py', './schedules/adamw_poly.py', './default_runtime.py']
+_base_ = ['./models/segformer.py', './datasets/shapes.py', './schedules/adamw_poly.py', './default_hooks.py', './default_runtime.py']
 
 pretrained = None
 norm_cfg = dict(_delete_=True, type='BN')

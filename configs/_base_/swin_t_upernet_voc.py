@@ -2,7 +2,7 @@
 
 AdamW as mmseg trains it on ADE20K; nobody has published a schedule for stages, a tenth in the later ones is the paper's.
 """
-_base_ = ['./models/upernet.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_runtime.py']
+_base_ = ['./models/upernet.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_hooks.py', './default_runtime.py']
 
 pretrained = 'https://mmassets.onedl.ai/mmsegmentation/v0.5/pretrain/swin/swin_tiny_patch4_window7_224_20220317-1cdeb081.pth'
 model = dict(

@@ -3,7 +3,7 @@
 mmsegmentation's tools/model_converters/vit2mmseg.py makes the weights out of timm's. AdamW as mmseg trains it on
 ADE20K; nobody has published a schedule for stages, a tenth in the later ones is the paper's.
 """
-_base_ = ['./models/upernet.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_runtime.py']
+_base_ = ['./models/upernet.py', './datasets/voc.py', './schedules/adamw_poly.py', './default_hooks.py', './default_runtime.py']
 
 pretrained = 'checkpoints/vit_b16.pth'
 model = dict(

@@ -123,8 +123,8 @@ def add_classes(
         method: a method of this package.
         licence: of the new model, for its card.
         resume: whether to go on with a run that was interrupted; its config stays as it was written.
-        **values: further keys of the run's config, as for :func:`mmseg_sats.api.train`: ``epochs``,
-            ``batch_size`` and so on. By default there are 12 epochs, or as many as make 700 iterations.
+        **values: further keys of the run's config, as for :func:`mmseg_sats.api.train`: ``epochs`` or
+            ``iters``, ``batch_size`` and so on. By default there are 12 epochs, or as many as make 700 iterations.
 
     Raises:
         FileNotFoundError: a file or folder does not exist.

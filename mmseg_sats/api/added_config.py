@@ -12,8 +12,8 @@ from mmseg.registry import MODELS
 from mmseg_sats.api.class_table import IGNORED, ClassTable
 from mmseg_sats.api.folders import MaskedImages
 from mmseg_sats.api.old_model import OldModel
-from mmseg_sats.engine.config.own_options import stock_parent
 from mmseg_sats.models import backbones
+from mmseg_sats.models.own_options import stock_parent
 from mmseg_sats.utils.installed import CONFIGS, method_names
 from mmseg_sats.utils.spelling import check_choice
 
@@ -85,7 +85,8 @@ def config_text(
     batch_size = values.get('batch_size') or content.get('batch_size') or _BATCH_SIZE
     stage_images = int(new.showing(table.drawn[name] for name in table.new).sum())
     content['batch_size'] = min(batch_size, max(2, stage_images))
-    content['epochs'] = max(_LEAST_EPOCHS, math.ceil(_LEAST_ITERATIONS * content['batch_size'] / stage_images))
+    if values.get('iters') is None:
+        content['epochs'] = max(_LEAST_EPOCHS, math.ceil(_LEAST_ITERATIONS * content['batch_size'] / stage_images))
     bases = ['mmseg_sats::_base_/add_classes.py', f'mmseg_sats::{method}/{method}.py']
     cfg = Config(content)
     cfg.merge_from_dict({key: value for key, value in values.items() if key != 'batch_size'})

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--configs', type=Path, metavar='DIR', help='in place of TABLE: a row for each config in this folder'
     )
     parser.add_argument(
-        '--dataset', help=f"{', '.join(DATASETS)} (default: the paper's); of --configs, their data set"
+        '--dataset',
+        help=f"{', '.join(DATASETS)}, or a config with your data, model and schedule (default: the paper's); "
+        'of --configs, their data set',
     )
     parser.add_argument(
         '--methods', type=comma_separated, metavar='A,B',

@@ -3,7 +3,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,13 +373,23 @@ class IncrementalDataset(Dataset):
             self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._epoch.fill_(epoch)
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[idx] for idx in range(len(self)))  # in training an index has no end
+
     @force_full_init
     def __getitem__(self, idx: int) -> Any:
-        """The idx-th image after the pipeline; in training another one where that gives None."""
-        if self.mode == 'eval' or self.seed is None or self._epoch is None:
+        """The idx-th image after the pipeline; in training another one where that gives None.
+
+        In training ``idx + n * len(self)`` is the same image in the n-th pass over the images, which counts for
+        what is drawn as epoch n does. Endless batches hold images of two passes or more.
+        """
+        if self.mode == 'eval':
             return self._item(idx)
-        with seeded(self.seed, self.stage.index, int(self._epoch), idx % len(self)):
-            return self._item(idx)
+        number, row = divmod(idx, len(self))
+        if self.seed is None or self._epoch is None:
+            return self._item(row)
+        with seeded(self.seed, self.stage.index, number if number > 0 else int(self._epoch), row):
+            return self._item(row)
 
     def _item(self, idx: int) -> Any:
         tries = 1 if self.mode == 'eval' else self.dataset.max_refetch + 1

@@ -12,6 +12,7 @@ from mmseg_sats.engine.checks.preflight import check_cfg_options
 from mmseg_sats.engine.config.class_objects import name_classes
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
+from mmseg_sats.engine.config.stage_length import prefer_length
 from mmseg_sats.utils.installed import find_config
 from mmseg_sats.utils.user_modules import import_custom, read_file
 
@@ -47,6 +48,7 @@ def read_config(given: str | Path | Config, options: Mapping[str, Any] | None = 
             f'one of a run, such as {_EXAMPLE}'
         )
     check_cfg_options(cfg, options or {})
+    prefer_length(cfg, options or {})
     cfg.merge_from_dict(options or {})
     import_custom(cfg)  # the options may name modules too
     return cfg

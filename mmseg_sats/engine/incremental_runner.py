@@ -23,6 +23,7 @@ from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.config.replay import check_outside_folder, check_replay
 from mmseg_sats.engine.config.stage_config import check_pretrained
+from mmseg_sats.engine.config.stage_length import notes_on_length
 from mmseg_sats.engine.config.trained_model import note_on_sizes
 from mmseg_sats.engine.files.results import (
     comparison_table,
@@ -101,6 +102,8 @@ class IncrementalRunner:
             self.logger.warning(note)
         for note in filter(None, (note_on_sizes(stages[-1]), note_on_checkpoints(stages[-1]))):
             self.logger.warning(note)
+        for note in notes_on_length(self.cfg, stages):
+            self.logger.info(note)
         check_outside_folder(stages[-1])
         check_training(stages[-1], check_model(stages[-1]))
         check_evaluator(stages[-1])

@@ -97,7 +97,7 @@ def plan_run(
 
 
 def _iterations(cfg: Config, images: int) -> int:
-    if not cfg.train_cfg.get('by_epoch', True):
+    if cfg.train_cfg.get('max_iters'):
         return cfg.train_cfg.max_iters
     loader = cfg.train_dataloader
     batches = math.ceil(images / (loader.batch_size * get_world_size()))

@@ -126,7 +126,10 @@ class ReplayDataset(Dataset):
 
     def _draw(self, source: str, at: int, key: tuple[int, ...]) -> dict:
         part = self.parts[source]
-        if source == STAGE or self.seed is None:
+        if source == STAGE:
+            # An IncrementalDataset takes the number as that of the epoch, which it is.
+            return part[at + key[0] * len(part)] if hasattr(part, 'set_epoch') else part[at]
+        if self.seed is None:
             return part[at]
         with seeded(self.seed, self.metainfo['stage'], *key):
             return part[at]

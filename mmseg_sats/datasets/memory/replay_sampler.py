@@ -2,14 +2,14 @@
 """Batches of a stage's own and replayed images, on any number of processes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from mmseg.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 from mmseg_sats.datasets.memory.replay import STAGE, ReplayDataset
-from mmseg_sats.datasets.memory.shared_batches import SharedBatchSampler
+from mmseg_sats.datasets.memory.shared_batches import SharedBatchSampler, endless_draw
 
 
 def batch_split(batch_size: int, share: float, num_sources: int) -> tuple[int, ...]:
@@ -40,24 +40,6 @@ def batch_split(batch_size: int, share: float, num_sources: int) -> tuple[int, .
     return (batch_size - replay, *parts)
 
 
-def endless_draw(size: int, start: int, count: int, key: Sequence[int]) -> np.ndarray:
-    """Places ``start`` to ``start + count - 1`` of an endless sequence of shuffled passes over ``size`` items.
-
-    Args:
-        size: number of items.
-        start: first place.
-        count: number of places.
-        key: what the shuffling depends on, besides the number of the pass.
-
-    Returns:
-        (count,) int64 items; every item comes up once in each pass.
-    """
-    passes = range(start // size, (start + count - 1) // size + 1)
-    row = [np.random.default_rng([*key, number]).permutation(size) for number in passes]
-    first = start - passes.start * size
-    return np.concatenate(row)[first : first + count]
-
-
 @DATA_SAMPLERS.register_module()
 class ReplayBatchSampler(SharedBatchSampler):
     """Composes batches over a :class:`ReplayDataset`.
@@ -68,6 +50,9 @@ class ReplayBatchSampler(SharedBatchSampler):
     often. A smaller last batch keeps the proportions.
 
     With ``share=None`` an epoch is every image of every source once, shuffled.
+
+    With ``endless`` the stage's own images (with ``share=None`` all) come as in
+    :class:`SharedBatchSampler`: every batch is full.
 
     An index says how often its image was drawn before, see :class:`ReplayDataset`.
 
@@ -80,6 +65,7 @@ class ReplayBatchSampler(SharedBatchSampler):
         batch_size: images in a batch of this process.
         share: part of a batch for replay, or None.
         drop_last: leave out a last batch that is not full.
+        endless: whether batches go on behind the last image of a pass.
 
     Raises:
         TypeError: the sampler or its data set is of another kind.
@@ -87,9 +73,14 @@ class ReplayBatchSampler(SharedBatchSampler):
     """
 
     def __init__(
-        self, sampler: Sampler, batch_size: int, share: float | None = 0.5, drop_last: bool = False
+        self,
+        sampler: Sampler,
+        batch_size: int,
+        share: float | None = 0.5,
+        drop_last: bool = False,
+        endless: bool = False,
     ) -> None:
-        super().__init__(sampler, batch_size, drop_last)
+        super().__init__(sampler, batch_size, drop_last, endless)
         whole = getattr(sampler.dataset, 'whole', None)
         if not isinstance(whole, ReplayDataset):
             raise TypeError(
@@ -130,7 +121,10 @@ class ReplayBatchSampler(SharedBatchSampler):
     def _epoch(self) -> list[list[int]]:
         """The indices of the epoch: the stage's own and, in turn, each replayed source's."""
         seed, epoch = self.sampler.seed, self.sampler.epoch
-        rows = [[row + epoch * self.total for row in self._order(self.pool)[: self.count]]]
+        if self.endless:
+            rows = [self._pass_on(self.pool, len(self) * self.split[0], self.total)]
+        else:
+            rows = [[row + epoch * self.total for row in self._order(self.pool)[: self.count]]]
         for source, (size, indices) in enumerate(
             zip(self.split[1:], self.ranges[1:], strict=True)
         ):

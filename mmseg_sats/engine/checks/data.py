@@ -2,6 +2,7 @@
 """Checks a run's data before the first iteration, and tells how their labels are read."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,13 +104,17 @@ def _check_last_batches(stages: Sequence[Config], dataset: IncrementalDataset) -
         size, limit = loader.get('batch_size'), loader.get('num_batch_per_epoch')
         _check_whole_batch(loader, images, stage.index)
         replayed = stage_dataset_cfg(loader.dataset) is not loader.dataset
-        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and not loader.get('batch_sampler')
+        batches = loader.get('batch_sampler') or {}
+        sampled = (loader.get('sampler') or {}).get('type') == 'DefaultSampler' and (
+            not batches or batches.get('endless')
+        )
         if replayed or not sampled or not size:
             continue  # the sizes of these batches are not known here
         # Processes share the batches of one: of the last, some get one image if there are fewer than two for each.
         processes = get_world_size()
         whole = size * processes
-        reached = (size == 1 or not loader.get('drop_last')) and (not limit or images < limit * whole)
+        smaller = not (loader.get('drop_last') or batches.get('endless') or (limit and images >= limit * whole))
+        reached = size == 1 or (smaller and images <= cfg.train_cfg.get('max_iters', math.inf) * whole)
         alone = size == 1 or 0 < images % whole < 2 * processes
         if reached and alone and not trains_on_one_image(cfg, processes):
             shared = '' if processes == 1 else f' on each of {processes} processes'

@@ -80,7 +80,8 @@ def check_training(cfg: Config, model: nn.Module) -> None:
                 options.setdefault('end', max(options.get('begin', 0) + 1, last))
                 PARAM_SCHEDULERS.build(options, default_args=dict(optimizer=optimizer, epoch_length=1))
     for limit in ('max_epochs', 'max_iters'):
-        if (value := (cfg.get('train_cfg') or {}).get(limit, 1)) < 1:
+        value = (cfg.get('train_cfg') or {}).get(limit, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f'train_cfg.{limit}={value!r}: expected a whole number from 1')
     _check_hooks(cfg)
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Chooses a stage's best epoch on held-out training images, instead of taking the last epoch."""
+"""Chooses a stage's best validated weights on held-out training images, instead of taking the last ones."""
 
 import copy
 
@@ -10,17 +10,18 @@ from mmseg_sats.datasets.joined_dataset import pipeline_of
 
 
 def add_held_out(cfg: Config) -> None:
-    """Changes a stage's config, in place, so that each epoch is validated on images that are not trained on.
+    """Changes a stage's config, in place, so that it is validated on images that are not trained on.
 
-    The images are held out from the training data; transforms and metric are those of the evaluation.
+    That is after each epoch or, in a stage counted in iterations, at each ``val_interval`` of them. The images are
+    held out from the training data; transforms and metric are those of the evaluation.
 
     Args:
         cfg: the stage's config, its variables resolved. ``held_out`` is the share of the images; None: no
             images are held out.
 
     Raises:
-        ValueError: the share is impossible, the training data are no ``IncrementalDataset``, the training
-            loop does not run by epochs, or the config has a validation of its own.
+        ValueError: the share is impossible, the training data are no ``IncrementalDataset``, or the config has a
+            validation of its own.
     """
     share = cfg.get('held_out')
     check_share(share)
@@ -36,11 +37,6 @@ def add_held_out(cfg: Config) -> None:
         raise ValueError(
             f'held_out={share} makes a val_dataloader of the training images, and the config has one '
             'of its own: expected one of the two'
-        )
-    if not cfg.train_cfg.get('by_epoch', True) or 'max_iters' in cfg.train_cfg:
-        raise ValueError(
-            f'held_out={share} chooses among epochs: expected a train_cfg with max_epochs, got '
-            f'{dict(cfg.train_cfg)}'
         )
     train.held_out = loader.dataset.held_out = share
     # The transforms of the evaluation are set either on the wrapper or on the data set inside.

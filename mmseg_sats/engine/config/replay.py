@@ -130,8 +130,10 @@ def add_replay(cfg: Config, previous: str | Path) -> None:
     loader.dataset = dict(
         type='ReplayDataset', stage_images=loader.dataset, seed=cfg.get('seed'), **parts
     )
+    # Where the stage's own images come endlessly, the batches with replay do, too.
+    endless = dict(endless=True) if (loader.get('batch_sampler') or {}).get('endless') else {}
     loader.batch_sampler = dict(
-        type='ReplayBatchSampler', share=share, drop_last=loader.pop('drop_last', False)
+        type='ReplayBatchSampler', share=share, drop_last=loader.pop('drop_last', False), **endless
     )
 
 

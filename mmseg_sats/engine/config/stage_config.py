@@ -16,6 +16,7 @@ from mmseg_sats.engine.config.held_out import add_held_out
 from mmseg_sats.engine.config.method_hooks import add_method_hooks, hook_class, import_method
 from mmseg_sats.engine.config.per_class import cut_to_stage
 from mmseg_sats.engine.config.replay import add_replay
+from mmseg_sats.engine.config.stage_length import prefer_length, set_length
 from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.evaluation import evaluation_set
@@ -44,11 +45,11 @@ def build_stage_config(
 
     First, partial configs are merged in: ``method_initial_stage`` or ``method_later_stages``, which a
     method's file may set, then ``initial_stage`` or ``later_stages``, which the recipe sets. (There are two
-    pairs because mmengine does not allow the same key in two bases of a config.) Second, variables are
-    resolved. Third, the values that depend on the stage are set: the sizes of the heads, the method's loss
-    for auxiliary heads with plain cross-entropy, the old model, the initial weights, the hooks that the
-    method's parts need, held-out and replayed images, names and folders. An optimizer without a constructor
-    gets ``GroupedOptimWrapperConstructor``.
+    pairs because mmengine does not allow the same key in two bases of a config.) Second, the training loop is set
+    (``set_length``) and variables are resolved. Third, the values that depend on the stage are set: the sizes of the
+    heads, the method's loss for auxiliary heads with plain cross-entropy, the old model, the initial weights, the
+    hooks that the method's parts need, held-out and replayed images, names and folders. An optimizer without a
+    constructor gets ``GroupedOptimWrapperConstructor``.
 
     Args:
         cfg: the run's config.
@@ -71,7 +72,9 @@ def build_stage_config(
     parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
     for owner in ('method_', ''):
         part = 'initial_stage' if stage.index == 0 else 'later_stages'
+        prefer_length(merged, parts[owner + part])
         merged.merge_from_dict(parts[owner + part])
+    set_length(merged)
     variables = config_variables(merged) | dict(
         stage=stage.index, num_channels=stage.num_channels, num_old=stage.num_old
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmseg_sats.engine.config.own_options import own_options
+from mmseg_sats.models.own_options import own_options
 from mmseg_sats.utils.user_modules import add_imports, imports_of, read_file
 
 SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')

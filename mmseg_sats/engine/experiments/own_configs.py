@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Rows of a table that are a user's own configs: every config of a run in a folder is one."""
+"""Rows of a table that are a user's own: every config of a run in a folder, or every method on the user's data set."""
 
 import ast
 import os
@@ -13,12 +13,16 @@ from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.config.variables import STAGE_VARIABLES, config_variables, resolve_variables
 from mmseg_sats.engine.experiments.plan import Cell, Run, fitting_options
-from mmseg_sats.engine.experiments.tables import Part, Row
+from mmseg_sats.engine.experiments.tables import DataSet, Part, Row
 from mmseg_sats.protocol import JOINT
+from mmseg_sats.utils.checkpoint import write_text
+from mmseg_sats.utils.installed import CONFIGS, method_names
 from mmseg_sats.utils.user_modules import read_file
 
 # They stand in one table with the systems that --methods names.
 _PART = Part('systems', 'systems', ())
+# The first word in the names of configs that are written here, where the package's own have the model's name.
+_MODEL = 'own'
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _assigns(path: Path) -> bool:
         body = ast.parse(path.read_text(encoding='utf-8')).body
     except (SyntaxError, UnicodeDecodeError):
         return False
-    names = {getattr(target, 'id', '') for node in body if isinstance(node, ast.Assign) for target in node.targets}
+    names = _names(body)
     code = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     return bool({'_base_', 'model'} & names) and not any(isinstance(node, code) for node in body)
 
@@ -140,3 +144,84 @@ def own_cells(
             row = Row(config.name, config.name, method=config.method)
             cells.append(Cell(_PART, row, config.protocol, memory, runs))
     return cells
+
+
+def read_recipe(path: Path) -> Config:
+    """A config with a user's data, model and schedule, to which every method can be added.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, lacks one of these, or has parts of a method already.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'--dataset {path} does not exist: expected a name, or a config of your own')
+    try:
+        cfg = read_file(path)
+    except (KeyError, OSError, SyntaxError, TypeError) as error:
+        raise ValueError(f'--dataset: {path} cannot be read: {error}') from error
+    missing = [key for key in ('model', 'train_dataloader', 'optim_wrapper') if cfg.get(key) is None]
+    if missing:
+        raise ValueError(
+            f'--dataset {path} has no {", ".join(missing)}: expected a config with data, model and schedule, '
+            "such as one with _base_ = 'mmseg_sats::_base_/segformer_b0_folders.py'"
+        )
+    parts = set(cfg).intersection(*(_assigned(_method_file(name)) for name in method_names()))
+    if parts:
+        raise ValueError(f'--dataset {path} has {", ".join(sorted(parts))} of a method: the table adds each method')
+    return cfg
+
+
+def write_runs(
+    path: Path, folder: Path, protocols: Sequence[str] | None, options: Sequence[str]
+) -> tuple[DataSet, dict[str, str]]:
+    """Writes a config for each of the package's methods on a user's data set and protocol.
+
+    Args:
+        path: the user's config, see :func:`read_recipe`.
+        folder: where they are written, as ``METHOD/own_NAME_PROTOCOL.py``.
+        protocols: the protocols; None takes that of the config.
+        options: those for ``--cfg-options``.
+
+    Returns:
+        The data set as the tables know it, and for each method that cannot run on it what it lacks.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`read_recipe`.
+    """
+    cfg = read_recipe(path)
+    if not protocols and cfg.get('protocol') in (None, JOINT):
+        raise ValueError(f'--dataset {path} has protocol={cfg.get("protocol")!r}: expected m-n in it or by --protocols')
+    data = DataSet(_MODEL, cfg.get('memory') or 0, tuple(protocols or [cfg.protocol]))
+    outside_root = cfg.get('outside_root') or any(option.startswith('outside_root=') for option in options)
+    lacking = {}
+    for method in method_names():
+        outside = 'outside_labeler' in _assigned(_method_file(method))
+        if outside and not outside_root:
+            lacking[method] = f'{method} needs images from outside: --cfg-options outside_root=FOLDER'
+            continue
+        for protocol in data.protocols:
+            words = f'protocol = {protocol!r}\n'
+            if method == JOINT:
+                words = f'protocol = {JOINT!r}\nsplit = {protocol!r}\n'
+            if outside:
+                words += f'outside_root = {cfg.get("outside_root")!r}\n'
+                words += "outside_dataset = dict(type='ImageFolder', root='$outside_root')\n"
+            text = f"_base_ = [{str(path.resolve())!r}, 'mmseg_sats::{method}/{method}.py']\n{words}"
+            file = folder / method / f'{_MODEL}_{path.stem}_{protocol}.py'
+            if not file.exists() or file.read_text(encoding='utf-8') != text:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, text)
+    return data, lacking
+
+
+def _method_file(method: str) -> Path:
+    return CONFIGS / method / f'{method}.py'
+
+
+def _assigned(path: Path) -> set[str]:
+    """The top-level names that a config sets."""
+    return _names(ast.parse(path.read_text(encoding='utf-8')).body)
+
+
+def _names(body: Sequence[ast.stmt]) -> set[str]:
+    return {getattr(target, 'id', '') for node in body if isinstance(node, ast.Assign) for target in node.targets}

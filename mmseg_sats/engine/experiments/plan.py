@@ -13,7 +13,8 @@ from mmengine.config import Config, DictAction
 from mmseg_sats.engine.checks.preflight import check_cfg_options, known_keys
 from mmseg_sats.engine.config.defaults import set_defaults
 from mmseg_sats.engine.config.own_scope import drop_own_scope
-from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, Part, Row, Table
+from mmseg_sats.engine.config.stage_length import prefer_length
+from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, DataSet, Part, Row, Table
 from mmseg_sats.protocol import JOINT
 from mmseg_sats.utils.spelling import check_choice, near_match
 from mmseg_sats.utils.user_modules import read_file
@@ -45,6 +46,7 @@ class Run:
         options = parse_options(self.options)
         check_cfg_options(cfg, options)
         try:
+            prefer_length(cfg, options)
             cfg.merge_from_dict(options)
         except (AssertionError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f'{" ".join(self.options)} does not fit {self.config}: {error}') from error
@@ -96,17 +98,23 @@ def find_systems(configs: Path) -> list[str]:
     return list(dict.fromkeys([*SYSTEMS, *there]))
 
 
-def memory_sizes(memory: str, dataset: str) -> tuple[int, ...]:
+def memory_sizes(memory: str, dataset: str, data: DataSet | None = None) -> tuple[int, ...]:
     """The sizes that ``--memory`` asks for: ``'none'``, ``'memory'`` (the data set's), ``'both'`` or a number.
+
+    Args:
+        memory: one of these.
+        dataset: the name of the data set.
+        data: the data set, if ``TABLE_DATASETS`` does not have it; None where its memory is not known either.
 
     Raises:
         ValueError: none of these.
     """
     if memory.isdecimal():
         return (int(memory),)
-    if dataset not in TABLE_DATASETS and memory != 'none':
+    data = data or TABLE_DATASETS.get(dataset)
+    own = data.memory if data else 0
+    if not own and memory != 'none':
         raise ValueError(f'--memory {memory}: there is no usual number for {dataset}, expected none or a number')
-    own = TABLE_DATASETS[dataset].memory if dataset in TABLE_DATASETS else 0
     check_choice('--memory', memory, options := dict(none=(0,), memory=(own,), both=(0, own)))
     return options[memory]
 
@@ -122,6 +130,7 @@ def make_plan(
     memories: Sequence[int] = (0,),
     seeds: Sequence[int] = (0,),
     options: Sequence[str] = (),
+    data: DataSet | None = None,
 ) -> Plan:
     """The runs of a table.
 
@@ -135,10 +144,12 @@ def make_plan(
         memories: sizes of the memory, 0 without.
         seeds: seeds.
         options: further options for ``--cfg-options``; each is for the configs that have it.
+        data: the data set, if ``TABLE_DATASETS`` does not have it.
 
     Raises:
         ValueError: a system that neither the tables nor the folder know, or a variant that the table lacks.
     """
+    data = data or TABLE_DATASETS[dataset]
     known = find_systems(configs)
     for system in systems or ():
         check_choice('--methods', system, known)
@@ -147,12 +158,12 @@ def make_plan(
         check_choice('--variants', variant, list(dict.fromkeys(row.variant for row in rows if row.variant)))
     plan = Plan()
     for part in table.parts_for(systems or known):
-        for protocol in protocols or _protocols(part, dataset):
+        for protocol in protocols or _protocols(part, data):
             for memory in memories:
                 for row in part.rows:
                     if variants and row.variant and row.variant not in variants:
                         continue
-                    config = _find_config(configs, row, dataset, protocol, memory)
+                    config = _find_config(configs, row, data.model, dataset, protocol, memory)
                     if memory and _is_joint(config):
                         continue  # one stage has no old images to keep
                     if isinstance(config, str):
@@ -197,16 +208,15 @@ def _is_joint(config: Path | str) -> bool:
     return isinstance(config, Path) and Config.fromfile(config, import_custom_modules=False).protocol == JOINT
 
 
-def _protocols(part: Part, dataset: str) -> tuple[str, ...]:
-    own = TABLE_DATASETS[dataset].protocols
-    return tuple(protocol for protocol in part.protocols if protocol in own) or own
+def _protocols(part: Part, data: DataSet) -> tuple[str, ...]:
+    return tuple(protocol for protocol in part.protocols if protocol in data.protocols) or data.protocols
 
 
 def _find_config(
-    configs: Path, row: Row, dataset: str, protocol: str, memory: int
+    configs: Path, row: Row, model: str, dataset: str, protocol: str, memory: int
 ) -> Path | str:
     """The row's config file, one made for memory (``_m``) first, or a text that says what is missing."""
-    model = f'{row.model}*' if row.model else TABLE_DATASETS[dataset].model
+    model = f'{row.model}*' if row.model else model
     folder = configs / row.method
     for end in ('_m', '') if memory else ('',):
         paths = sorted(folder.glob(f'{model}_{dataset}_{protocol}{end}.py'))

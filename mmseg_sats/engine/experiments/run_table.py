@@ -8,8 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
-from mmseg_sats.engine.experiments.plan import Plan, check_options, make_plan, memory_sizes
+from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells, write_runs
+from mmseg_sats.engine.experiments.plan import (
+    Plan,
+    check_options,
+    find_systems,
+    make_plan,
+    memory_sizes,
+)
 from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.report import make_lines, markdown, read_published, to_csv
 from mmseg_sats.engine.experiments.scheduler import Scheduler
@@ -36,7 +42,11 @@ def check_args(args: argparse.Namespace) -> None:
     if args.table is not None:
         check_choice('table', args.table, TABLES)
         args.dataset = args.dataset or TABLES[args.table].dataset
-        check_choice('--dataset', args.dataset, TABLE_DATASETS)
+        args.recipe = Path(args.dataset) if args.dataset.endswith('.py') else None
+        if args.recipe:
+            args.dataset = args.recipe.stem
+        else:
+            check_choice('--dataset', args.dataset, TABLE_DATASETS)
     table = table_of(args)
     if args.methods and table.parts:
         raise ValueError(
@@ -78,7 +88,12 @@ def read_plan(args: argparse.Namespace) -> Plan:
         ValueError: an unknown method, an impossible size of the memory, an option that no config has, or configs that
             cannot stand in one table.
     """
-    plan = _plan_of_own(args) if args.configs is not None else _plan_of_ours(args, args.protocols, args.methods)
+    if args.configs is not None:
+        plan = _plan_of_own(args)
+    elif args.recipe is not None:
+        plan = _plan_on_own_data(args)
+    else:
+        plan = _plan_of_ours(args, args.protocols, args.methods)
     check_options(plan.runs, args.cfg_options)
     args.out = args.out or Path('work_dirs') / args.dataset
     return plan
@@ -97,6 +112,30 @@ def _plan_of_ours(args: argparse.Namespace, protocols: Sequence[str], systems: S
         seeds=args.seeds,
         options=args.cfg_options,
     )
+
+
+def _plan_on_own_data(args: argparse.Namespace) -> Plan:
+    table, folder = table_of(args), (args.out or Path('work_dirs') / args.dataset) / 'configs'
+    data, lacking = write_runs(args.recipe, folder, args.protocols, args.cfg_options)
+    asked = args.methods or find_systems(folder)
+    systems = [method for method in asked if method not in lacking]
+    notes = [lacking[method] for method in asked if method in lacking and not table.parts]
+    if not systems:
+        return Plan([], notes)
+    memory = args.memory or (table.memory if data.memory else 'none')
+    plan = make_plan(
+        table,
+        args.dataset,
+        folder,
+        systems=systems,
+        variants=args.variants,
+        protocols=data.protocols,
+        memories=memory_sizes(memory, args.dataset, data),
+        seeds=args.seeds,
+        options=args.cfg_options,
+        data=data,
+    )
+    return Plan(plan.cells, [*notes, *plan.missing])
 
 
 def _plan_of_own(args: argparse.Namespace) -> Plan:
@@ -199,7 +238,9 @@ def report(
     """Prints the table, and writes it beside the runs as markdown and CSV."""
     table = table_of(args)
     name = args.table or OWN
-    lines = make_lines(args.table or _systems(args.dataset), plan.cells, records, read_published(PUBLISHED))
+    on_own_data = args.table is not None and args.recipe is not None
+    published = {} if on_own_data else read_published(PUBLISHED)  # of other images
+    lines = make_lines(args.table or _systems(args.dataset), plan.cells, records, published)
     if any(line.published for line in lines):
         notes = [
             f'Published: {table.dataset}, centre crops. {args.dataset} is measured as its config says; '

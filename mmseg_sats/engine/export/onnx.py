@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 
+from mmseg_sats.engine.export.stock import window_of
 from mmseg_sats.models.backbones.input_channels import input_channels
 from mmseg_sats.utils.checkpoint import write_atomically
 
 TOLERANCE = 1e-4
-# Height and width; the graph is traced at the first, and the second tells whether it holds elsewhere.
+# Height and width; the graph is traced at the first, and the second tells whether it holds elsewhere. A model that is
+# tested in windows is exported for their size alone.
 SIZES = ((128, 160), (224, 96))
 NEEDED = ('onnx', 'onnxscript', 'onnxruntime')
 
@@ -54,7 +56,7 @@ def check_onnx_installed() -> None:
 
 
 def export_onnx(model: EncoderDecoder, path: Path) -> float:
-    """Writes the model as ONNX with free batch, height and width.
+    """Writes the model as ONNX with free batch, height and width; in slide mode of the windows' height and width.
 
     Args:
         model: the stage's model as ``load_for_export`` gives it. Its classes and palette, and mean and
@@ -71,8 +73,10 @@ def export_onnx(model: EncoderDecoder, path: Path) -> float:
     """
     check_onnx_installed()
     wrapped = WholeImageLogits(model).eval()
-    content = _serialised(wrapped, _metadata(model))
-    worst = max(_difference(wrapped, content, size) for size in SIZES)
+    window = window_of(model)
+    sizes = SIZES if window is None else (window,)
+    content = _serialised(wrapped, _metadata(model), sizes[0], free=window is None)
+    worst = max(_difference(wrapped, content, size) for size in sizes)
     if not worst <= TOLERANCE:
         raise ValueError(
             f'onnxruntime gives logits that differ by {worst:.2g} from PyTorch, more than '
@@ -82,16 +86,16 @@ def export_onnx(model: EncoderDecoder, path: Path) -> float:
     return worst
 
 
-def _serialised(wrapped: nn.Module, metadata: dict[str, str]) -> bytes:
-    free = torch.export.Dim.AUTO
+def _serialised(wrapped: nn.Module, metadata: dict[str, str], size: tuple[int, int], free: bool) -> bytes:
+    any_size = torch.export.Dim.AUTO
     # Two images: with one, the exporter takes the batch for a constant.
-    example = torch.randn(2, input_channels(wrapped.model), *SIZES[0], generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, input_channels(wrapped.model), *size, generator=torch.Generator().manual_seed(0))
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     program = torch.onnx.export(
         wrapped,
         (example,),
         dynamo=True,
-        dynamic_shapes=({0: free, 2: free, 3: free},),
+        dynamic_shapes=(dict.fromkeys((0, 2, 3) if free else (0,), any_size),),
         input_names=['images'],
         output_names=['logits'],
         verbose=False,

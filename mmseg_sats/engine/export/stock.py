@@ -14,9 +14,9 @@ from mmseg.registry import MODELS
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mmseg_sats.engine.config.own_options import own_class, own_options, stock_parent
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.models.backbones.input_channels import input_channels
+from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
 from mmseg_sats.visualization import stage_model
@@ -143,6 +143,12 @@ def _in_stock_words(value: Any) -> Any:
     return cfg
 
 
+def window_of(model: nn.Module) -> tuple[int, int] | None:
+    """(h, w) of the windows that a segmentor is tested in, the only size that its encoder may take; or None."""
+    test_cfg = model.test_cfg or {}
+    return tuple(test_cfg['crop_size']) if test_cfg.get('mode') == 'slide' else None
+
+
 @torch.no_grad()
 def check_same_logits(
     model: nn.Module, stock_cfg: dict[str, Any], state_dict: dict[str, Tensor]
@@ -164,7 +170,8 @@ def check_same_logits(
         )
     stock.load_state_dict(state_dict)
     # In double precision, so that a difference cannot come from rounding.
-    images = torch.randn(1, input_channels(model), 96, 128, generator=torch.Generator().manual_seed(0)).double()
+    size = window_of(model) or (96, 128)
+    images = torch.randn(1, input_channels(model), *size, generator=torch.Generator().manual_seed(0)).double()
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
     )

@@ -39,14 +39,18 @@ register_backend(BACKEND, AtomicBackend, force=True)
 class AtomicCheckpointHook(CheckpointHook):
     """Saves a checkpoint after every epoch and, if ``iters`` is set, every ``iters`` iterations.
 
+    With ``by_epoch=False`` a checkpoint is saved every ``interval`` iterations in place of epochs, and before every
+    validation, which a signal ends at once.
+
     Each checkpoint is written to a temporary file, fsynced and renamed; only then are older ones
     removed. If the optimizer accumulates the gradients of several iterations, the gradients so far are
     saved too. When a signal stops the run, one more checkpoint is saved (``before_stop``).
 
     Args:
-        iters: iterations between two checkpoints within an epoch; None: only by epoch.
+        iters: iterations between two checkpoints, beside those of ``interval``; None: no others.
         max_keep_ckpts: how many of the newest checkpoints to keep.
-        options: as in mmengine's ``CheckpointHook``, ``interval`` in epochs.
+        options: as in mmengine's ``CheckpointHook``, ``interval`` in epochs or, with
+            ``by_epoch=False``, in iterations.
 
     Raises:
         ValueError: ``iters`` or ``max_keep_ckpts`` is not a whole number from 1.
@@ -63,6 +67,7 @@ class AtomicCheckpointHook(CheckpointHook):
         super().__init__(max_keep_ckpts=-1, backend_args=dict(backend=BACKEND), **options)
         self.iters = iters
         self.keep = max_keep_ckpts
+        self._saved = -1
 
     def after_train_iter(
         self,
@@ -72,9 +77,14 @@ class AtomicCheckpointHook(CheckpointHook):
         outputs: dict | None = None,
     ) -> None:
         """Saves every ``iters`` iterations."""
-        if self.iters and self.every_n_train_iters(runner, self.iters):
-            self._save(runner, runner.iter + 1)
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if self.iters and self.every_n_train_iters(runner, self.iters) and self._saved != runner.iter + 1:
+            self._save(runner, runner.iter + 1)
+
+    def before_val(self, runner: Runner) -> None:
+        """Saves the state before a validation within an epoch, if it is not saved yet."""
+        if not self.by_epoch and runner.iter not in (0, self._saved):
+            self._save(runner, runner.iter)
 
     def before_stop(self, runner: Runner) -> None:
         """Saves the state after the iteration at which the loop stops."""
@@ -106,7 +116,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._write(runner, self.filename_tmpl.format(step), meta)
 
     def _write(self, runner: Runner, name: str, meta: dict[str, Any]) -> None:
-        self.last_ckpt = str(Path(self.out_dir) / name)
+        self.last_ckpt, self._saved = str(Path(self.out_dir) / name), meta['iter']
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.save_checkpoint(
             self.out_dir,

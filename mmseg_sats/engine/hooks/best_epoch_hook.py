@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Keeps the weights of the epoch with the best validation score."""
+"""Keeps the weights with the best validation score."""
 
 import math
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ class BestEpochHook(Hook):
     In the stage's work dir, ``best.pth`` holds the best weights so far (the averaged ones if EMA is used)
     and ``held_out.json`` the score of every epoch. Of epochs with equal scores, the first is kept. If a
     run is stopped between an epoch and the end of its validation, the validation is made when the run is
-    resumed.
+    resumed. In a stage that is counted in iterations, those that are validated take the place of epochs.
 
     Only weights are kept: other state, such as SDR's prototypes, is that of the last epoch.
 
     Args:
         metric: a key of ``IncrementalIoUMetric``'s result, of which higher is better.
-        file_name: name of the file with the scores, ``{epoch: percent}``.
+        file_name: name of the file with the scores, ``{epoch or iteration: percent}``.
     """
 
     priority = 'LOWEST'  # runs after EMA has swapped the weights back and after all other state is resumed
@@ -43,10 +43,11 @@ class BestEpochHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Reads the scores of a resumed stage, and validates its last epoch if that was not done."""
         path = Path(runner.work_dir) / self.file_name
-        if runner.epoch and path.exists():
+        if runner.iter and path.exists():
             self.scores = read_json(path)
-        ended = runner.epoch and runner.iter == runner.epoch * len(runner.train_dataloader)
-        if ended and _is_validated(runner) and str(runner.epoch) not in self.scores:
+        unit, done = _done(runner)
+        ended = unit == 'iteration' or runner.iter == done * len(runner.train_dataloader)
+        if done and ended and _is_validated(runner, done) and str(done) not in self.scores:
             runner.val_loop.run()
 
     def after_val_epoch(
@@ -61,19 +62,27 @@ class BestEpochHook(Hook):
             weights = trained_weights(runner)
             if is_main_process():
                 write_checkpoint(Path(runner.work_dir) / BEST, weights)
+        unit, done = _done(runner)
         # After resuming from an older checkpoint an epoch is repeated; its better score and weights are kept.
-        if best or str(runner.epoch) not in self.scores:
-            self.scores[str(runner.epoch)] = number
+        if best or str(done) not in self.scores:
+            self.scores[str(done)] = number
         if is_main_process():
             write_json(Path(runner.work_dir) / self.file_name, self.scores)
         runner.logger.info(
-            f'epoch {runner.epoch}: {self.metric} {score:.2f} on the held-out images'
+            f'{unit} {done}: {self.metric} {score:.2f} on the held-out images'
             f'{", the best so far" if best else ""}'
         )
 
 
-def _is_validated(runner: Runner) -> bool:
-    """Whether mmengine's loop validates after the epoch that was finished last."""
+def _done(runner: Runner) -> tuple[str, int]:
+    """What the stage is counted in, and how many of them are done."""
+    if getattr(runner.train_loop, 'by_iterations', False):
+        return 'iteration', runner.iter
+    return 'epoch', runner.epoch
+
+
+def _is_validated(runner: Runner, done: int) -> bool:
+    """Whether the training loop validates after the epoch or iteration that was finished last."""
     loop = runner.train_loop
-    due = runner.epoch % loop.val_interval == 0 or runner.epoch == loop.max_epochs
-    return runner.epoch >= loop.val_begin and due
+    due = done % loop.val_interval == 0 or runner.iter == loop.max_iters
+    return done >= loop.val_begin and due

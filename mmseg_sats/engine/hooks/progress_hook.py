@@ -214,7 +214,7 @@ def _losses(runner: Runner) -> dict[str, float]:
 
 
 def _epoch(runner: Runner) -> str:
-    if not runner.cfg.train_cfg.get('by_epoch', True):
+    if runner.cfg.train_cfg.get('max_iters'):
         return f'iteration {runner.iter + 1} of {runner.max_iters}'
     return f'epoch {min(runner.epoch + 1, runner.max_epochs)} of {runner.max_epochs}'
 

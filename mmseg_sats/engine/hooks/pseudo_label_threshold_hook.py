@@ -66,7 +66,8 @@ class PseudoLabelThresholdHook(Hook):
             # Unknown pixels count as background here, as they do in training.
             labels, _ = model.without_unknown(labels)
             inputs = data['inputs']
-            output = without_padding(model.old_model(inputs), data['data_samples'], inputs.shape[-2:])
+            output = model.old_model.on_test_images(inputs, model.test_cfg)
+            output = without_padding(output, data['data_samples'], inputs.shape[-2:])
             labels = labels.to(device).long()
             for chunk, logits in labelling_chunks(labels, [output], range(len(labels))):
                 labeler.update(chunk, *logits)

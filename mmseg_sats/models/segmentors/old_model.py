@@ -2,17 +2,19 @@
 """The frozen old model of a stage, and the function that runs a segmentor for all losses at once."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmseg.models import EncoderDecoder
 from torch import Tensor
 
 from mmseg_sats.models.heads.classifier import shape_mismatches
-from mmseg_sats.models.heads.unknown import split_classifier
+from mmseg_sats.models.heads.unknown import SplitClassifier, split_classifier
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
@@ -122,6 +124,21 @@ class OldModel:
             return self._run_and_cast(inputs, with_attention, lower)
         return run_segmentor(self._cast[inputs.device, lower], inputs, with_attention)[0]
 
+    def on_test_images(self, inputs: Tensor, test_cfg: Mapping[str, Any] | None) -> SegmentorOutput:
+        """The output for images of any size, as the model is tested: in windows, or the whole images at once.
+
+        Args:
+            inputs: preprocessed images (B, 3, H, W).
+            test_cfg: the segmentor's. With ``mode='slide'`` the logits are (B, K, H, W) and without features,
+                the mean over the windows as in mmseg's prediction.
+        """
+        if (test_cfg or {}).get('mode') != 'slide':
+            return self(inputs)
+        logits = EncoderDecoder.slide_inference(_Windows(self, test_cfg), inputs, [{}])
+        known = self.model.out_channels
+        unknown = logits[:, known:] if logits.shape[1] > known else None
+        return SegmentorOutput(logits[:, :known], (), align_corners=self.model.align_corners, unknown=unknown)
+
     def _run_and_cast(
         self, inputs: Tensor, with_attention: bool, dtype: torch.dtype
     ) -> SegmentorOutput:
@@ -149,6 +166,23 @@ class OldModel:
     def __deepcopy__(self, memo: dict) -> 'OldModel':
         # EMA copies the student; a frozen model needs no second copy.
         return self
+
+
+class _Windows:
+    """What ``EncoderDecoder.slide_inference`` asks of a segmentor, for an old model with its unknown class."""
+
+    def __init__(self, old_model: OldModel, test_cfg: Mapping[str, Any]) -> None:
+        self.old_model = old_model
+        self.test_cfg = ConfigDict(test_cfg)
+        model = old_model.model
+        self.out_channels = model.out_channels + isinstance(model.decode_head.conv_seg, SplitClassifier)
+
+    def encode_decode(self, inputs: Tensor, _: Any) -> Tensor:
+        """Logits of a window at its size."""
+        output = self.old_model(inputs)
+        return F.interpolate(
+            output.trained_logits, inputs.shape[2:], mode='bilinear', align_corners=output.align_corners
+        )
 
 
 def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
