@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Runs of four stages that are killed and resumed, compared with the one that was not.
 
-make test-kill, or python -m tests.kill --moments 30 --method sats
+make test-kill, or python -m tests.kill --moments 30 --method sats; with --iters 5 by iteration
 
 Runs are killed with SIGKILL: at random moments over the whole run, and right before and right after
 every write, fsync and rename. A full disk meets every write, too. Resumed, a run must leave the same
@@ -50,8 +50,14 @@ SMALL = dict(
     image_size=64, crop_size=64, train_images=12, val_images=8, batch_size=4, epochs=2, checkpoint_iters=2,
     report=dict(images=1, attention=0),
 )  # fmt: skip
+# Full batches without end, and the best of every other iteration on held-out images.
+BY_ITERATION = {
+    'protocol': '3-3', 'train_images': 18, 'train_dataloader.sampler.type': 'InfiniteSampler', 'held_out': 0.34,
+    'train_cfg.max_iters': '$iters', 'train_cfg.val_interval': 2,
+}  # fmt: skip
 COMPARED = (
     'results.json', 'results.csv', 'stage_*/exemplars.json', 'stage_*/pseudo_label_thresholds.json',
+    'stage_*/held_out.json',
 )  # fmt: skip
 Event = tuple[str, str, str]  # ('before' or 'after', 'write', 'fsync', ... , which file)
 SHARE = 5  # a chain's kills lie at least so much of a run apart
@@ -118,7 +124,7 @@ class Watch:
     """
 
     def __init__(self, root: Path, act: Callable[[Event], None]) -> None:
-        self.root, self.act, self.files = root, act, ('', '', '')
+        self.root, self.act, self.files = root, act, ('',) * 5
         real_fsync, real_replace, real_open = os.fsync, os.replace, Path.open
 
         def fsync(descriptor: int) -> None:
@@ -132,14 +138,14 @@ class Watch:
             if path.suffix == '.tmp':
                 name = path.name.removeprefix('.').rsplit('.', 2)[0]  # .NAME.PROCESS.tmp
                 file = os.path.relpath(path.with_name(name), self.root)
-                self.files = (file, *self.files[:2])
+                self.files = (file, *self.files[:-1])
                 return _WatchedFile(path, self)
             return real_open(path, mode, *args, **options)
 
         os.fsync, os.replace, Path.open = fsync, rename, open_
 
     def around(self, what: str, do: Callable[[], Any]) -> Any:
-        name = '{} behind {}, {}'.format(*self.files)
+        name = f'{self.files[0]} behind {", ".join(self.files[1:])}'
         self.act(('before', what, name))
         result = do()
         self.act(('after', what, name))
@@ -346,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=Path, help='folder of the runs (default: a temporary one)')
     parser.add_argument('--method', default='sats', help='folder of configs/')
     parser.add_argument('--memory', type=int, default=6, help='exemplars')
+    parser.add_argument('--iters', type=int, help='iterations a stage, validated within, in place of two epochs')
     parser.add_argument('--no-report', action='store_true', help='no report at the end, for less time')
     parser.add_argument('--moments', type=int, default=30, help='random moments')
     parser.add_argument('--events', type=int, help='so many of the events, at random (default: all)')
@@ -356,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     out = args.out or Path(tempfile.mkdtemp(prefix='mmseg_sats_kill_'))
     options = dict(memory=args.memory) | (dict(report=None) if args.no_report else {})
+    if args.iters:
+        options |= BY_ITERATION | dict(iters=args.iters)
     first = Job(out / 'first', out / 'data', args.method, options)
     prepare()
     reference(first)  # draws the images, so that the one that counts finds them

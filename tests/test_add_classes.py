@@ -145,11 +145,13 @@ def test_old_images_of_their_own_numbers_are_replayed(data: Path, tmp_path: Path
 
 
 def test_without_images_for_evaluation_a_fifth_is_kept(data: Path, tmp_path: Path) -> None:
-    """Their masks show no old class, so nothing is said of those."""
+    """Their masks show no old class, so nothing is said of those. And classes may be learned by iterations."""
     checkpoint, config = old_model(tmp_path / 'old', ['background', *OLD])
     added = add_classes(
-        checkpoint, config, **folders(data, 'train'), classes='tree=1,house=2', out=tmp_path / 'out', **SMALL
-    )
+        checkpoint, config, **folders(data, 'train'), classes='tree=1,house=2', out=tmp_path / 'out', iters=2,
+        num_workers=0, report=None,
+    )  # fmt: skip
+    assert (tmp_path / 'out/run/stage_1/iter_2.pth').exists()
     train, val = ((tmp_path / f'out/{name}.txt').read_text().split() for name in ('train', 'val'))
     everything = {path.stem for path in (data / 'rgb/train').iterdir()}
     assert {*train, *val} == everything

@@ -516,37 +516,24 @@ CASES = [
         r'does not reach the layers of AttentionMixVisionTransformer: expected model\.backbone\.with_cp',
         ("activation_checkpointing=['backbone.layers.0']",),
     ),
-    # what the later stages alone are trained with
     Case(
-        'optimizer misspelt',
-        r"optim_wrapper\.optimizer\.type='AdamV' is not registered \(did you mean 'Adam",
-        ('later_stages.optim_wrapper.optimizer.type=AdamV',),
+        'a negative weight of a loss',
+        r'model\.distillation\.attention\.loss_weight=-1\.0: expected a number from 0',
+        ('distillation.attention.loss_weight=-1.0',),
     ),
     Case(
-        'argument of the optimizer misspelt',
-        r"optim_wrapper: .*unexpected keyword argument 'lrr'",
-        ('later_stages.optim_wrapper.optimizer.lrr=1',),
+        'a text for the weight of a loss',
+        r"model\.decode_head\.loss_decode\.loss_weight='one': expected a number from 0",
+        ('segmentation_loss.loss_weight=one',),
     ),
+    Case('a second seed', r'randomness\.seed=3 beside seed=0: expected seed alone', ('randomness.seed=3',)),
     Case(
-        'schedule misspelt',
-        r'param_scheduler: PolyLRR is not in the',
-        spoil=lambda p: p.add("later_stages = dict(param_scheduler=[dict(type='PolyLRR')])\n"),
+        'a second size of the memory',
+        r'memory_selection\.size=3 would not be used: expected memory',
+        ('memory=6', 'memory_selection.size=3'),
     ),
-    Case(
-        'hook misspelt',
-        r'custom_hooks \(or method_hooks\): NoHook is not in the',
-        spoil=lambda p: p.add("later_stages = dict(custom_hooks=[dict(type='NoHook')])\n"),
-    ),
-    Case(
-        'argument of a hook misspelt',
-        r"default_hooks: .*unexpected keyword argument 'every'",
-        ('later_stages.default_hooks.logger.every=3',),
-    ),
-    Case(
-        'name of a hook misspelt',
-        r"default_hooks: \{'interval': 3\} has no type",
-        ('default_hooks.chekpoint.interval=3',),
-    ),
+    Case('a rate without end', r'lr=inf: expected a number above 0', spoil=lambda p: p.add('lr = float("inf")\n')),
+    # what the later stages alone are trained with; test_rehearsal.py has the optimizer and the hooks
     Case(
         'transform misspelt',
         r'NoTransform is not in the',

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """`mmseg-sats`: what it answers before torch is imported, and the configs that it knows by name."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,24 @@ def test_what_the_help_says_is_what_there_is() -> None:
     given = parser.parse_args(['report', 'a'])
     assert given.run is report.run
     assert dict(images=given.images, attention=given.attention) == OPTIONS
+
+
+@pytest.mark.parametrize('words', ['predict run/stage_1 a.png', 'export run/stage_1', 'test run', 'table 1', 'demo'])
+def test_where_a_command_cannot_write_is_said_before_it_works(words: str, tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match=rf'--out {tmp_path}/file/out cannot be written to: Not a directory'):
+        main([*words.split(), '--out', f'{tmp_path}/file/out'])
+
+
+def test_figures_of_the_stages_measured_so_far_are_kept(
+    tiny_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(folder: Path, *_: object) -> dict:
+        if folder.name == 'stage_1':
+            raise ValueError('the second stage fails')
+        return dict(stage=0)
+
+    monkeypatch.setattr('mmseg_sats.engine.experiments.evaluate_again.evaluate_again', evaluate)
+    with pytest.raises(SystemExit, match='the second stage fails'):
+        main(['test', str(tiny_runs[1]), '--out', str(tmp_path)])
+    assert json.loads((tmp_path / 'test.json').read_text()) == [dict(stage=0)]

@@ -11,7 +11,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import FolderDataset, IncrementalDataset
 from mmseg_sats.datasets.class_index.index import ClassIndex, index_by_class
-from mmseg_sats.datasets.folder import label_ids
+from mmseg_sats.datasets.folder import BLACK, IGNORED_COLOUR, distinct_colours, label_ids
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.transforms import relabel_table, through_label_ids
 from mmseg_sats.protocol import Protocol
@@ -219,3 +219,21 @@ def test_numbers_that_are_ignored(tmp_path: Path) -> None:
     for wrong, message in (([256], 'has 256'), ([9], "has 9, which is 'crate'")):
         with pytest.raises(ValueError, match=f'ignore_values {message}'):
             label_ids(CLASSES, dict(crate=9), wrong)
+
+
+@pytest.mark.parametrize('count', [6, 21, 60])
+def test_classes_have_colours_that_can_be_told_apart(count: int) -> None:
+    colours = distinct_colours(count)
+    assert colours[0] == BLACK
+    assert colours == distinct_colours(count)
+    assert colours[:6] == distinct_colours(6)
+    lab = cv2.cvtColor(np.float32([[*colours, IGNORED_COLOUR]]) / 255, cv2.COLOR_RGB2Lab)[0]
+    apart = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(count + 1, 1)].min()
+    assert apart > {6: 60, 21: 30, 60: 15}[count]
+
+
+def test_colours_beside_others() -> None:
+    known = [(0, 0, 0), (102, 0, 255), (12, 34, 56)]
+    colours = distinct_colours(5, beside=known)
+    assert colours[:3] == known
+    assert len(set(colours)) == 5

@@ -330,7 +330,11 @@ def test_a_last_batch_of_one_image_is_found_before_training(
         return
     with pytest.raises(ValueError, match=f'stage 1: 6 images {refused}'):
         RUNNERS.build(config(yard, monkeypatch, **options))
-    RUNNERS.build(config(yard, monkeypatch, **options | {'train_dataloader.drop_last': True}))
+    endless = {'train_dataloader.sampler.type': 'InfiniteSampler'}
+    for without in ({'train_dataloader.drop_last': True}, dict(iters=1), endless):
+        RUNNERS.build(config(yard, monkeypatch, **options | without))
+    with pytest.raises(ValueError, match=f'stage 1: 6 images {refused}'):
+        RUNNERS.build(config(yard, monkeypatch, **options, iters=2))
     if processes > 1:  # synchronised norms see the images of all processes
         RUNNERS.build(config(yard, monkeypatch, **options, sync_bn='torch'))
         synchronised = {'model.decode_head.norm_cfg': dict(type='SyncBN', requires_grad=True)}

@@ -22,7 +22,7 @@ from torch import nn
 
 from mmseg_sats.datasets.memory.selection import ClassBalancedMemory
 from mmseg_sats.engine.checks import rehearsal
-from mmseg_sats.engine.checks.rehearsal import largest_and_smallest
+from mmseg_sats.engine.checks.rehearsal_runner import largest_and_smallest
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.test_bad_input import CONFIG, draw
 from tools.train_incremental import main
@@ -57,6 +57,14 @@ class FailsAfterTheStage(Hook):
     def after_stage(self, runner: object, stage: object, metrics: dict) -> None:
         """Asks for a metric that does not exist."""
         metrics['mIoU_olds']
+
+
+@HOOKS.register_module()
+class Misspelt(Hook):
+    """A hook that would never be called."""
+
+    def after_stages(self, runner: object) -> None:
+        """Nothing calls it."""
 
 
 @TASK_UTILS.register_module()
@@ -124,6 +132,34 @@ CASES = {
     'a memory that fails': Case(
         "memory = 6\nmemory_selection = dict(type='PicksNothingThatExists')",
         r'stage 0 would fail in the choice of exemplars: KeyError: herding',
+    ),
+    'optimizer misspelt': Case(
+        "later_stages = {'optim_wrapper.optimizer.type': 'AdamV'}",
+        r'stage 1 would fail in training, optim_wrapper: .*expected an optimizer of torch as optim_wrapper\.optimizer',
+    ),
+    'argument of the optimizer misspelt': Case(
+        "later_stages = {'optim_wrapper.optimizer.lrr': 1}",
+        r"stage 1 .*, optim_wrapper: .*unexpected keyword argument 'lrr' \(did you mean 'lr'\?\)",
+    ),
+    'schedule misspelt': Case(
+        "later_stages = dict(param_scheduler=[dict(type='PolyLRR')])",
+        r"stage 1 .*, param_scheduler: .*PolyLRR is not in the .* registry \(did you mean 'PolyLR'\?\)",
+    ),
+    'hook misspelt': Case(
+        "later_stages = dict(custom_hooks=[dict(type='NoHookOfThatName')])",
+        r'stage 1 .*, a hook: .*NoHookOfThatName is not in the .* registry; is the module that registers it in custom_',
+    ),
+    'argument of a hook misspelt': Case(
+        "later_stages = {'default_hooks.logger.intervall': 3}",
+        r"stage 1 .*, a hook: .*LoggerHook.*'intervall' \(did you mean 'interval'\?\)",
+    ),
+    'name of a hook misspelt': Case(
+        'default_hooks = dict(chekpoint=dict(interval=3))',
+        r'stage 0 .*, a hook: .*expected the name of a hook or part that the config has, or a type',
+    ),
+    'a moment misspelt': Case(
+        "custom_hooks = [dict(type='Misspelt')]",
+        r"stage 0 .*, a hook: .*Misspelt\.after_stages is called by nothing \(did you mean 'after_stage'\?\)",
     ),
     'weights for some classes': Case(
         'segmentation_loss = dict(class_weight=[1.0, 2.0, 3.0, 4.0])',

@@ -117,6 +117,7 @@ def test_the_page_needs_nothing_from_outside(report: Path) -> None:
     assert addresses
     assert all(address.startswith('data:image/') for address in addresses)
     assert 'url(' not in text
+    assert '<li><span class="swatch" style="background:transparent"></span>background: the photograph as it is' in text
     assert '<script' not in text
     for address in addresses:
         kind, _, content = address.partition(';base64,')
@@ -246,6 +247,7 @@ def test_photographs_are_the_same_for_all_runs(tiny_runs: list[Path]) -> None:
         assert list(row.tiles) == ['image', 'truth', 'sats', 'finetune']
         assert {tile.shape for tile in row.tiles.values()} == {(64, 64, 3)}
         labels = sample['data_samples'].gt_sem_seg.data[0]
+        assert row.ignored == bool((labels == 255).any())
         assert set(row.classes) == {models['sats'].classes[c] for c in labels.unique() if c > 0}
 
 
@@ -254,6 +256,52 @@ def test_chosen_images_show_every_class() -> None:
     assert panel.choose_images(presence, 2) == [1, 3]
     assert panel.choose_images(presence, 3) == [1, 3, 2]
     assert sorted(panel.choose_images(presence, 9)) == [0, 1, 2, 3]
+
+
+def test_chosen_images_are_no_neighbours() -> None:
+    video = np.ones((40, 5), bool)  # frames that show the same
+    chosen = panel.choose_images(video, 4)
+    assert min(abs(a - b) for a in chosen for b in chosen if a != b) >= 5
+    video[17:19, 3:] = False
+    video[:16, 3] = video[24:, 3] = False
+    assert {*range(16, 24)} & set(panel.choose_images(video, 2))  # what few frames show comes before
+
+
+def test_runs_can_be_told_apart() -> None:
+    lines = [theme.series_style(i) for i in range(24)]
+    assert len({line['color'] for line in lines[:12]}) == len({line['marker'] for line in lines[:12]}) == 12
+    assert len({(line['color'], line['linestyle']) for line in lines}) == 24
+    bars = [theme.bar_style(i) for i in range(24)]
+    assert len({(bar['color'], bar['hatch']) for bar in bars}) == 24
+    assert {bar['hatch'] for bar in bars[:6]}.isdisjoint({bar['hatch'] for bar in bars[6:12]})
+    colours = {theme.DARK[colour] for colour in theme.SERIES}
+    assert len(colours) == 12
+    assert colours.isdisjoint(theme.DARK)  # no colour is replaced twice
+
+
+def test_a_page_of_many_runs(tiny_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = theme.Picture('any', '<svg/>', '<svg/>', 'any')  # the pictures themselves are drawn by other tests
+    monkeypatch.setattr('mmseg_sats.visualization.report.pictures.Album.draw', lambda *_: drawn)
+    folders = []
+    for name, weight in (('a', 5.0), ('b', 20.0), ('c', 80.0), ('d', None), ('e', None)):
+        folder = tmp_path / name
+        shutil.copytree(tiny_runs[0] if weight else tiny_runs[1], folder)
+        cfg = Config.fromfile(folder / 'config.py')
+        if weight:
+            cfg.merge_from_dict({'distillation.attention.loss_weight': weight})
+        cfg.dump(folder / 'config.py')
+        folders.append(folder)
+    results = json.loads((folders[3] / 'results.json').read_text())
+    results['stages'][1]['iou']['background'] = None
+    results['final']['base'] = None
+    (folders[3] / 'results.json').write_text(json.dumps(results))
+    text = write_report(folders, tmp_path / 'out', images=0, attention=0).read_text()
+    assert '<h1>5 runs</h1>' in text
+    assert text.count('means over 6 of 7 (without background)') == 1  # beside the run's name
+    assert text.count('<th class="text">means over</th>') == 1  # of that run's stages
+    (sweep,) = re.findall(r'<h2>One value varied: (\w+)</h2>', text)
+    assert sweep == 'sats'
+    assert '<code>distillation.attention.loss_weight</code> of sats (a), sats (b), sats (c).' in text
 
 
 def test_labels_say_what_differs() -> None:

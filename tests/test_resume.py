@@ -360,15 +360,17 @@ def run_kills(out: Path, *words: str) -> None:
 
 
 @on_a_cpu
-def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize('iters', [(), ('--iters', '5')], ids=['epochs', 'iterations'])
+def test_killed_runs_end_as_the_others(iters: tuple[str, ...], tmp_path: Path) -> None:
     """The short form of ``make test-kill``."""
-    run_kills(tmp_path, '--no-report', '--moments', '3', '--events', '4', '--full', '2', '--jobs', '2')
+    run_kills(tmp_path, '--no-report', '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2', *iters)
 
 
 @on_a_cpu
 @pytest.mark.slow
-def test_killed_everywhere(tmp_path: Path) -> None:
-    run_kills(tmp_path, '--moments', '30', '--jobs', '2')
+@pytest.mark.parametrize('iters', [(), ('--iters', '5')], ids=['epochs', 'iterations'])
+def test_killed_everywhere(iters: tuple[str, ...], tmp_path: Path) -> None:
+    run_kills(tmp_path, '--moments', '30', '--jobs', '2', *iters)
 
 
 def test_a_path_may_be_spelt_in_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

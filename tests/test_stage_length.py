@@ -10,9 +10,11 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
+from mmseg_sats.engine import ResumableTrainLoop
 from mmseg_sats.engine.command_line import run_config
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.stage_length import notes_on_length
+from mmseg_sats.engine.experiments.plan import Run
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.utils.installed import CONFIGS
 
@@ -135,7 +137,20 @@ def test_what_is_read_in_another_way_is_told(shapes_cfg: MakeConfig) -> None:
         assert part in notes
     cfg = shapes_cfg('sats', iters=4)
     assert list(notes_on_length(cfg, stage_configs(cfg))) == ['iters=4 is used, epochs=1 is not']
-    assert not list(notes_on_length(plain := shapes_cfg('sats'), stage_configs(plain)))
+    plain = shapes_cfg('sats')
+    assert not list(notes_on_length(plain, stage_configs(plain)))
+
+
+def test_the_tables_take_the_same_words() -> None:
+    run = Run('sats', CONFIGS / 'sats/segformer_tiny_shapes_3-1.py', ('iters=9', 'later_stages.epochs=2'))
+    loops = [stage.train_cfg for stage in stage_configs(run.load())]
+    assert [(loop.get('max_iters'), loop.get('max_epochs')) for loop in loops] == [(9, None), *[(None, 2)] * 3]
+
+
+def test_a_loop_has_one_length() -> None:
+    for options in ({}, dict(max_epochs=1, max_iters=1)):
+        with pytest.raises(ValueError, match=r'ResumableTrainLoop: .* expected one of the two'):
+            ResumableTrainLoop(None, None, **options)
 
 
 @pytest.fixture
@@ -164,9 +179,10 @@ def inherited(shapes_root: Path, tmp_path: Path) -> Callable[[str], Config]:
     return make
 
 
-@pytest.mark.parametrize('path', sorted(SCHEDULES.glob('*.py')), ids=lambda path: path.stem)
-def test_mmsegs_schedules_are_inherited_as_they_are(path: Path, inherited: Callable[..., Config]) -> None:
-    cfg = inherited(str(path))
+@pytest.mark.parametrize('name', sorted(path.name for path in SCHEDULES.glob('*.py')))
+def test_mmsegs_schedules_are_inherited_as_they_are(name: str, inherited: Callable[..., Config]) -> None:
+    cfg = inherited(f'mmseg::_base_/schedules/{name}')
+    assert '_scope_' not in cfg.pretty_text
     for stage in stage_configs(cfg):
         assert stage.train_cfg.max_iters == cfg.train_cfg.max_iters >= 20000
         assert stage.param_scheduler[-1].end == cfg.train_cfg.max_iters

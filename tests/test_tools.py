@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from mmseg_sats import commands
 from mmseg_sats.engine.experiments.evaluate_again import stage_config
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.in_process import call
@@ -80,6 +81,21 @@ def test_options_of_an_evaluation_reach_the_stage(tiny_runs: list[Path], tmp_pat
     assert stage_config(alone, {'test_dataloader.batch_size': 3}).test_dataloader.batch_size == 3
     with pytest.raises(FileNotFoundError, match='eval_images can be changed in the config of the run'):
         stage_config(alone, {'eval_images': 'all'})
+
+
+def test_the_last_stage_is_evaluated_where_the_training_data_are_gone(tiny_runs: list[Path], tmp_path: Path) -> None:
+    cfg = Config.fromfile(tiny_runs[1] / 'config.py')
+    cfg.train_dataset = dict(
+        type='PascalVOCDataset', data_root=str(tmp_path), ann_file='gone.txt', data_prefix=dict(img_path='gone')
+    )
+    cfg.dump(tmp_path / 'config.py')
+    for stage in ('stage_0', 'stage_1'):
+        (tmp_path / stage).mkdir()
+        shutil.copy(tiny_runs[1] / stage / 'snapshot.pth', tmp_path / stage)
+    commands.main(['test', str(tmp_path), '--stage', 'last'])
+    (again,) = json.loads((tmp_path / 'test/test.json').read_text())
+    first = json.loads((tiny_runs[1] / 'results.json').read_text())['stages'][1]
+    assert (again['stage'], again['iou'], again['counted']) == (1, first['iou'], first['counted'])
 
 
 def test_resuming_a_finished_run_trains_nothing(trained: Path, shapes_root: Path) -> None:

@@ -1,13 +1,13 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Matches the classes of new masks with those of a trained model by their names. Pure Python."""
+"""Matches the classes of new masks with those of a trained model by their names."""
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prettytable import PrettyTable
 
+from mmseg_sats.datasets.folder import BLACK, distinct_colours
 from mmseg_sats.utils.spelling import near_match, one_slip
 
 BACKGROUND = 'background'
@@ -126,14 +126,16 @@ class ClassTable:
         return numbers
 
     def colours(self, old: Mapping[str, Sequence[int]]) -> list[list[int]]:
-        """A colour for each class by channel, RGB 0..255: the old model's, black for background, else a random one.
+        """A colour for each class by channel, RGB 0..255: the old model's, black for background, else one unlike these.
 
         Args:
             old: the old model's colours by name.
         """
-        draw = random.Random(0)
-        drawn = {name: [draw.randrange(32, 256) for _ in range(3)] for name in self.names}
-        return [list(map(int, old.get(name, drawn[name] if name != BACKGROUND else (0, 0, 0)))) for name in self.names]
+        known = {BACKGROUND: BLACK} | {name: old[name] for name in self.names if name in old}
+        lacking = [name for name in self.names if name not in known]
+        chosen = distinct_colours(len(known) + len(lacking), beside=list(known.values()))[len(known) :]
+        colours = known | dict(zip(lacking, chosen, strict=True))
+        return [list(map(int, colours[name])) for name in self.names]
 
     def rows(self) -> PrettyTable:
         """What is copied, matched and made new, for a person to read."""

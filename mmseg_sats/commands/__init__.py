@@ -11,9 +11,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from mmseg_sats.utils.installed import MM, not_installed
 from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.writable import UnwritableError, check_writable
 from mmseg_sats.version import __version__
 
 # Import name to distribution, of what pip does not bring with the package: requirements/runtime.txt says why.
@@ -58,12 +60,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        if out := getattr(args, 'out', None):
+            check_writable(Path(out), f'--out {out}')
         import_module('mmseg_sats.utils.stock_messages')
         return args.run(args) or 0
     except ImportError as error:
         if advice := _advice(error):
             raise SystemExit(advice) from error
         raise
+    except UnwritableError as error:
+        raise SystemExit(str(error)) from error
     except KeyboardInterrupt as error:
         print(': '.join(['interrupted', *error.args]), file=sys.stderr)
         return 128 + signal.SIGINT  # what a shell gives for a process that the signal ended

@@ -6,17 +6,25 @@ from pathlib import Path
 
 from mmseg_sats.utils.arguments import add_cfg_options
 
+LAST = 'last'
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.description = 'Evaluate the stages of a run from their snapshots'
     parser.add_argument('work_dir', type=Path, help="a run's work dir")
-    parser.add_argument('--stage', type=int, help='this stage only (default: every finished one)')
+    parser.add_argument(
+        '--stage', type=_stage, metavar='K|last', help='this stage only, or the last (default: every finished one)'
+    )
     parser.add_argument(
         '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
     )
     add_cfg_options(parser)
     parser.set_defaults(run=run)
+
+
+def _stage(text: str) -> int | str:
+    return text if text == LAST else int(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from mmseg_sats.engine.experiments.evaluate_again import evaluate_again
     from mmseg_sats.utils.checkpoint import write_json
 
-    pattern = 'stage_*' if args.stage is None else f'stage_{args.stage}'
+    pattern = 'stage_*' if args.stage in (None, LAST) else f'stage_{args.stage}'
     folders = sorted(
         (path.parent for path in args.work_dir.glob(f'{pattern}/snapshot.pth')),
         key=lambda path: int(path.name.removeprefix('stage_')),
@@ -36,11 +44,15 @@ def run(args: argparse.Namespace) -> None:
             index = args.work_dir.resolve().name.removeprefix('stage_')
             hint = f'; for one stage: {args.work_dir.resolve().parent} --stage {index}'
         raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot{hint}')
+    if args.stage == LAST:
+        folders = folders[-1:]
     out = args.out or args.work_dir / 'test'
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        stages = [evaluate_again(folder, out, args.cfg_options) for folder in folders]
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise SystemExit(message_of(error)) from error
-    write_json(out / 'test.json', stages)
+    stages = []
+    for folder in folders:
+        try:
+            stages.append(evaluate_again(folder, out, args.cfg_options))
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise SystemExit(message_of(error)) from error
+        write_json(out / 'test.json', stages)  # after each stage, so that a stop loses none
     print(f'wrote {out / "test.json"}')

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
@@ -15,6 +17,8 @@ from mmseg_sats.utils.spelling import near_match
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 BACKGROUND = 'background'
 IGNORED = 255
+BLACK = (0, 0, 0)
+IGNORED_COLOUR = (224, 224, 192)  # VOC's own, in which pictures show ignored pixels
 
 
 @DATASETS.register_module()
@@ -33,7 +37,7 @@ class FolderDataset(BaseSegDataset):
         mask_values: Name to number in the masks, for the classes that occur in these masks. Background
             is 0 where that is nobody's number; 255 is ignored unless it has a name. None or empty: class i has
             number i.
-        palette: A colour (r, g, b) for each class; drawn from a fixed seed by default.
+        palette: A colour (r, g, b) for each class; by default :func:`distinct_colours`.
         ignore_values: Numbers in the masks that stand for ignored pixels, beside 255.
         ann_file: A list of the names to use of the first folder, without suffix; all images by default.
         img_suffix: What every image's name ends with, and its mask's name is without; by default any of the
@@ -74,9 +78,8 @@ class FolderDataset(BaseSegDataset):
             self.label_ids = label_ids(classes, values, ignore_values)
         self.image_suffix = img_suffix
         self.more_folders = [tuple(os.path.join(data_root or '', one) for one in pair) for pair in more_folders]
-        metainfo: dict[str, Any] = dict(classes=classes)
-        if palette is not None:
-            metainfo['palette'] = [list(colour) for colour in palette]
+        palette = distinct_colours(len(classes)) if palette is None else palette
+        metainfo: dict[str, Any] = dict(classes=classes, palette=[list(colour) for colour in palette])
         super().__init__(
             metainfo=metainfo,
             data_root=data_root,
@@ -126,6 +129,38 @@ class FolderDataset(BaseSegDataset):
             )
             for name, image in images.items()
         ]
+
+
+def distinct_colours(
+    count: int, beside: Sequence[Sequence[int]] = (BLACK,)
+) -> list[tuple[int, int, int]]:
+    """Colours that can be told apart: each is the one that is farthest, as people see it, from those before it.
+
+    Args:
+        count: How many, those of ``beside`` included.
+        beside: Colours RGB 0..255 that are there already, and come first; by default background's black.
+
+    Returns:
+        RGB 0..255, the same for the same arguments.
+    """
+    steps = np.arange(0, 256, 51)
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing='ij'), -1).reshape(-1, 3)
+    colours = [tuple(int(value) for value in colour) for colour in beside]
+    places = _lab(candidates)
+    # Neither black nor the pale colour of ignored pixels is for a class, nor what is as dark or as pale.
+    taken = _lab(np.array([*colours, BLACK, IGNORED_COLOUR]))
+    nearest = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)
+    nearest[(places[:, 0] < 35) | (places[:, 0] > 88)] = -1
+    while len(colours) < count:
+        best = int(nearest.argmax())
+        colours.append(tuple(int(value) for value in candidates[best]))
+        nearest = np.minimum(nearest, np.linalg.norm(places - places[best], axis=-1))
+    return colours
+
+
+def _lab(colours: np.ndarray) -> np.ndarray:
+    """RGB (N, 3) in CIE Lab, in which distances are about those that people see."""
+    return cv2.cvtColor((colours[None] / 255).astype(np.float32), cv2.COLOR_RGB2Lab)[0]
 
 
 def label_ids(

@@ -16,7 +16,8 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmseg_sats.engine.checks.data import check_data
 from mmseg_sats.engine.checks.preflight import check_base, check_config
 from mmseg_sats.engine.checks.rehearsal import rehearse
-from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model, check_training
+from mmseg_sats.engine.checks.trial_build import check_evaluator, check_model
+from mmseg_sats.engine.checks.values import check_length, check_values
 from mmseg_sats.engine.config.class_objects import name_classes
 from mmseg_sats.engine.config.config_text import config_text
 from mmseg_sats.engine.config.defaults import set_defaults
@@ -36,7 +37,6 @@ from mmseg_sats.engine.files.work_dir import (
     check_own_config,
     check_same_run,
     check_unused,
-    check_writable,
     holds,
     locked,
 )
@@ -49,6 +49,7 @@ from mmseg_sats.utils.checkpoint import read_json, remove_temporary, write_text
 from mmseg_sats.utils.config_keys import IDENTITY
 from mmseg_sats.utils.shared_values import Sharing
 from mmseg_sats.utils.user_modules import import_custom
+from mmseg_sats.utils.writable import check_writable
 
 
 @RUNNERS.register_module()
@@ -91,7 +92,7 @@ class IncrementalRunner:
         self.protocol = build_protocol(self.cfg)
         check_replay(self.cfg, self.protocol)
         check_report(self.cfg.get('report'))
-        check_writable(self.work_dir)
+        check_writable(self.work_dir, f'work dir {self.work_dir}')
         check_own_config(self.work_dir, cfg.filename)
         if not self.cfg.get('resume'):
             check_unused(self.work_dir)
@@ -105,7 +106,9 @@ class IncrementalRunner:
         for note in notes_on_length(self.cfg, stages):
             self.logger.info(note)
         check_outside_folder(stages[-1])
-        check_training(stages[-1], check_model(stages[-1]))
+        check_length(stages[-1])
+        check_values(stages[-1])
+        check_model(stages[-1])
         check_evaluator(stages[-1])
         if not work.is_done(0):
             if self.base is None:

@@ -53,17 +53,21 @@ def find_incremental_dataset(dataset: Any) -> IncrementalDataset | None:
     return dataset
 
 
-def build_protocol(cfg: Config) -> Protocol:
+def build_protocol(cfg: Config, loader: str = 'train_dataloader') -> Protocol:
     """The protocol of a run's config for the classes of its data set. No image is read.
+
+    Args:
+        cfg: the run's config.
+        loader: whose data set is asked; some data sets want their list even so.
 
     Raises:
         ValueError: the protocol is impossible, or the data of several data sets are joined around their stages.
-        KeyError: the config of the training data uses a variable that is not defined.
+        KeyError: the config of the data uses a variable that is not defined.
     """
     variables = config_variables(cfg) | dict(stage=0)
     for part in ('train_dataloader', 'test_dataloader'):
         _check_order_of_wrappers(part, (cfg.get(part) or {}).get('dataset') or {})
-    dataset = resolve_variables(cfg.train_dataloader.dataset.to_dict(), variables)
+    dataset = resolve_variables(cfg[loader].dataset.to_dict(), variables)
     return DATASETS.build(dict(dataset, lazy_init=True)).protocol
 
 

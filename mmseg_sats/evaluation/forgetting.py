@@ -7,6 +7,8 @@ Everything is in percent. A class or a stage without a value is None, NaN or sim
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+_NAMED = 3  # classes that no evaluation pixel shows: more are counted only
+
 
 def forgetting_per_class(
     ious: Sequence[Mapping[str, float | None]], foreground_learned_before_last: Sequence[str]
@@ -59,6 +61,22 @@ def average_all(all_by_stage: Sequence[float | None]) -> float | None:
         Percent; None where no stage has a value.
     """
     return _mean(_present(all_by_stage))
+
+
+def counted(iou: Mapping[str, float | None]) -> str:
+    """Over how many classes the mean of all goes, such as '11 of 12 (without background)'.
+
+    Args:
+        iou: The IoU of every seen class by name; a class without one is in no mean.
+
+    Returns:
+        Empty if the mean goes over all classes.
+    """
+    absent = [name for name, value in iou.items() if value is None]
+    if not absent:
+        return ''
+    names = f' (without {", ".join(absent)})' if len(absent) <= _NAMED else ''
+    return f'{len(iou) - len(absent)} of {len(iou)}{names}'
 
 
 def _present(values: Iterable[float | None]) -> list[float]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 from typing import Any
 
@@ -62,6 +63,9 @@ def register_on_first_use(register: Callable[[], None]) -> None:
         """Has ``register`` called before the first look-up in the registries of mmengine's module."""
         # The packages whose configs `_base_ = 'PACKAGE::...'` may name, each with its distribution.
         module.MODULE2PACKAGE.setdefault('mmseg_sats', 'mmseg_sats')
+        if not _is_distribution(module.MODULE2PACKAGE['mmseg']):
+            # The maintained fork has another name; mmengine looks for the module then.
+            module.MODULE2PACKAGE['mmseg'] = 'mmseg'
         stock = module.Registry.import_from_location
 
         def import_from_location(registry: Any) -> None:
@@ -84,3 +88,12 @@ def register_on_first_use(register: Callable[[], None]) -> None:
     if 'mmseg' not in sys.modules:
         quietly = 'mmseg_sats.utils.stock_messages'
         sys.meta_path.insert(0, _Watch('mmseg', lambda _: import_module(quietly)))
+
+
+def _is_distribution(name: str) -> bool:
+    """Whether something is installed under this name."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True

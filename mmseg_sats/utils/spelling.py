@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Messages for misspelt names: one wording for the whole package. Pure Python."""
+"""Messages for names that are misspelt or were changed: one wording for the whole package. Pure Python."""
 
 import difflib
+import warnings
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -41,4 +42,13 @@ def one_slip(one: str, other: str) -> bool:
         or rest[0][1:] == rest[1]
         or rest[0] == rest[1][1:]
         or (rest[0][:2] == rest[1][:2][::-1] and rest[0][2:] == rest[1][2:])
+    )
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warns that ``old``, a name of an earlier version, is now called ``new``."""
+    warnings.warn(
+        f'{old} is called {new} now; the earlier name works until version 0.2',
+        FutureWarning,
+        stacklevel=3,
     )

@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-IGNORED = (224, 224, 192)  # VOC's own colour for it
+from mmseg_sats.datasets.folder import IGNORED_COLOUR
+
+IGNORED = IGNORED_COLOUR
 
 
 def rgb_image(inputs: Tensor) -> np.ndarray:

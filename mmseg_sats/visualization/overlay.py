@@ -49,7 +49,7 @@ def draw_overlay(
 def draw_legend(
     labels: np.ndarray, classes: Sequence[str], colours: np.ndarray, width: int
 ) -> np.ndarray:
-    """Colour, name and share of pixels of each class found, the largest first.
+    """Colour, name and share of pixels of each class found, the largest first; background has no colour.
 
     Args:
         labels: (H, W), a channel per pixel.
@@ -74,7 +74,8 @@ def draw_legend(
     for index, text, (left, top) in zip(found, texts, places, strict=True):
         corner = (left + _GAP, top + 4)
         opposite = (corner[0] + _SWATCH, corner[1] + _SWATCH)
-        cv2.rectangle(legend, corner, opposite, colours[index].tolist(), cv2.FILLED)
+        if index:  # background is the image itself
+            cv2.rectangle(legend, corner, opposite, colours[index].tolist(), cv2.FILLED)
         cv2.rectangle(legend, corner, opposite, (90, 90, 90), 1)
         at = (opposite[0] + _GAP, top + 16)
         cv2.putText(legend, text, at, _FONT, _SCALE, (20, 20, 20), 1, cv2.LINE_AA)

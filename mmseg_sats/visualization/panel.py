@@ -23,17 +23,22 @@ class PanelRow:
         name: its file's name.
         classes: names of the classes in its truth.
         shown: names of the classes in its truth or in a prediction.
+        ignored: whether its truth has ignored pixels.
         tiles: caption to RGB (h, w, 3) uint8: the photograph, its truth, then each run.
     """
 
     name: str
     classes: list[str]
     shown: set[str]
+    ignored: bool
     tiles: dict[str, np.ndarray]
 
 
 def choose_images(presence: np.ndarray, count: int) -> list[int]:
     """Images that show as many classes as they can: each adds the most classes not shown yet.
+
+    Neighbours in the list are often frames of one video. Among images that add equally many classes, or none, one
+    far from those chosen is taken.
 
     Args:
         presence: (N, K) bool, which foreground classes each image has.
@@ -44,11 +49,15 @@ def choose_images(presence: np.ndarray, count: int) -> list[int]:
     """
     chosen: list[int] = []
     shown = np.zeros(presence.shape[1], bool)
+    places = np.arange(len(presence))
     for _ in range(min(count, len(presence))):
-        gain = (presence & ~shown).sum(1).astype(float)
-        if not gain.any():  # everything is shown: begin again
+        far = np.ones(len(presence), bool)
+        for one in chosen:
+            far &= abs(places - one) >= len(presence) / (2 * count)
+        gain = (presence & ~shown).sum(1) + 0.5 * far
+        if gain.max() < 1:  # everything is shown: begin again, and elsewhere
             shown[:] = False
-            gain = presence.sum(1).astype(float)
+            gain = presence.sum(1) + presence.shape[1] * far.astype(float)
         gain[chosen] = -1
         chosen.append(int(gain.argmax()))
         shown |= presence[chosen[-1]]
@@ -88,7 +97,8 @@ def _row(
         prediction = model.predict(sample).numpy()
         tiles[label] = fit(overlay(image, prediction, model.palette), longest)
         shown.update(_names(model, prediction))
-    return PanelRow(Path(sample['data_samples'].img_path).name, present, shown, tiles)
+    ignored = bool((labels >= len(first.classes)).any())
+    return PanelRow(Path(sample['data_samples'].img_path).name, present, shown, ignored, tiles)
 
 
 def _names(model: StageModel, labels: np.ndarray) -> list[str]:

@@ -21,13 +21,18 @@ from matplotlib.figure import Figure
 
 from mmseg_sats.utils.checkpoint import write_atomically
 
+PAPER = '#fffffe'  # the lines of a hatch
 INK = '#24292f'
 MUTED = '#6e7781'
 GRID = '#d0d7de'
 # Light to dark. Every colour that is used in a picture for a light page has its partner here, except
 # colours on a coloured cell: these are the same on both pages.
-SERIES = ('#0072b2', '#c05000', '#008060', '#a8508a', '#8a6d00', '#2f8fc4', '#555555')
+SERIES = (
+    '#0072b2', '#c05000', '#008060', '#a8508a', '#8a6d00', '#555555',
+    '#b00038', '#5a3fb0', '#4e9a06', '#00848c', '#e0569b', '#2f8fc4',
+)  # fmt: skip
 DARK = {
+    PAPER: '#0f1419',
     INK: '#e6edf3',
     MUTED: '#9aa4af',
     GRID: '#3d444d',
@@ -36,11 +41,18 @@ DARK = {
     '#008060': '#2fc79a',
     '#a8508a': '#e59ac8',
     '#8a6d00': '#f0cf42',
-    '#2f8fc4': '#9bd6f7',
     '#555555': '#b8b8b8',
+    '#b00038': '#ff7088',
+    '#5a3fb0': '#b3a1ff',
+    '#4e9a06': '#9fe34f',
+    '#00848c': '#4fdde6',
+    '#e0569b': '#ff8cc8',
+    '#2f8fc4': '#a9dcf9',
 }
-MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', '*', 'h')
 DASHES = ('-', '--', ':', '-.')
+HATCHES = ('', '////', '....', 'xxxx')
+HALF = len(SERIES) // 2  # from here on dashes and hatches tell runs apart as well
 ON_DARK_CELL, ON_LIGHT_CELL = '#ffffff', '#000000'
 WIDTH = 4.4  # inches: a column of a paper, and a phone's screen at the size of its text
 
@@ -124,13 +136,24 @@ def new_figure(
 
 
 def series_style(index: int) -> dict[str, object]:
-    """Colour, marker and dashes of the ``index``-th run: all three differ between neighbours."""
+    """Colour, marker and dashes of the ``index``-th run.
+
+    Twelve runs differ in colour and marker, and those from the seventh on are dashed; then all begin again with
+    other dashes.
+    """
     return dict(
         color=SERIES[index % len(SERIES)],
         marker=MARKERS[index % len(MARKERS)],
-        linestyle=DASHES[(index // len(SERIES)) % len(DASHES)],
+        linestyle=DASHES[(index // HALF) % len(DASHES)],
         markersize=4,
         linewidth=1.5,
+    )
+
+
+def bar_style(index: int) -> dict[str, object]:
+    """Colour and hatch of the ``index``-th run's bars."""
+    return dict(
+        color=SERIES[index % len(SERIES)], hatch=HATCHES[(index // HALF) % len(HATCHES)], edgecolor=PAPER, linewidth=0
     )
 
 

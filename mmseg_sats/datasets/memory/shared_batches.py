@@ -130,5 +130,5 @@ class SharedBatchSampler(Sampler):
     def _whole_length(self) -> int:
         """Length of the data set, or 0 if an index cannot say the pass."""
         # mmengine's slice for num_batch_per_epoch hands an index to the data set in it.
-        dataset = vars(self.sampler.dataset).get('_dataset', self.sampler.dataset)
+        dataset = getattr(self.sampler.dataset, '__dict__', {}).get('_dataset', self.sampler.dataset)
         return len(dataset) if hasattr(dataset, 'set_epoch') else 0

@@ -10,13 +10,13 @@ import torch
 from mmengine.config import Config
 
 from mmseg_sats.engine.checks.trial_build import build_model
+from mmseg_sats.engine.checks.values import check_device, check_numbers
 from mmseg_sats.engine.config.variables import variables_in
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import adopt_base, head_names
 from mmseg_sats.utils.config_keys import KEYS, STAGE_PARTS, names
-from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
+from mmseg_sats.utils.spelling import near_match, one_slip
 
-DEVICES = (None, 'cuda', 'cpu')
 _TABLE = {key.name for key in KEYS}
 # Keys that are read by their name. The table's other keys have an effect only if a config uses them as $name.
 _READ = _TABLE - set(names(read_by='config'))
@@ -72,9 +72,9 @@ def check_config(cfg: Config) -> None:
         if not isinstance(inner, dict):
             raise TypeError(f'{part} must be a dict of config values, got {inner!r}')
         _check_part(part, inner, content)
-        _check_numbers(inner, f'{part}.')
-    _check_numbers(content, '')
-    _check_device(cfg.get('device'))
+        check_numbers(inner, f'{part}.')
+    check_numbers(content, '')
+    check_device(cfg.get('device'))
     wrapper = (content.get('optim_wrapper') or {}).get('type')
     if wrapper == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise ValueError(
@@ -110,49 +110,6 @@ def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any])
 def _close(key: str, read: Collection[str]) -> bool:
     """Whether ``key`` is one typing error away from a key that is read; ``crop2`` and ``order_b`` are no errors."""
     return re.sub(r'_[a-z]$|[0-9_]+$', '', key) not in read and any(one_slip(key, other) for other in read)
-
-
-def _check_numbers(content: Mapping[str, Any], path: str) -> None:
-    for key in KEYS:
-        value = content.get(key.name, key.least)
-        if key.least is None or (value is None and key.or_none) or _is_variable(value):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < key.least:
-            raise ValueError(f'{path}{key.name}={value!r}: expected a whole number from {key.least}')
-    rate = content.get('lr')
-    if not (rate is None or _is_variable(rate)) and not _positive(rate):
-        raise ValueError(f'{path}lr={rate!r}: expected a number above 0')
-    factor = content.get('head_lr_mult', 1)
-    if not _is_variable(factor) and not _positive(factor) and factor != 0:
-        raise ValueError(f'{path}head_lr_mult={factor!r}: expected a number from 0')
-    size = content.get('crop_size', 1)
-    sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
-    if not _is_variable(size) and not all(_positive(side) and isinstance(side, int) for side in sides):
-        raise ValueError(
-            f'{path}crop_size={size!r}: expected a number of pixels from 1, or two, (h, w)'
-        )
-
-
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith('$')
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _check_device(device: Any) -> None:
-    check_choice('device', device, DEVICES)
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(
-            "device='cuda', but torch finds no GPU (torch.cuda.is_available() is False): expected a "
-            'CUDA build of torch and a driver, or device=None, which takes what there is'
-        )
-    if device == 'cpu' and torch.cuda.is_available():
-        raise ValueError(
-            "device='cpu', but there is a GPU, which mmengine would take: hide it by setting "
-            'CUDA_VISIBLE_DEVICES to nothing before the command'
-        )
 
 
 def check_base(cfg: Config, base: Path) -> None:

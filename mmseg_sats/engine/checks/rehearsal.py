@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,33 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.runner import Runner
 from mmseg.registry import DATASETS, MODELS
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmseg_sats.datasets.checks.image_sizes import size_of
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
+from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.engine.checks.no_trace import no_trace
+from mmseg_sats.engine.checks.rehearsal_runner import (
+    ITERATIONS,
+    RehearsalRunner,
+    largest_and_smallest,
+)
 from mmseg_sats.engine.config.method_hooks import hook_class
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import plain_meta, weights_of, write_weights
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
-from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.engine.training.stage_work import StageWork
 from mmseg_sats.protocol import Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely, write_text
 
 FOLDER = '.rehearsal'
 LOG = 'rehearsal.log'
-_ITERATIONS = 2
 # What libraries say of mistakes that people make, and what to change.
 _ADVICE = (
     ('stack expects each tensor to be equal size|image size in a batch should be the same', 'expected '
      'test_dataloader.batch_size=1, or transforms that give all images one size'),
+    ('None is not a callable object', 'expected an optimizer of torch as optim_wrapper.optimizer.type'),
+    ('must contain the key "type"', 'expected the name of a hook or part that the config has, or a type'),
     ('out of memory', 'expected a smaller batch_size or crop_size, or mixed precision (--amp)'),
     ('must match the size of tensor', 'where the encoder takes images of one size only, expected '
      "model.test_cfg=dict(mode='slide', crop_size=..., stride=...) with that size"),
@@ -48,86 +48,6 @@ _ADVICE = (
 
 class RehearsalError(ValueError):
     """Raised if a stage of a run cannot be trained, evaluated or handed on to the next stage."""
-
-
-class _Enough(Exception):  # noqa: N818 - the rehearsal of a stage's training has ended as it should
-    pass
-
-
-class _StopAtEnough(Hook):
-    """Ends training after some iterations."""
-
-    priority = 'LOWEST'
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        if _ITERATIONS <= runner.iter + 1 < runner.max_iters:
-            raise _Enough
-
-
-class _Picked(Sampler):
-    """A sampler of the given images alone, on every process."""
-
-    def __init__(self, dataset: Dataset, picks: Sequence[int], seed: int | None = None) -> None:
-        self.picks = picks
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.picks)
-
-    def __len__(self) -> int:
-        return len(self.picks)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing depends on the epoch."""
-
-
-class RehearsalRunner(StageRunner):
-    """A stage's runner that trains two iterations; other passes see only the largest and the smallest image.
-
-    What it logs goes to the log file alone.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.register_hook(_StopAtEnough())
-
-    def build_logger(self, *args: Any, **options: Any) -> MMLogger:
-        """The stage's logger without the screen."""
-        logger = super().build_logger(*args, **options)
-        logger.handlers = [handler for handler in logger.handlers if hasattr(handler, 'baseFilename')]
-        return logger
-
-    def train(self) -> nn.Module:
-        """Trains two iterations, ends the epoch, and goes on from the checkpoint that was written, if one was."""
-        try:
-            super().train()
-        except _Enough:
-            loop = self.train_loop
-            loop._iter += 1
-            self.call_hook('after_train_epoch')
-            loop._epoch += 1
-            if self._val_loop is not None:
-                self.val_loop.run()
-            self.call_hook('after_train')
-            self.call_hook('after_run')
-        for checkpoint in [*Path(self.work_dir).glob('epoch_*.pth'), *Path(self.work_dir).glob('iter_*.pth')][:1]:
-            self.resume(str(checkpoint))
-        return self.model
-
-    def build_dataloader(
-        self, dataloader: DataLoader | dict[str, Any], seed: int | None = None, diff_rank_seed: bool = False
-    ) -> DataLoader:
-        """The training loader as it is; of any other loader's images only the largest and the smallest."""
-        if dataloader is not self._train_dataloader and isinstance(dataloader, Mapping):
-            options = dict(dataloader, num_workers=0, persistent_workers=False, num_batch_per_epoch=None)
-            for name in ('prefetch_factor', 'batch_sampler', 'drop_last'):
-                options.pop(name, None)
-            dataset = options['dataset']
-            dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
-            picks = largest_and_smallest(dataset)
-            dataloader = dict(options, dataset=dataset, sampler=dict(type=_Picked, picks=picks))
-        return StageRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
 
 class Rehearsal(StageWork):
@@ -178,14 +98,12 @@ class Rehearsal(StageWork):
         barrier()
 
     def _message(self, stage: Stage, error: Exception) -> str:
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().split('\n')[0]
         advice = next((f'; {what}' for pattern, what in _ADVICE if re.search(pattern, str(error))), '')
-        where = f'stage {stage.index} would fail in {self.doing}{self._pictures(stage)}'
+        part = f', {error.part}' if hasattr(error, 'part') else ''
+        where = f'stage {stage.index} would fail in {self.doing}{part}{self._pictures(stage)}'
         log = self.work_dir.parent / LOG
-        return (
-            f'{where}: {type(error).__name__}: {text}{advice} ({log} has the traceback; rehearsal=None starts without '
-            'this rehearsal)'
-        )
+        what = f'{type(error).__name__}: {with_near_names(error)}{advice}'
+        return f'{where}: {what} ({log} has the traceback; rehearsal=None starts without this rehearsal)'
 
     def _pictures(self, stage: Stage) -> str:
         if self.doing != 'evaluation':
@@ -241,7 +159,7 @@ def _clear(folder: Path, *files: Path) -> None:
 
 def _shorten(cfg: Config) -> None:
     """Makes a stage's config one of two iterations, in place."""
-    for limit, value in (('max_epochs', 1), ('max_iters', _ITERATIONS), ('val_begin', 1), ('val_interval', 1)):
+    for limit, value in (('max_epochs', 1), ('max_iters', ITERATIONS), ('val_begin', 1), ('val_interval', 1)):
         if limit in cfg.train_cfg:
             cfg.train_cfg[limit] = value
     loader = cfg.train_dataloader
@@ -253,8 +171,8 @@ def _shorten(cfg: Config) -> None:
     if not torch.cuda.is_available() and loader.get('batch_size'):
         loader.batch_size = _small_batch(cfg)
     wrapper = cfg.optim_wrapper
-    if wrapper.get('accumulative_counts', 1) > _ITERATIONS:
-        wrapper.accumulative_counts = _ITERATIONS
+    if wrapper.get('accumulative_counts', 1) > ITERATIONS:
+        wrapper.accumulative_counts = ITERATIONS
     cfg.pop('compile', None)  # it takes minutes and changes no result
     if cfg.get('visualizer'):
         cfg.visualizer.vis_backends = None
@@ -279,20 +197,3 @@ def _small_batch(cfg: Config) -> int:
 def _shows_progress(hook: Any) -> bool:
     kind = hook_class(hook)
     return isinstance(kind, type) and issubclass(kind, ProgressHook)
-
-
-def largest_and_smallest(dataset: Dataset) -> list[int]:
-    """The places of the images with the most and the fewest pixels; of the first and the last if that is not known.
-
-    One place if all images have the same number.
-    """
-    try:
-        sizes = [_pixels(dataset.get_data_info(place)['img_path']) for place in range(len(dataset))]
-    except (AttributeError, KeyError, OSError, TypeError, ValueError):
-        sizes = list(range(len(dataset)))
-    return list(dict.fromkeys([sizes.index(max(sizes)), sizes.index(min(sizes))]))
-
-
-def _pixels(path: str) -> int:
-    width, height = size_of(path)
-    return width * height

@@ -1,32 +1,23 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Builds the model, optimizer and metrics of a stage on trial, so that errors appear before any training."""
+"""Builds the model and metrics of a stage on trial, so that errors appear before any training."""
 
-import copy
-import inspect
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
 from mmseg.evaluation import IoUMetric
-from mmseg.registry import METRICS, MODELS
+from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_sats.engine.checks.attention import check_backbone_attention
+from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.evaluation import IncrementalIoUMetric
 from mmseg_sats.models.backbones.input_channels import input_channels
-from mmseg_sats.utils.spelling import near_match, one_slip
-
-# What mmengine's runner is asked to call beside its own moments.
-STAGE_MOMENTS = ('before_stage', 'before_snapshot', 'after_stage')
 
 
 def check_model(cfg: Config) -> nn.Module:
@@ -53,77 +44,6 @@ def check_model(cfg: Config) -> nn.Module:
     return model
 
 
-def check_training(cfg: Config, model: nn.Module) -> None:
-    """Builds the optimizer and schedulers of a stage as mmengine's ``Runner`` will, and checks its hooks' arguments.
-
-    Args:
-        cfg: the stage's config.
-        model: the stage's model, from :func:`check_model`.
-
-    Raises:
-        KeyError: a type is not registered; for an optimizer or a hook the message suggests a near match.
-        TypeError: an optimizer, scheduler or hook does not have an argument.
-        ValueError: they refuse their arguments otherwise. Every message names the config's key.
-    """
-    wrapper = cfg.get('optim_wrapper')
-    if isinstance(wrapper, dict) and isinstance(wrapper.get('optimizer'), dict):
-        _check_registered('optim_wrapper.optimizer', wrapper.optimizer.get('type'), OPTIMIZERS)
-        with _named('optim_wrapper'), _in_silence():
-            optimizer = build_optim_wrapper(model, wrapper)
-        schedulers = cfg.get('param_scheduler') or []
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            with _named('param_scheduler'):
-                options = copy.deepcopy(dict(scheduler))
-                # By default, mmengine ends a schedule at the end of training.
-                limits = cfg.get('train_cfg') or {}
-                last = limits.get('max_epochs') or limits.get('max_iters') or 1
-                options.setdefault('end', max(options.get('begin', 0) + 1, last))
-                PARAM_SCHEDULERS.build(options, default_args=dict(optimizer=optimizer, epoch_length=1))
-    for limit in ('max_epochs', 'max_iters'):
-        value = (cfg.get('train_cfg') or {}).get(limit, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'train_cfg.{limit}={value!r}: expected a whole number from 1')
-    _check_hooks(cfg)
-
-
-def _check_hooks(cfg: Config) -> None:
-    hooks = [('default_hooks', hook) for hook in (cfg.get('default_hooks') or {}).values()]
-    hooks += [('custom_hooks (or method_hooks)', hook) for hook in cfg.get('custom_hooks') or []]
-    for key, hook in hooks:
-        if isinstance(hook, dict):
-            check_moments(_check_hook(key, hook))
-
-
-def check_moments(hook: type) -> None:
-    """Refuses a hook with a method of nearly the name that is called at the border of a stage.
-
-    Raises:
-        ValueError: the method, and the name that it is near to.
-    """
-    for name in dir(hook):
-        if name not in STAGE_MOMENTS and any(one_slip(name, moment) for moment in STAGE_MOMENTS):
-            raise ValueError(f'{hook.__name__}.{name} is called by nothing{near_match(name, STAGE_MOMENTS)}')
-
-
-def _check_hook(key: str, hook: dict[str, Any]) -> type:
-    """Checks a hook's type and arguments without building it, since building may need things that only a run has."""
-    options = {name: value for name, value in hook.items() if name not in ('type', 'priority')}
-    kind = hook.get('type')
-    if kind is None:
-        raise KeyError(f'{key}: {dict(hook)} has no type: expected the name of a hook that the config has, or a type')
-    if isinstance(kind, str):
-        with HOOKS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(hook['type'])
-        if kind is None:
-            close = near_match(hook['type'], [*registry.module_dict, *HOOKS.module_dict])
-            raise KeyError(f'{key}: {hook["type"]} is not in the registry of hooks{close}')
-    try:
-        inspect.signature(kind).bind(**options)
-    except TypeError as error:
-        raise TypeError(f'{key}: {kind.__name__} {error}') from error
-    return kind
-
-
 def check_evaluator(cfg: Config) -> None:
     """Checks that a stage's evaluation has the metric that the results need, and that no two metrics share a key.
 
@@ -140,8 +60,7 @@ def check_evaluator(cfg: Config) -> None:
         with _in_silence(logging.WARNING):
             metrics = Evaluator(given.get('metrics', given) if isinstance(given, dict) else given).metrics
     except KeyError as error:
-        name = str(error.args[0]).split(' ')[0]
-        raise KeyError(f'test_evaluator: {error.args[0]}{near_match(name, METRICS.module_dict)}') from error
+        raise KeyError(f'test_evaluator: {with_near_names(error)}') from error
     # Metrics of other classes may be a user's own with the keys that the results need, so they are accepted.
     if all(isinstance(metric, IoUMetric) for metric in metrics):
         names = ', '.join(type(metric).__name__ for metric in metrics) or 'no metric'
@@ -195,28 +114,6 @@ def trains_on_one_image(cfg: Config, processes: int = 1) -> bool:
     return True
 
 
-def _check_registered(key: str, name: Any, registry: Registry) -> None:
-    """Checks that an optimizer is registered. mmengine's own message would only be that None is not callable."""
-    with registry.switch_scope_and_registry(None) as found:
-        if isinstance(name, str) and found.get(name) is None:
-            close = near_match(name, [*registry.module_dict])
-            raise KeyError(f'{key}.type={name!r} is not registered{close}: expected an optimizer of torch')
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Puts ``key`` before the message of an error."""
-    try:
-        yield
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        kind = type(error) if isinstance(error, KeyError | TypeError) else ValueError
-        message = str(error.args[0]) if error.args else repr(error)
-        if isinstance(error, KeyError):
-            # mmengine's registries raise it again with its text in quotes.
-            message = message.strip('"\'')
-        raise kind(f'{key}: {message}') from error
-
-
 @contextmanager
 def _in_silence(level: int = logging.INFO) -> Iterator[None]:
     """Hides mmengine's messages up to ``level``, such as a line for every parameter; the run logs them again."""
@@ -241,24 +138,5 @@ def build_model(cfg: Config) -> nn.Module:
     model['backbone'] = model['backbone'] | dict(init_cfg=None)
     try:
         return MODELS.build(model)
-    except KeyError as error:
-        raise KeyError(_not_registered(str(error.args[0]))) from error
-    except TypeError as error:
-        raise TypeError(f'{error}{_near_argument(str(error))}') from error
-
-
-def _not_registered(message: str) -> str:
-    """mmengine's message that a type is not registered, with the nearest name, or what may be missing."""
-    match = re.match(r'(\w+) is not in the', message)
-    registries = (MODELS, MODELS.parent)
-    names = [name for registry in registries if registry for name in registry.module_dict]
-    close = near_match(match[1], names) if match else ''
-    missing = "; is the module that registers it in the method's method_imports?" if match and not close else ''
-    return f'{message}{close}{missing}'
-
-
-def _near_argument(message: str) -> str:
-    """A hint at the argument that is nearest to the one in Python's message, or ''."""
-    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    part = MODELS.get(match[1]) if match else None
-    return near_match(match[2], inspect.signature(part).parameters) if part else ''
+    except (KeyError, TypeError) as error:
+        raise type(error)(with_near_names(error)) from error

@@ -69,6 +69,7 @@ def build_memory(cfg: Config) -> ExemplarMemory:
 
     Raises:
         KeyError: the type is unknown; the message suggests a near match.
+        ValueError: it has a size or seed of its own.
     """
     selection = dict(cfg.get('memory_selection') or SELECTION)
     if TASK_UTILS.get(selection['type']) is None:
@@ -78,6 +79,9 @@ def build_memory(cfg: Config) -> ExemplarMemory:
             f'{near_match(selection["type"], names)}; expected one of {sorted(names)} or a class '
             'registered in mmseg.registry.TASK_UTILS'
         )
+    for key, instead in (('size', 'memory'), ('seed', 'seed')):
+        if key in selection:
+            raise ValueError(f'memory_selection.{key}={selection[key]!r} would not be used: expected {instead}')
     return TASK_UTILS.build(selection | dict(size=cfg.memory, seed=int(cfg.get('seed') or 0)))
 
 

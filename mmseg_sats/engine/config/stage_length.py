@@ -71,9 +71,6 @@ def set_length(cfg: Config) -> None:
     if not cfg.get('val_dataloader') and not cfg.get('val_evaluator'):
         cfg.pop('val_cfg', None)  # mmseg's schedules have one, and mmengine wants all three or none
     _set_sampler(cfg)
-    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    if checkpoint.get('type') == 'CheckpointHook':
-        checkpoint.pop('iters', None)  # AtomicCheckpointHook's, over which mmengine's hook was merged
 
 
 def _is_known(loop: Mapping[str, Any]) -> bool:

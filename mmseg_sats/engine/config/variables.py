@@ -14,8 +14,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmseg_sats.utils.config_keys import names
-from mmseg_sats.utils.deprecation import warn_renamed
-from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.spelling import near_match, warn_renamed
 
 STAGE_VARIABLES = {
     'stage': 'index of the stage',

@@ -41,7 +41,7 @@ def stage_config(folder: Path, options: dict) -> Config:
         return read_config(folder / 'config.py', parts)
     cfg = read_config(path, words)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    protocol = build_protocol(cfg)
+    protocol = build_protocol(cfg, 'test_dataloader')  # the training data may not be here
     stage = protocol.stage(int(folder.name.removeprefix('stage_')))
     cfg = build_stage_config(cfg, protocol, stage, folder.parent)
     cfg.merge_from_dict(parts)

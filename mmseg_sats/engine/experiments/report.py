@@ -14,7 +14,7 @@ from prettytable import PrettyTable, TableStyle
 
 from mmseg_sats.engine.experiments.plan import Cell
 from mmseg_sats.engine.experiments.record import Record
-from mmseg_sats.engine.files.results import counted
+from mmseg_sats.evaluation.forgetting import counted
 
 MEANS = ('base', 'new', 'all', 'hIoU')
 MEASURED = (*MEANS, 'average_all', 'forgetting')
@@ -116,7 +116,7 @@ def _add_run(line: Line, record: Record) -> None:
         'forgetting': results['forgetting'],
     }
     last = results['stages'][-1]
-    line.counted[name] = counted(last)
+    line.counted[name] = counted(last['iou'])
     # Of a run of an earlier version, the IoUs tell how many classes the mean of all went over.
     there = sum(iou is not None for iou in last['iou'].values())
     line.classes[name] = last.get('counted', {'base': None, 'new': None, 'all': there})

@@ -249,7 +249,8 @@ def report(
         ]
     if args.accept:
         notes = [f'Differences accepted in: {", ".join(args.accept)}.', *notes]
-    text = f'## {table.title}, on {args.dataset}\n\nIoU means in percent.\n\n{markdown(lines)}'
+    title = f'Rows of {args.table}' if on_own_data else table.title
+    text = f'## {title}, on {args.dataset}\n\nIoU means in percent.\n\n{markdown(lines)}'
     text += ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)

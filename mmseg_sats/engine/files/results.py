@@ -10,10 +10,8 @@ from typing import Any
 
 from prettytable import PrettyTable
 
-from mmseg_sats.evaluation.forgetting import average_all, forgetting, forgetting_per_class
+from mmseg_sats.evaluation.forgetting import average_all, counted, forgetting, forgetting_per_class
 from mmseg_sats.utils.checkpoint import write_json, write_text
-
-_NAMED = 3  # classes that no evaluation pixel shows: more are counted only
 
 
 def stage_results(
@@ -80,27 +78,10 @@ def write_results(work_dir: Path, results: Mapping[str, Any]) -> None:
     write_text(work_dir / 'results.csv', text.getvalue())
 
 
-def counted(stage: Mapping[str, Any]) -> str:
-    """Over how many of the seen classes the mean of all goes, such as '11 of 12 (without background)'.
-
-    Args:
-        stage: an entry of ``stages`` in results.json, of an earlier version too: a class without an IoU is in
-            no mean.
-
-    Returns:
-        Empty if the mean goes over all classes.
-    """
-    absent = [name for name, iou in stage['iou'].items() if iou is None]
-    if not absent:
-        return ''
-    names = f' (without {", ".join(absent)})' if len(absent) <= _NAMED else ''
-    return f'{len(stage["iou"]) - len(absent)} of {len(stage["iou"])}{names}'
-
-
 def _with_counted(table: PrettyTable, stages: Sequence[Mapping[str, Any]]) -> PrettyTable:
     """The table with a column that says over how many classes the means go, unless they all go over all."""
-    column = [counted(stage) or str(len(stage['iou'])) for stage in stages]
-    if any(counted(stage) for stage in stages):
+    column = [counted(stage['iou']) or str(len(stage['iou'])) for stage in stages]
+    if any(counted(stage['iou']) for stage in stages):
         table.add_column('means over', column)
     return table
 

@@ -1,8 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Checks of a work dir: whether it can be written to, is in use, and belongs to the run that is resumed."""
+"""Checks of a work dir: whether it is in use, and belongs to the run that is resumed."""
 
 import os
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,24 +26,6 @@ PATIENCE = 10.0
 
 class WorkDirBusyError(ValueError):
     """Raised if another process is training in the work dir."""
-
-
-def check_writable(work_dir: Path) -> None:
-    """Checks that files can be created in ``work_dir`` or, if it does not exist, in its nearest existing parent.
-
-    Raises:
-        OSError: they cannot.
-    """
-    place = next(path for path in (work_dir, *work_dir.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f'work dir {work_dir} cannot be written to: {error.strerror} ({place}); '
-            'expected a folder of your own as work dir (--work-dir)',
-        ) from error
 
 
 def check_unused(work_dir: Path) -> None:

@@ -42,8 +42,10 @@ class BestEpochHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Reads the scores of a resumed stage, and validates its last epoch if that was not done."""
+        if not runner.iter:
+            return
         path = Path(runner.work_dir) / self.file_name
-        if runner.iter and path.exists():
+        if path.exists():
             self.scores = read_json(path)
         unit, done = _done(runner)
         ended = unit == 'iteration' or runner.iter == done * len(runner.train_dataloader)

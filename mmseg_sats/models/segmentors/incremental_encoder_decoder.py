@@ -30,8 +30,7 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.utils.deprecation import warn_renamed
-from mmseg_sats.utils.spelling import check_choice, near_match, one_slip
+from mmseg_sats.utils.spelling import check_choice, near_match, one_slip, warn_renamed
 
 
 @MODELS.register_module()

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from mmseg_sats.visualization.report.run_record import RunRecord, StageRecord, Sweep
-from mmseg_sats.visualization.theme import INK, SERIES, new_figure, series_style
+from mmseg_sats.visualization.theme import INK, SERIES, bar_style, new_figure, series_style
 
 GROUPS = {'all': 'all classes', 'base': 'base classes', 'new': 'classes learned later'}
 
@@ -19,7 +19,7 @@ def draw_curves(runs: Sequence[RunRecord]) -> Figure:
     A run of a single stage is one point at its number of classes, with a line across as the level
     to compare with.
     """
-    figure, axes = new_figure(6.6, rows=3, sharex=True, height_ratios=[2, 1, 1])
+    figure, axes = new_figure(6.6 + _legend_height(runs), rows=3, sharex=True, height_ratios=[2, 1, 1])
     for ax, (key, title) in zip(axes, GROUPS.items(), strict=True):
         for i, run in enumerate(runs):
             _curve(ax, run, key, series_style(i))
@@ -46,12 +46,21 @@ def _curve(ax: Axes, run: RunRecord, key: str, style: dict[str, object]) -> None
         ax.axhline(points[0][1], color=style['color'], linewidth=0.9, linestyle=(0, (1, 2)))
 
 
+def _columns(labels: Sequence[str]) -> int:
+    """How many labels stand side by side in a legend."""
+    widest = max((len(label) for label in labels), default=1)
+    return max(1, min(4, 48 // (widest + 6)))
+
+
+def _legend_height(runs: Sequence[RunRecord]) -> float:
+    """Inches of a legend of the runs, beyond the two rows that every figure has room for."""
+    labels = [run.label for run in runs]
+    return 0.17 * max(0, -(-len(labels) // _columns(labels)) - 2)
+
+
 def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    widest = max((len(label) for label in labels), default=1)
-    figure.legend(
-        handles, labels, loc='outside upper left', ncols=max(1, min(4, 48 // (widest + 6)))
-    )
+    figure.legend(handles, labels, loc='outside upper left', ncols=_columns(labels), handlelength=3)
 
 
 def draw_old_new(runs: Sequence[RunRecord]) -> Figure:
@@ -96,6 +105,9 @@ def draw_sweep(sweep: Sweep) -> Figure:
         ax.plot(values, means, label=title, **style)
     if min(values) > 0 and max(values) >= 10 * min(values):
         ax.set_xscale('log')
+        ax.xaxis.set_minor_locator(NullLocator())
+    if len(values) <= 6:
+        ax.set_xticks(values, [f'{value:g}' for value in values])
     ax.set_xlabel(sweep.key)
     ax.set_ylabel('mIoU in %')
     ax.grid(True)
@@ -114,14 +126,14 @@ def draw_costs(runs: Sequence[RunRecord]) -> Figure:
     ]
     if any(stage.memory is not None for run in runs for stage in run.stages):
         measures.append(('memory in MiB', lambda stage: stage.memory))
-    figure, axes = new_figure(0.7 + 1.9 * len(measures), rows=len(measures), sharex=True)
+    height = 0.7 + 1.9 * len(measures) + _legend_height(runs)
+    figure, axes = new_figure(height, rows=len(measures), sharex=True)
     width = 0.8 / len(runs)
     for ax, (title, measure) in zip(axes, measures, strict=True):
         for i, run in enumerate(runs):
             places = [stage.index + (i - (len(runs) - 1) / 2) * width for stage in run.stages]
             heights = [measure(stage) or 0 for stage in run.stages]
-            color = series_style(i)['color']
-            ax.bar(places, heights, width * 0.92, label=run.label, color=color)
+            ax.bar(places, heights, width * 0.92, label=run.label, **bar_style(i))
         ax.set_ylabel(title)
     axes[-1].set_xlabel('stage')
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from mmseg_sats.visualization.report.run_record import RunRecord
 from mmseg_sats.visualization.theme import (
@@ -78,6 +79,7 @@ def draw_heatmap(
     bar = figure.colorbar(mesh, ax=ax, location='top', aspect=40, shrink=0.9, pad=0.01,
                           extend='max' if np.nanmax(values) > top else 'neither')
     bar.set_label('IoU in %')
+    bar.locator = MaxNLocator(5)
     bar.outline.set_visible(False)
     return figure
 

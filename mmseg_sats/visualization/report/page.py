@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from mmengine.logging import print_log
 
+from mmseg_sats.evaluation.forgetting import counted
 from mmseg_sats.utils.checkpoint import write_text
 from mmseg_sats.utils.spelling import check_choice
 from mmseg_sats.visualization import theme
@@ -18,6 +19,7 @@ from mmseg_sats.visualization.report import curves, heatmap, losses
 from mmseg_sats.visualization.report.pictures import Album, photographs
 from mmseg_sats.visualization.report.run_record import (
     RunRecord,
+    Sweep,
     config_differences,
     find_sweeps,
     load_runs,
@@ -117,13 +119,13 @@ def _losses(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture | Non
     ]
 
 
-def _sweeps(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture]:
+def _sweeps(album: Album, runs: Sequence[RunRecord]) -> list[tuple[Sweep, theme.Picture]]:
     return [
-        album.draw(
-            f'sweep_{i}', f'mIoU against {sweep.key}', partial(curves.draw_sweep, sweep)
-        )
+        (sweep, album.draw(
+            f'sweep_{i}', f'mIoU of {sweep.method} against {sweep.key}', partial(curves.draw_sweep, sweep)
+        ))
         for i, sweep in enumerate(find_sweeps(runs))
-    ]
+    ]  # fmt: skip
 
 
 def _costs(album: Album, runs: Sequence[RunRecord]) -> theme.Picture | None:
@@ -160,12 +162,14 @@ def _render(page: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters['counted'] = counted
     environment.globals.update(
         number=_number,
         best=_best,
         loss_names=losses.loss_names,
         short_name=losses.short_name,
         repr=repr,
+        counted=counted,
     )
     return environment.get_template('report.html.j2').render(page)
 

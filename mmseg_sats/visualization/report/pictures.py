@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mmseg_sats.visualization import attention_view, panel, theme
-from mmseg_sats.visualization.masks import encode
+from mmseg_sats.visualization.masks import IGNORED, encode
 from mmseg_sats.visualization.report.run_record import RunRecord
 from mmseg_sats.visualization.stage_model import StageModel, eval_dataset, load_stage
 
+_NAMED = 6  # classes of a photograph that are named below it
 # Errors of reading a run's data or model after these have moved: that part is left out.
 _ABSENT = (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError)
 
@@ -86,21 +87,28 @@ def _models(album: Album, runs: Sequence[RunRecord]) -> dict[str, StageModel]:
 def _legend(
     models: Mapping[str, StageModel], rows: Sequence[panel.PanelRow]
 ) -> list[tuple[str, str]]:
-    """Name and colour of every class that truth or a prediction of the panel shows."""
+    """Name and colour of background, of every class that truth or a prediction shows, and of ignored pixels."""
     shown = {name for row in rows for name in row.shown}
     colours = {
         name: '#{:02x}{:02x}{:02x}'.format(*colour)
         for model in models.values()
         for name, colour in zip(model.classes, model.palette, strict=True)
     }
-    return [(name, colour) for name, colour in colours.items() if name in shown]
+    first = next(iter(models.values())).classes[0]
+    legend = [(f'{first}: the photograph as it is', 'transparent')]
+    legend += [(name, colour) for name, colour in colours.items() if name in shown]
+    if any(row.ignored for row in rows):
+        legend.append(('ignored', '#{:02x}{:02x}{:02x}'.format(*IGNORED)))
+    return legend
 
 
 def _row_tiles(row: panel.PanelRow) -> dict[str, Any]:
     tiles = {
         name: theme.data_uri(encode(tile, '.jpg'), 'image/jpeg') for name, tile in row.tiles.items()
     }
-    return dict(name=row.name, classes=row.classes, tiles=tiles)
+    more = len(row.classes) - _NAMED
+    classes = ', '.join(row.classes[:_NAMED]) + (f' and {more} more' if more > 0 else '')
+    return dict(name=row.name, classes=classes, tiles=tiles)
 
 
 def _attention(

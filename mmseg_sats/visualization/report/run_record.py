@@ -233,6 +233,16 @@ class Sweep:
     key: str
     points: tuple[tuple[float, RunRecord], ...]
 
+    @property
+    def method(self) -> str:
+        """The method of the runs; all have the same."""
+        return self.points[0][1].results['method']
+
+    @property
+    def labels(self) -> list[str]:
+        """The runs' labels, by value."""
+        return [run.label for _, run in self.points]
+
 
 def find_sweeps(runs: Sequence[RunRecord]) -> list[Sweep]:
     """All sweeps among the runs: one number takes two values or more, all else but the seed is equal."""
