@@ -645,6 +645,9 @@ def test_the_unspoilt_case_reaches_training(place: Place, monkeypatch: pytest.Mo
 
 
 UNUSUAL = {
+    'classes numbered by a plain data set in its own way': (
+        "class_names = ['a', 'b', 'c', 'd', 'e', 'f']\nmask_values = dict(a=1, b=2, c=3, d=4, e=6, f=5)"
+    ),
     'a hook that looks for the visualizer': "default_hooks = dict(visualization=dict(type='SegVisualizationHook'))",
     'a schedule without an end': (
         'param_scheduler = [dict(type="LinearLR", start_factor=0.1, begin=0, end=1), '

@@ -13,6 +13,7 @@ from mmengine.registry import RUNNERS
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
+from mmseg_sats.datasets.saliency import spectral_residual
 from mmseg_sats.engine.export.stock import export_stage, load_for_export
 from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.predictions import predicted_overlay, read_image
@@ -74,6 +75,13 @@ def test_one_band(tmp_path: Path) -> None:
     assert predicted_overlay(model, tmp_path / 'a.png').shape[2] == 3
     export_stage(stage, tmp_path / 'out')
     assert (tmp_path / 'out/config.py').is_file()
+
+
+def test_saliency_of_any_bands() -> None:
+    image = np.random.default_rng(0).random((40, 50, 5)).astype(np.float32)
+    expected = spectral_residual(image.mean(axis=2))
+    np.testing.assert_allclose(spectral_residual(image), expected, rtol=1e-4)
+    np.testing.assert_allclose(spectral_residual(image[..., :1]), spectral_residual(image[..., 0]), rtol=1e-4)
 
 
 def test_bands_as_a_picture() -> None:

@@ -20,6 +20,7 @@ from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_sizes
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
 from mmseg_sats.datasets.class_index.index import ClassIndex
 from mmseg_sats.engine.checks import data
+from mmseg_sats.engine.training.stage_work import _classes_without_images
 from mmseg_sats.protocol import Protocol
 from tests.in_process import call
 from tests.shared import shared_path
@@ -325,7 +326,9 @@ def test_a_run_begins_with_its_labels(street: Path) -> None:
     records: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, 'print_log', lambda message, **_: records.append(message))
-        RUNNERS.build(cfg)
+        runner = RUNNERS.build(cfg)
+    stages = [runner._work.config(stage) for stage in runner.protocol.stages]
+    assert [_classes_without_images(stage) for stage in stages] == [[], ['b']]  # as results.json has it
     told = '\n'.join(records)
     assert '  stage 1: 1 a > 2 (2 / 1), 2 b > 3 (0 / 1)' in told
     assert 'train: no image of stage 1 shows b: it cannot be learned' in told

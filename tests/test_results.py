@@ -109,6 +109,14 @@ def test_a_run_of_one_stage_has_nothing_to_forget() -> None:
     assert results['average_all'] == 75.0
 
 
+def test_a_class_without_a_training_image_is_marked() -> None:
+    stages = make_stages()
+    stages[1]['without_images'] = [NEW[1][0]]
+    text = str(forgetting_table(run_results(IDENTITY, stages)))
+    assert f'{NEW[1][0]} (no training image)' in text
+    assert text.count('no training image') == 1
+
+
 def test_the_stages_given_are_left_alone() -> None:
     stages = make_stages()
     run_results(IDENTITY, stages)

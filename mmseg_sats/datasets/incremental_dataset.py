@@ -101,7 +101,7 @@ class IncrementalDataset(Dataset):
         background: The name of the wrapped dataset's first class, if that counts as background.
         no_background: Whether label 0 is a class to learn and the masks know no background: label i
             is ``classes[i]``, its class id i + 1, and background is what is not seen yet.
-        mask_values: Name to number in the masks, as in ``FolderDataset``.
+        mask_values: Name to number in the masks, as in ``FolderDataset``; one that has its own keeps them.
         mask_root: A folder outside the wrapped dataset's ``data_root`` where masks may be.
 
     Raises:

@@ -24,12 +24,14 @@ def spectral_residual(image: np.ndarray) -> np.ndarray:
     the 64 pixels that the paper found right for any image.
 
     Args:
-        image: (H, W, 3) uint8 BGR, or (H, W) uint8.
+        image: (H, W, 3) uint8 BGR, (H, W) of one band, or (H, W, C) of any others, whose mean is taken.
 
     Returns:
         (H, W) float32, not negative; 0 for an image of one colour.
     """
-    grey = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    if image.ndim == 3 and image.shape[2] == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    grey = image if image.ndim == 2 else image.mean(axis=2, dtype=np.float32)
     height, width = grey.shape
     scale = _SIDE / min(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))

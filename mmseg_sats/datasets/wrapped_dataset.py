@@ -112,7 +112,7 @@ def classes_by_label(
         dataset: the wrapped dataset.
         background: the name of the first class, which counts as background.
         no_background: label 0 is a class as any other.
-        mask_values: name to number in the masks.
+        mask_values: name to number in the masks, unless the dataset has numbers of its own.
 
     Raises:
         ValueError: the dataset changes labels itself, or does not name its classes, or gives two the same name, or
@@ -150,11 +150,11 @@ def classes_by_label(
     if len(names) < 2:
         raise ValueError(f'{where}: metainfo.classes holds background alone: {names}')
     numbers = getattr(dataset, 'label_ids', None)
-    if mask_values:
-        if numbers is not None or no_background:
+    if numbers is None and mask_values:
+        if no_background:
             raise ValueError(
-                f'{where}: mask_values={dict(mask_values)} says what the masks hold, and so does '
-                f'{"no_background" if no_background else "the data set"}: expected one of the two'
+                f'{where}: mask_values={dict(mask_values)} says what the masks hold, and so does no_background: '
+                'expected one of the two'
             )
         numbers = label_ids(names, mask_values)
     elif no_background:

@@ -35,7 +35,10 @@ def config_variables(cfg: Config) -> dict[str, Any]:
     variables = dict(cfg._cfg_dict.to_dict())
     # A data set's file may set these, so the recipes cannot: two bases of a config must not set the same key.
     variables.update(
-        background=cfg.get('background'), no_background=cfg.get('no_background', False), mask_root=cfg.get('mask_root')
+        background=cfg.get('background'),
+        no_background=cfg.get('no_background', False),
+        mask_values=dict(cfg.get('mask_values') or {}),
+        mask_root=cfg.get('mask_root'),
     )
     size = variables.get('crop_size')
     if isinstance(size, int):

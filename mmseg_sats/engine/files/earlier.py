@@ -9,7 +9,7 @@ from mmseg_sats.engine.config.variables import RENAMED_VARIABLES
 _LISTED_BY_ALL = ({'type': 'PseudoLabelThresholdHook'}, {'type': 'PrototypeHook'})
 
 # Options of IncrementalDataset that configs of earlier versions lack.
-_ADDED = ('background', 'no_background', 'mask_root')
+_ADDED = ('background', 'no_background', 'mask_values', 'mask_root')
 
 
 def in_current_names(content: dict[str, Any]) -> dict[str, Any]:

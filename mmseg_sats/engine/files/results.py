@@ -114,7 +114,8 @@ def forgetting_table(results: Mapping[str, Any]) -> PrettyTable:
         for name in stage['new_classes']:
             final = ious[-1][name]
             best = lost[name] + final if name in lost else None
-            table.add_row([name, stage['stage'], _text(best), _text(final), _text(lost.get(name))])
+            shown = f'{name} (no training image)' if name in stage.get('without_images', ()) else name
+            table.add_row([shown, stage['stage'], _text(best), _text(final), _text(lost.get(name))])
     return table
 
 

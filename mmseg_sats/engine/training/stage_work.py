@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from mmseg.registry import DATASETS
 
+from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.config.replay import keep_exemplars
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
@@ -123,6 +124,8 @@ class StageWork:
             result = stage_results(
                 stage.index, classes[len(classes) - len(stage.new) :], images, metrics, classes
             )
+            if images is not None and (names := _classes_without_images(cfg)):
+                result['without_images'] = names
             write_json(folder / 'metrics.json', dict(results=result, train_seconds=seconds))
         barrier()
         runner.call_hook('after_stage', stage=stage, metrics=metrics)
@@ -163,6 +166,15 @@ class StageWork:
 
     def _from_base(self, index: int) -> bool:
         return self.base is not None and index == 0
+
+
+def _classes_without_images(cfg: Config) -> list[str]:
+    """Names of the classes that a stage learns without a training image that shows them."""
+    dataset = DATASETS.build(stage_dataset_cfg(cfg.train_dataloader.dataset))
+    if not isinstance(dataset, IncrementalDataset):
+        return []
+    absent = dataset.shown().absent(dataset.protocol)
+    return [dataset.class_names[class_id] for index, class_id in absent if index == dataset.stage.index]
 
 
 def _train_seconds(runner: Runner, checkpoint: Path | None) -> float:
