@@ -174,6 +174,7 @@ def check_same_logits(
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
     )
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs  # some of mmseg's heads return more than logits
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
         raise ValueError(
             f'{type(model).__name__} cannot be exported: stock {type(stock).__name__} gives other '
