@@ -225,6 +225,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             if hasattr(part, 'prepare'):  # a module that is no DistillationPart may lack it
                 part.prepare(teacher, labels, self.num_classes)
         student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
+        if teacher is not None:  # DDRNet has a further map in training, before the one that it always has
+            student.features = student.features[-len(teacher.features) :]
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
