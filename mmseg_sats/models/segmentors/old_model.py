@@ -178,7 +178,8 @@ class _Windows:
         self.old_model = old_model
         self.test_cfg = ConfigDict(test_cfg)
         model = old_model.model
-        self.out_channels = model.out_channels + isinstance(getattr(model.decode_head, 'conv_seg', None), SplitClassifier)
+        classifier = getattr(model.decode_head, 'conv_seg', None)
+        self.out_channels = model.out_channels + isinstance(classifier, SplitClassifier)
 
     def encode_decode(self, inputs: Tensor, _: Any) -> Tensor:
         """Logits of a window at its size."""
