@@ -13,9 +13,13 @@ from mmengine.registry import RUNNERS
 from mmseg.apis import init_model
 from mmseg.models import EncoderDecoder
 
+from mmseg_sats.api.old_model import read_old_model
+from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.export.stock import export_stage
+from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.small_models import CROSS_ENTROPY, MIT, MIT_CHANNELS, build, images, samples
 
 MakeConfig = Callable[..., Config]
 COMMON = dict(channels=8, norm_cfg=dict(type='BN'), num_classes='$num_channels', loss_decode='$segmentation_loss')
@@ -29,6 +33,14 @@ SEGMENTER = dict(
 DDRNET = dict(type='DDRNet', in_channels=3, channels=4, ppm_channels=8, norm_cfg=dict(type='BN'))
 DDR = dict(COMMON, type='DDRHead', in_channels=16)
 
+OCRNET = dict(
+    type='CascadeHead', num_classes='$num_channels', loss_decode='$segmentation_loss',
+    heads=[
+        dict(COMMON, type='FCNHead', in_channels=64, in_index=2, loss_decode=dict(CROSS_ENTROPY, loss_weight=0.4)),
+        dict(COMMON, type='OCRHead', in_channels=64, in_index=2, ocr_channels=4),
+    ],
+)  # fmt: skip
+
 # The model, some tensors that grow with the dimension of the classes, the losses of the heads.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, int], list[str]]] = {
     'EncHead beside DAHead': (
@@ -40,6 +52,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, int], list[str]]] = {
         dict(backbone=DDRNET, decode_head=DDR),
         {'decode_head.conv_seg.bias': 0, 'decode_head.aux_cls_seg.weight': 0},
         ['decode.context.loss_ce', 'decode.spatial.loss_ce'],
+    ),
+    'CascadeHead': (
+        dict(decode_head=OCRNET),
+        {'decode_head.0.conv_seg.bias': 0, 'decode_head.1.conv_seg.weight': 0},
+        ['decode.0.loss_ce', 'decode.1.loss_ce'],
     ),
     'SegmenterMaskTransformerHead': (
         dict(decode_head=SEGMENTER, test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(40, 40))),
@@ -99,3 +116,36 @@ def test_a_head_of_one_channel_for_two_classes_learns_more(shapes_cfg: MakeConfi
         torch.testing.assert_close(foreground, one.seg_logits.data, atol=1e-4, rtol=1e-4)
     grown = load_checkpoint_safely(tmp_path / 'run/stage_1/snapshot.pth')['state_dict']
     assert [grown[f'{key}.conv_seg.bias'].shape[0] for key in ('decode_head', 'auxiliary_head')] == [7, 7]
+
+
+def test_mmsegs_cascade_is_an_old_model(tmp_path: Path) -> None:
+    mit = dict(MIT, type='MixVisionTransformer')
+    heads = [
+        dict(OCRNET['heads'][index], in_channels=MIT_CHANNELS[2], num_classes=3, loss_decode=CROSS_ENTROPY)
+        for index in (0, 1)
+    ]
+    model = dict(
+        type='CascadeEncoderDecoder', num_stages=2, backbone=mit, decode_head=heads, test_cfg=dict(mode='whole'),
+        data_preprocessor=dict(type='SegDataPreProcessor', mean=[0.0] * 3, std=[255.0] * 3),
+    )  # fmt: skip
+    Config(dict(model=model)).dump(tmp_path / 'old.py')
+    stock = build(dict(model, test_cfg=ConfigDict(mode='whole'))).eval()
+    classes = ['road', 'car', 'tree']
+    write_weights(tmp_path / 'old.pth', stock.state_dict(), dict(dataset_meta=dict(classes=classes)))
+    assert read_old_model(tmp_path / 'old.pth', tmp_path / 'old.py').channels == ('road', 'car', 'tree')
+    own = dict(type='IncrementalEncoderDecoder', decode_head=dict(loss_decode='a loss'))
+    cfg = Config(dict(model_config=str(tmp_path / 'old.py'), model=own))
+    take_trained_model(cfg)
+    assert cfg.model.decode_head.loss_decode == 'a loss'
+    cfg.model.decode_head.update(num_classes=4, loss_decode=CROSS_ENTROPY)
+    taken = build(cfg.model).eval()
+    taken.load_state_dict(adopt_base(taken, tmp_path / 'old.pth', ['background', *classes]))
+    with torch.no_grad():
+        maps = stock.extract_feat(images())
+        first = stock.decode_head[0](maps)
+        last = stock.decode_head[1](maps, first)
+        with_background = taken.decode_head(taken.extract_feat(images()))
+    torch.testing.assert_close(with_background[1][:, 1:], first)
+    assert with_background[0].shape[1] == last.shape[1] + 1
+    losses = taken.loss(images(), samples(torch.zeros(2, 64, 64, dtype=torch.long)))
+    assert {name for name in losses if 'loss' in name} == {'decode.0.loss_ce', 'decode.1.loss_ce'}

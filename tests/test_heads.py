@@ -64,6 +64,9 @@ def mmseg_scope() -> None:
 
 
 def head_cfg(kind: str | type, num_classes: int, **options: Any) -> dict[str, Any]:
+    if kind == 'CascadeHead':
+        heads = [head_cfg('FCNHead', 2), head_cfg('OCRHead', 2, ocr_channels=4)]
+        return dict(type=kind, heads=heads, num_classes=num_classes)
     own = SEGMENTER if kind == 'SegmenterMaskTransformerHead' else GROW.get(kind, LAST)
     common = dict(type=kind, channels=8, norm_cfg=dict(type='BN'), num_classes=num_classes, dropout_ratio=0.0)
     return common | own | options
@@ -153,6 +156,16 @@ def test_class_tokens_grow_by_rows(init: str) -> None:
         assert torch.allclose(other[:, NUM_OLD:], other[:, :1], atol=1e-5)
 
 
+def test_regions_of_all_classes_describe_a_pixel_in_a_cascade() -> None:
+    old, new, tensors = grow('CascadeHead', 'random')
+    assert tensors == dict.fromkeys([f'{i}.conv_seg.{kind}' for i in (0, 1) for kind in ('weight', 'bias')], 0)
+    (last, first), (grown_last, grown_first) = outputs(old), outputs(new)
+    assert torch.allclose(grown_first[:, :NUM_OLD], first, atol=1e-5)
+    assert not torch.allclose(grown_last[:, :NUM_OLD], last, atol=1e-3)
+    same = grown_last[:, :NUM_OLD].argmax(1) == last.argmax(1)
+    assert same.float().mean() > 0.9
+
+
 @pytest.mark.parametrize('kind', ['DAHead', 'EncHead', 'DDRHead', 'SegmenterMaskTransformerHead'])
 def test_a_head_without_background_gets_one_in_every_tensor(kind: str) -> None:
     old = make_head(head_cfg(kind, NUM_OLD), 0)
@@ -186,8 +199,11 @@ class NoClassifier(FCNHead):
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     'two classes in one channel': (head_cfg('FCNHead', 2, out_channels=1), 'has 1 output channel for 2 classes'),
-    'OCR': (head_cfg('OCRHead', 4, ocr_channels=4), 'is a part of a cascade'),
+    'OCR': (head_cfg('OCRHead', 4, ocr_channels=4), 'needs the output of another head'),
     'edges': (head_cfg('PIDHead', 4) | dict(in_channels=32, in_index=-1), 'its loss needs maps of edges'),
+    'kernels': (dict(type='IterativeDecodeHead', num_classes=4), 'does not classify each pixel'),
+    'masks': (dict(type='Mask2FormerHead', num_classes=4), 'does not classify each pixel'),
+    'points': (dict(type='PointHead', num_classes=4), 'its layers take a map of each class'),
     'boundaries': (head_cfg('STDCHead', 2, num_convs=1), r'boundaries .*auxiliary_head=None'),
     'columns': (head_cfg(WideInput, 8), r'in mix\.weight \(8, 16, 1, 1\), its shape depends on the number of classes'),
     'nothing': (head_cfg(NoClassifier, 4), 'none of its tensors has a row for each of its 4 classes'),
@@ -201,6 +217,13 @@ def test_heads_that_cannot_grow_are_refused_when_the_model_is_built(case: str) -
     model = model_cfg(cfg['num_classes'], auxiliary_head=[auxiliary_head_cfg(cfg['num_classes']), cfg])
     with pytest.raises(TypeError, match=rf'auxiliary_head\.1 \({name}\) cannot grow: .*{message}'):
         build(model)
+
+
+def test_the_head_of_a_cascade_that_cannot_grow_is_named() -> None:
+    cfg = head_cfg('CascadeHead', 4)
+    cfg['heads'][1] = dict(type='PointHead', num_classes=4)
+    with pytest.raises(TypeError, match=r'decode_head\.1 \(PointHead\) cannot grow'):
+        build(model_cfg(4, decode_head=cfg))
 
 
 def test_looking_for_what_grows_leaves_the_random_numbers_alone() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmseg_sats.api.class_table import BACKGROUND
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.models.heads.cascade import join_cascade
 from mmseg_sats.models.heads.class_tensors import class_tensors
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.spelling import near_match
@@ -132,6 +133,8 @@ def read_old_model(
         if not path.is_file():
             raise FileNotFoundError(f'the {what} of the old model, {path}, does not exist')
     cfg = read_file(config)
+    if cfg.get('model'):
+        cfg.model = join_cascade(cfg.model.to_dict())
     expected = f'expected the mmseg config that {checkpoint} was trained with'
     model = cfg.get('model') or {}
     if not model.get('backbone') or not isinstance(model.get('decode_head'), Mapping):

@@ -152,6 +152,11 @@ def _become_one_channel_a_class(head: ConfigDict, channels: int) -> None:
 
 def _named_heads(model: ConfigDict) -> dict[str, ConfigDict]:
     """The configs of the heads by their path in the config, the decode head first."""
+    if not isinstance(model.get('decode_head'), dict):
+        raise TypeError(
+            "model.decode_head must be the config of one head; for a cascade as OCRNet's, expected "
+            "dict(type='CascadeHead', heads=[...])"
+        )
     others = model.get('auxiliary_head') or []
     if isinstance(others, list):
         named = {f'model.auxiliary_head[{index}]': head for index, head in enumerate(others)}

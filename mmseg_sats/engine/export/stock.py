@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.models.heads.cascade import part_cascade
 from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
@@ -84,7 +85,10 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
     Raises:
         ValueError: a part of the model exists in this package alone.
     """
-    model = _in_stock_words(cfg.model.to_dict())
+    parted = part_cascade(cfg.model.to_dict())
+    model = _in_stock_words(dict(parted, type=cfg.model.type))
+    if parted['type'] != cfg.model.type:
+        model['type'] = parted['type']
     own = _own_modules(model, imports_of(cfg))
     return Config(
         dict(

@@ -10,17 +10,45 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mmseg.models.decode_heads import PIDHead, STDCHead
-from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
 from mmseg.registry import MODELS
 from torch import nn
 
-# Heads whose training needs more than an image's features and labels.
-_OTHER_TASKS: dict[type, str] = {
-    BaseCascadeDecodeHead: 'it is a part of a cascade, which needs the output of another head',
-    PIDHead: 'its loss needs maps of edges, which completed labels do not have',
-    STDCHead: 'it predicts boundaries instead of the classes; leave it out by model = dict(auxiliary_head=None)',
+_NO_CLASSIFIER = 'it does not classify each pixel by logits of the classes'
+# Heads of mmseg that need more than an image's features and labels, or are trained for something else.
+_REFUSED: dict[str, str] = {
+    'PointHead': 'its layers take a map of each class, and it is trained on points instead of label maps',
+    'BaseCascadeDecodeHead': 'it needs the output of another head; expected both as heads of a CascadeHead',
+    'PIDHead': 'its loss needs maps of edges, which completed labels do not have',
+    'STDCHead': 'it predicts boundaries instead of the classes; leave it out by model = dict(auxiliary_head=None)',
+    'IterativeDecodeHead': _NO_CLASSIFIER,
+    'MaskFormerHead': _NO_CLASSIFIER,
+    'Mask2FormerHead': _NO_CLASSIFIER,
+    'SideAdapterCLIPHead': _NO_CLASSIFIER,
+    'VPDDepthHead': _NO_CLASSIFIER,
 }
+
+
+def check_kind(name: str, cfg: Mapping[str, Any], after_another: bool = False) -> None:
+    """Raises TypeError if a head is of a kind of mmseg's that cannot grow, for heads that are not built yet.
+
+    Args:
+        name: the head's name in the segmentor, for the message.
+        cfg: its config.
+        after_another: whether it gets the output of another head.
+    """
+    for index, head in enumerate(cfg.get('heads', ())):  # of a CascadeHead
+        check_kind(f'{name}.{index}', head, after_another=index > 0)
+    kind = MODELS.get(cfg['type']) if isinstance(cfg.get('type'), str) else cfg.get('type')
+    names = {cls.__name__ for cls in getattr(kind, '__mro__', ())}
+    if after_another:
+        names.discard('BaseCascadeDecodeHead')
+    for refused, reason in _REFUSED.items():
+        if refused in names:
+            raise TypeError(_cannot(name, kind, reason))
+
+
+def _cannot(name: str, kind: type, reason: str) -> str:
+    return f"{name} ({kind.__name__}) cannot grow: {reason} (docs/own_data.md lists mmseg's heads)"
 
 
 def class_tensors(name: str, head: nn.Module, cfg: Mapping[str, Any]) -> dict[str, int]:
@@ -39,9 +67,10 @@ def class_tensors(name: str, head: nn.Module, cfg: Mapping[str, Any]) -> dict[st
         TypeError: the head cannot grow, because it has no such tensor, not one output channel for each class, or
             another tensor whose shape depends on the number of classes, or it is trained for something else.
     """
+    check_kind(name, dict(type=type(head)))
     num_classes = getattr(head, 'num_classes', None)
     channels = getattr(head, 'out_channels', num_classes)
-    reason = next((reason for kind, reason in _OTHER_TASKS.items() if isinstance(head, kind)), None)
+    reason = ''
     if num_classes is None:
         reason = 'it has no number of classes'
     elif channels != num_classes:
@@ -52,9 +81,7 @@ def class_tensors(name: str, head: nn.Module, cfg: Mapping[str, Any]) -> dict[st
     elif not (found or reason):
         reason = f'none of its tensors has a row for each of its {num_classes} classes'
     if reason:
-        raise TypeError(
-            f"{name} ({type(head).__name__}) cannot grow: {reason} (docs/own_data.md lists mmseg's heads)"
-        )
+        raise TypeError(_cannot(name, type(head), reason))
     return found
 
 

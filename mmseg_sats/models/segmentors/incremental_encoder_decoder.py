@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from mmseg_sats.models.heads.class_tensors import class_tensors
+from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
 from mmseg_sats.models.heads.losses import head_losses
 from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
@@ -102,6 +102,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         head_cfgs = copy.deepcopy(
             {'decode_head': decode_head} | _named('auxiliary_head', kwargs.get('auxiliary_head'))
         )
+        for name, cfg in head_cfgs.items():
+            check_kind(name, cfg)
         super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
         self.classifier_init = classifier_init
         self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
