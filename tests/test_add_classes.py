@@ -40,7 +40,8 @@ torch.save(model(image, mode='tensor'), 'logits.pth')
 
 
 def old_model(
-    folder: Path, names: list[str], mit: bool = False, classes_in_checkpoint: bool = True, **config: Any
+    folder: Path, names: list[str], mit: bool = False, classes_in_checkpoint: bool = True,
+    head: dict[str, Any] | None = None, **config: Any,
 ) -> tuple[Path, Path]:
     """A model from elsewhere with random weights: checkpoint and config."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def old_model(
     )
     model = dict(
         type='EncoderDecoder', data_preprocessor=preprocessor, backbone=backbone,
-        decode_head=decode_head_cfg(len(names), channels), train_cfg=dict(), test_cfg=dict(mode='whole'),
+        decode_head=head or decode_head_cfg(len(names), channels), train_cfg=dict(), test_cfg=dict(mode='whole'),
     )  # fmt: skip
     Config(dict(model=model, **config)).dump(folder / 'config.py')
     init_default_scope('mmseg')
@@ -226,8 +227,14 @@ def test_matched_classes_keep_their_labels(
     assert table.stage_images.dataset.mask_values == dict(tree=1, car=7)
 
 
-def test_background_in_another_channel_moves_to_the_first(tmp_path: Path) -> None:
-    checkpoint, config = old_model(tmp_path / 'old', ['road', 'clutter', 'car'])
+ENCNET = dict(
+    type='EncHead', in_channels=[RESNET_CHANNELS[3]], in_index=[3], channels=8, num_classes=3, norm_cfg=dict(type='BN')
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('head', [None, ENCNET], ids=['SegformerHead', 'EncHead'])
+def test_background_in_another_channel_moves_to_the_first(head: dict[str, Any] | None, tmp_path: Path) -> None:
+    checkpoint, config = old_model(tmp_path / 'old', ['road', 'clutter', 'car'], head=head)
     old = read_old_model(checkpoint, config, background='clutter')
     assert old.classes == ('road', 'car')
     assert old.numbers == {'road': 0, 'background': 1, 'car': 2}
@@ -235,10 +242,25 @@ def test_background_in_another_channel_moves_to_the_first(tmp_path: Path) -> Non
     was = load_checkpoint_safely(checkpoint)['state_dict']
     assert moved['meta']['dataset_meta']['classes'] == ['background', 'road', 'car']
     for key, value in moved['state_dict'].items():
-        expected = was[key][[1, 0, 2]] if 'conv_seg' in key else was[key]
+        expected = was[key][[1, 0, 2]] if 'conv_seg' in key or 'se_layer' in key else was[key]
         assert torch.equal(value, expected), key
     plain = read_old_model(*old_model(tmp_path / 'plain', ['background', 'road']))
     assert plain.base(tmp_path / 'out') == plain.checkpoint
+
+
+def test_one_channel_for_two_classes_has_background_first(tmp_path: Path) -> None:
+    head = decode_head_cfg(2, RESNET_CHANNELS, out_channels=1, threshold=0.5)
+    files = old_model(tmp_path / 'old', ['background', 'crack'], head=head)
+    old = read_old_model(*files)
+    assert (old.classes, old.background) == (('crack',), 0)
+    assert old.base(tmp_path / 'out') == files[0]
+    files = old_model(tmp_path / 'other', ['wall', 'crack'], head=head)
+    with pytest.raises(ValueError, match=r'one channel for its classes wall, crack: .* background=wall'):
+        read_old_model(*files)
+    renamed = load_checkpoint_safely(read_old_model(*files, background='wall').base(tmp_path / 'out'))
+    assert renamed['meta']['dataset_meta']['classes'] == ['background', 'crack']
+    was = load_checkpoint_safely(files[0])['state_dict']
+    assert all(torch.equal(value, was[key]) for key, value in renamed['state_dict'].items())
 
 
 def test_the_old_models_own_images_are_a_memory(scenes: list[tuple[Path, Path]], tmp_path: Path) -> None:

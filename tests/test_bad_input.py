@@ -324,8 +324,21 @@ CASES = [
     ),
     Case(
         'base with more classes',
-        r'does not fit stage 0 \(4 classes with background\).*conv_seg',
+        r'does not fit stage 0: it has 7 classes, which it does not name, stage 0 has 4 \(background, a, b, c\)',
         spoil=lambda p: save_base(p, classes=7),
+        words=BASE,
+    ),
+    Case(
+        'base with the classes of another data set',
+        r'does not fit stage 0: it has 5 classes \(road, car, a, b, c\), stage 0 has 4 \(background, a, b, c\); '
+        r"expected the same.* let class_names begin with background and then these, .* protocol='5-N'",
+        spoil=lambda p: save_base(p, classes=5, names=['road', 'car', 'a', 'b', 'c']),
+        words=BASE,
+    ),
+    Case(
+        'base with background and another number of classes',
+        r"it has 3 classes \(background, a, b\), stage 0 has 4 .* protocol='2-N'",
+        spoil=lambda p: save_base(p, classes=3, names=['background', 'a', 'b']),
         words=BASE,
     ),
     Case(

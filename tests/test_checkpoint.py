@@ -20,12 +20,8 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor, nn
 
-from mmseg_sats.engine.files.snapshot import (
-    adopt_base,
-    load_snapshot,
-    trained_weights,
-    write_weights,
-)
+from mmseg_sats.engine.files.base import adopt_base
+from mmseg_sats.engine.files.snapshot import load_snapshot, trained_weights, write_weights
 from mmseg_sats.utils.checkpoint import (
     load_checkpoint_safely,
     write_atomically,
@@ -388,7 +384,7 @@ def save_base(path: Path, num_classes: int, classes: list[str] | None, **options
 def test_the_base_of_another_run_is_taken_as_it_is(tmp_path: Path, classes: Any) -> None:
     weights = save_base(tmp_path / 'base.pth', 4, classes)
     model = build(model_cfg(4))
-    adopted = adopt_base(model, ['decode_head'], tmp_path / 'base.pth', CLASSES)
+    adopted = adopt_base(model, tmp_path / 'base.pth', CLASSES)
     assert list(adopted) == list(model.state_dict())
     assert all(torch.equal(adopted[key], weights[key]) for key in weights)
 
@@ -404,7 +400,7 @@ def test_a_base_without_background_gets_one(tmp_path: Path, names: list | None, 
     meta = {} if names is None else dict(dataset_meta=dict(classes=names))
     write_weights(path, weights, meta)
     model = build(model_cfg(4)).eval()
-    model.load_state_dict(adopt_base(model, ['decode_head'], path, CLASSES))
+    model.load_state_dict(adopt_base(model, path, CLASSES))
     with torch.no_grad():
         before, after = stock(images(), mode='tensor'), model(images(), mode='tensor')
     torch.testing.assert_close(after[:, 1:].softmax(1), before.softmax(1), atol=1e-5, rtol=1e-4)
@@ -420,8 +416,7 @@ def test_all_heads_of_a_base_get_a_background(tmp_path: Path, listed: bool) -> N
     path = tmp_path / 'base.pth'
     weights = save_base(path, 3, CLASSES[1:], auxiliary_head=heads(3))
     model = build(model_cfg(4, auxiliary_head=heads(4)))
-    names = [name for name, _ in model.named_children() if name.endswith('_head')]
-    adopted = adopt_base(model, names, path, CLASSES)
+    adopted = adopt_base(model, path, CLASSES)
     for key in (key for key in weights if 'conv_seg' in key):
         torch.testing.assert_close(adopted[key], torch.cat([weights[key].mean(0)[None], weights[key]]))
 
@@ -431,7 +426,7 @@ def test_a_base_without_the_models_auxiliary_head_is_refused(tmp_path: Path) -> 
     save_base(path, 3, CLASSES[1:])
     model = build(model_cfg(4, auxiliary_head=auxiliary_head_cfg(4)))
     with pytest.raises(ValueError, match=r'base\.pth.*auxiliary_head\.conv_seg\.weight: missing'):
-        adopt_base(model, ['decode_head', 'auxiliary_head'], path, CLASSES)
+        adopt_base(model, path, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -448,14 +443,14 @@ def test_a_base_of_other_classes_is_refused(tmp_path: Path, names: list[str]) ->
     save_base(path, len(names), names)
     expected = re.escape(f'{path} was trained on classes {names}, expected {CLASSES[-len(names) :]}')
     with pytest.raises(ValueError, match=expected):
-        adopt_base(build(model_cfg(4)), ['decode_head'], path, CLASSES)
+        adopt_base(build(model_cfg(4)), path, CLASSES)
 
 
 def test_a_base_of_another_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / 'base.pth'
     save_base(path, 7, None)
-    with pytest.raises(ValueError, match=rf'{path} does not fit stage 0 \(4 classes .*conv_seg\.weight: \(7, '):
-        adopt_base(build(model_cfg(4)), ['decode_head'], path, CLASSES)
+    with pytest.raises(ValueError, match=rf'{path} does not fit stage 0: it has 7 classes, .*stage 0 has 4 '):
+        adopt_base(build(model_cfg(4)), path, CLASSES)
 
 
 @pytest.mark.parametrize('num_classes', [4, 3])
@@ -463,11 +458,11 @@ def test_a_base_of_another_backbone_is_refused(tmp_path: Path, num_classes: int)
     path = tmp_path / 'base.pth'
     save_base(path, num_classes, None, resnet=True)
     with pytest.raises(ValueError, match=rf'{path} does not fit stage 0 .*backbone\.layers.*: missing'):
-        adopt_base(build(model_cfg(4)), ['decode_head'], path, CLASSES)
+        adopt_base(build(model_cfg(4)), path, CLASSES)
 
 
 def test_a_base_that_is_a_bare_backbone_is_refused(tmp_path: Path) -> None:
     path = tmp_path / 'mit.pth'
     torch.save(build(model_cfg(4)).backbone.state_dict(), path)
     with pytest.raises(ValueError, match='does not fit stage 0'):
-        adopt_base(build(model_cfg(4)), ['decode_head'], path, CLASSES)
+        adopt_base(build(model_cfg(4)), path, CLASSES)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, MODELS
 from torch import Tensor
 
 from mmseg_sats.api.class_table import BACKGROUND
 from mmseg_sats.engine.files.snapshot import write_weights
+from mmseg_sats.models.heads.cascade import join_cascade
+from mmseg_sats.models.heads.class_tensors import class_tensors
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.utils.user_modules import read_file
 
-_CLASSIFIER = 'decode_head.conv_seg.weight'
 _CALLED_BACKGROUND = (BACKGROUND, '_background_', 'bg')
 
 
@@ -61,7 +62,7 @@ class OldModel:
     def base(self, folder: Path) -> Path:
         """A checkpoint whose classes are background, if it has one, and then :attr:`classes`.
 
-        That is its own, unless background has another channel or another name: then the classifiers' rows are
+        That is its own, unless background has another channel or another name: then the heads' rows are
         put in that order, and ``folder/old_model.pth`` is written.
         """
         names = ([] if self.background is None else [BACKGROUND]) + list(self.classes)
@@ -71,10 +72,10 @@ class OldModel:
         order = ([] if self.background is None else [self.background]) + [
             channel for channel in range(len(self.channels)) if channel != self.background
         ]
-        state_dict = {
-            key: value[torch.tensor(order)] if key.endswith(('conv_seg.weight', 'conv_seg.bias')) else value
-            for key, value in loaded['state_dict'].items()
-        }
+        state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
+        for key, dim in _class_tensors(self.cfg.model).items() if order != sorted(order) else ():
+            if key in state_dict:
+                state_dict[key] = state_dict[key].index_select(dim, torch.tensor(order))
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder / 'old_model.pth', state_dict, dict(dataset_meta=dict(classes=names)))
         return folder / 'old_model.pth'
@@ -123,41 +124,72 @@ def read_old_model(
 
     Raises:
         FileNotFoundError: one of the files does not exist.
-        ValueError: the checkpoint cannot be read safely, its head is not on BaseDecodeHead, the config is of another
-            model, or the classes are not known or do not agree with the channels.
+        TypeError: the head cannot grow.
+        ValueError: the checkpoint cannot be read safely, the config is of another model, or the classes are not known
+            or do not agree with the channels.
     """
     checkpoint, config = Path(checkpoint), Path(config)
     for path, what in ((checkpoint, 'checkpoint'), (config, 'config')):
         if not path.is_file():
             raise FileNotFoundError(f'the {what} of the old model, {path}, does not exist')
-    loaded = load_checkpoint_safely(checkpoint)
-    weight = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}.get(_CLASSIFIER)
-    if weight is None:
-        raise ValueError(
-            f"{checkpoint} has no {_CLASSIFIER}: expected a model with one decode head on mmseg's BaseDecodeHead"
-        )
     cfg = read_file(config)
-    _check_model(cfg, config, checkpoint, weight.shape[0])
-    channels = _names(checkpoint, loaded['meta'], cfg, weight, names)
+    if cfg.get('model'):
+        cfg.model = join_cascade(cfg.model.to_dict())
+    expected = f'expected the mmseg config that {checkpoint} was trained with'
+    model = cfg.get('model') or {}
+    if not model.get('backbone') or not isinstance(model.get('decode_head'), Mapping):
+        raise ValueError(f'{config} describes no model with one backbone and one decode head: {expected}')
+    loaded = load_checkpoint_safely(checkpoint)
+    count = _channels(checkpoint, loaded['state_dict'], model)
+    binary = count == 1  # a sigmoid tells one class from everything else
+    if model.decode_head.get('num_classes') not in (None, count, 2 if binary else count):
+        raise ValueError(
+            f'{config} has {model.decode_head.num_classes} classes, the checkpoint {count}: {expected}'
+        )
+    channels = _names(checkpoint, loaded['meta'], cfg, 2 if binary else count, names)
+    found = _background(channels, background)
+    if binary and found != 0:
+        raise ValueError(
+            f'{checkpoint} has one channel for its classes {", ".join(channels)}: expected the first of them to be '
+            f'background, or background={channels[0]}, if it stands for everything else'
+        )
     colours = (loaded['meta'].get('dataset_meta') or {}).get('palette') or ()
     palette = dict(zip(channels, colours, strict=False))
-    return OldModel(checkpoint, config, cfg, channels, _background(channels, background), palette)
+    return OldModel(checkpoint, config, cfg, channels, found, palette)
 
 
-def _check_model(cfg: Config, config: Path, checkpoint: Path, channels: int) -> None:
-    model = cfg.get('model') or {}
-    head = model.get('decode_head') or {}
-    expected = f'expected the mmseg config that {checkpoint} was trained with'
-    if not model.get('backbone') or not isinstance(head, Mapping):
-        raise ValueError(f'{config} describes no model with one backbone and one decode head: {expected}')
-    if head.get('num_classes') not in (None, channels):
-        raise ValueError(f'{config} has {head.get("num_classes")} classes, the checkpoint {channels}: {expected}')
+def _class_tensors(model: Mapping[str, Any]) -> dict[str, int]:
+    """The tensors of a model's heads with a row for each class, by their names in a checkpoint; see `class_tensors`.
+
+    Heads with one channel for two classes have none.
+    """
+    auxiliary = model.get('auxiliary_head') or []
+    numbered = isinstance(auxiliary, list)
+    heads = {'decode_head': model['decode_head']}
+    for index, head in enumerate(auxiliary if numbered else [auxiliary]):
+        heads[f'auxiliary_head.{index}' if numbered else 'auxiliary_head'] = head
+    found: dict[str, int] = {}
+    with DefaultScope.overwrite_default_scope('mmseg'), torch.random.fork_rng(devices=[]):
+        for name, head in heads.items():
+            if head.get('out_channels') != 1:
+                tensors = class_tensors(name, MODELS.build(dict(head)), head)
+                found |= {f'{name}.{key}': dim for key, dim in tensors.items()}
+    return found
+
+
+def _channels(checkpoint: Path, state_dict: Mapping[str, Tensor], model: Mapping[str, Any]) -> int:
+    """How many channels the decode head of a checkpoint has."""
+    head = dict(decode_head=model['decode_head'])
+    key, dim = next(iter(_class_tensors(head).items()), ('decode_head.conv_seg.weight', 0))
+    rows = {name.removeprefix('module.'): value for name, value in state_dict.items()}.get(key)
+    if rows is None:
+        raise ValueError(f"{checkpoint} has no {key}: expected a checkpoint with the config's decode head")
+    return rows.shape[dim]
 
 
 def _names(
-    checkpoint: Path, meta: Mapping[str, Any], cfg: Config, weight: Tensor, given: Sequence[str] | None
+    checkpoint: Path, meta: Mapping[str, Any], cfg: Config, count: int, given: Sequence[str] | None
 ) -> tuple[str, ...]:
-    count = weight.shape[0]
     in_checkpoint = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
     found = given or in_checkpoint or _classes_of(_dataset(cfg))
     if found is None:
@@ -170,7 +202,6 @@ def _names(
         raise ValueError(
             f'{checkpoint} has {count} channels, but its classes are {len(found)}: {", ".join(found)}; expected a name '
             'for each channel, which old_classes can give'
-            + (' (a head with one channel for two classes cannot grow)' if count == 1 else '')
         )
     return found
 

@@ -11,6 +11,7 @@ from mmseg_sats.models.backbones import (
     AttentionVisionTransformer,
     check_attention,
 )
+from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
     CRPDistillationLoss,
     FeatureMSELoss,
@@ -43,6 +44,7 @@ __all__ = [
     'AttentionSwinTransformer',
     'AttentionVisionTransformer',
     'CRPDistillationLoss',
+    'CascadeHead',
     'ClassPrototypes',
     'DistillationPart',
     'EntropyPseudoLabeler',

@@ -42,6 +42,7 @@ class SegmentorOutput:
         align_corners: how the head's logits are resized.
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
         prototypes: the classes' mean features, or None if the model does not compute them.
+        more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
     """
 
     logits: Tensor
@@ -50,12 +51,18 @@ class SegmentorOutput:
     align_corners: bool = False
     unknown: Tensor | None = None
     prototypes: ClassPrototypes | None = None
+    more: tuple[Tensor, ...] = ()
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def trained_logits(self) -> Tensor:
         """All logits that the segmentation loss gets: (B, K, h, w), or K + 1 channels with the unknown class last."""
         return self.logits if self.unknown is None else torch.cat([self.logits, self.unknown], 1)
+
+    @property
+    def head_output(self) -> Tensor | tuple[Tensor, ...]:
+        """What the head returned, which its own losses expect."""
+        return (self.trained_logits, *self.more) if self.more else self.trained_logits
 
     def labelling_logits(self, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) at ``size`` for pseudo-labels.

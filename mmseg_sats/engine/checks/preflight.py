@@ -13,7 +13,7 @@ from mmseg_sats.engine.checks.trial_build import build_model
 from mmseg_sats.engine.checks.values import check_device, check_numbers
 from mmseg_sats.engine.config.variables import variables_in
 from mmseg_sats.engine.evaluation import evaluation_set
-from mmseg_sats.engine.files.snapshot import adopt_base, head_names
+from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.utils.config_keys import KEYS, STAGE_PARTS, names
 from mmseg_sats.utils.spelling import near_match, one_slip
 
@@ -126,5 +126,4 @@ def check_base(cfg: Config, base: Path) -> None:
     if not base.is_file():
         raise FileNotFoundError(f'base {base}: no such checkpoint')
     classes = evaluation_set(cfg).metainfo['classes']
-    model = build_model(cfg)
-    adopt_base(model, head_names(model), base, classes)
+    adopt_base(build_model(cfg), base, classes)

@@ -122,6 +122,8 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     heads = _named_heads(model)
     for head in heads.values():
         head.num_classes = stage.num_channels
+        if 'out_channels' in head:
+            _become_one_channel_a_class(head, stage.num_channels)
     loss = heads.pop('model.decode_head').get('loss_decode')
     for head in heads.values():
         own = head.get('loss_decode')
@@ -140,8 +142,21 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
         model.old_model = dict(checkpoint=str(snapshot), num_old=stage.num_old)
 
 
+def _become_one_channel_a_class(head: ConfigDict, channels: int) -> None:
+    """Gives a head, which may have had one channel for two classes and a sigmoid, a channel for each class."""
+    loss = head.get('loss_decode')
+    if head.out_channels == 1 and isinstance(loss, dict) and loss.get('use_sigmoid'):
+        head.loss_decode = dict(type='CrossEntropyLoss', loss_weight=loss.get('loss_weight', 1.0))
+    head.out_channels = channels
+
+
 def _named_heads(model: ConfigDict) -> dict[str, ConfigDict]:
     """The configs of the heads by their path in the config, the decode head first."""
+    if not isinstance(model.get('decode_head'), dict):
+        raise TypeError(
+            "model.decode_head must be the config of one head; for a cascade as OCRNet's, expected "
+            "dict(type='CascadeHead', heads=[...])"
+        )
     others = model.get('auxiliary_head') or []
     if isinstance(others, list):
         named = {f'model.auxiliary_head[{index}]': head for index, head in enumerate(others)}

@@ -7,10 +7,11 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmseg_sats.models.heads.cascade import CASCADE, join_cascade
 from mmseg_sats.models.own_options import own_options
 from mmseg_sats.utils.user_modules import add_imports, imports_of, read_file
 
-SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder')
+SEGMENTORS = ('EncoderDecoder', 'IncrementalEncoderDecoder', CASCADE)
 
 
 def take_trained_model(cfg: Config) -> None:
@@ -95,7 +96,7 @@ def _model_of(trained: Config, path: Path) -> dict[str, Any]:
         )
     # A stage's config has options for its stage and method, which this run sets itself.
     own = own_options(model.type)
-    model = {key: value for key, value in model.to_dict().items() if key not in own}
+    model = {key: value for key, value in join_cascade(model.to_dict()).items() if key not in own}
     # As in mmengine, a top-level data_preprocessor is used if the model has none.
     if not model.get('data_preprocessor'):
         model['data_preprocessor'] = dict(trained.get('data_preprocessor') or {})

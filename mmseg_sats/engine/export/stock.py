@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.models.backbones.input_channels import input_channels
+from mmseg_sats.models.heads.cascade import part_cascade
 from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
@@ -85,7 +86,10 @@ def stock_config(cfg: Config, dataset_meta: dict[str, Any]) -> Config:
     Raises:
         ValueError: a part of the model exists in this package alone.
     """
-    model = _in_stock_words(cfg.model.to_dict())
+    parted = part_cascade(cfg.model.to_dict())
+    model = _in_stock_words(dict(parted, type=cfg.model.type))
+    if parted['type'] != cfg.model.type:
+        model['type'] = parted['type']
     own = _own_modules(model, imports_of(cfg))
     return Config(
         dict(
@@ -175,6 +179,7 @@ def check_same_logits(
     ours, theirs = (
         copy.deepcopy(part).double().eval()(images, mode='tensor') for part in (model, stock)
     )
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs  # some of mmseg's heads return more than logits
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9):
         raise ValueError(
             f'{type(model).__name__} cannot be exported: stock {type(stock).__name__} gives other '

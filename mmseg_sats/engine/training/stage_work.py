@@ -18,10 +18,9 @@ from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.config.replay import keep_exemplars
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
+from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.files.results import stage_results
 from mmseg_sats.engine.files.snapshot import (
-    adopt_base,
-    head_names,
     is_whole,
     latest_checkpoint,
     load_snapshot,
@@ -150,7 +149,7 @@ class StageWork:
         if from_base:
             meta = dict(dataset_meta=plain_meta(evaluation_set(runner.cfg).metainfo))
             classes = meta['dataset_meta']['classes']
-            model.load_state_dict(adopt_base(model, head_names(model), self.base, classes))
+            model.load_state_dict(adopt_base(model, self.base, classes))
             runner.call_hook('before_stage', stage=runner.stage)
         else:
             runner.train()

@@ -1,20 +1,19 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Classifiers that grow from the old model's channels to those of the current stage.
 
-All of mmseg's decode heads built on ``BaseDecodeHead`` end in ``conv_seg``, a 1x1 convolution with one
-row per channel. The rows are added to the checkpoint while it is loaded. So every head is built with its
-final size, and no other part of the model is involved.
+Most of mmseg's decode heads built on ``BaseDecodeHead`` end in ``conv_seg``, a 1x1 convolution with one
+row per channel; some have other tensors with a row for each class beside it. The rows are added to the
+checkpoint while it is loaded. So every head is built with its final size, and no other part of the model is
+involved.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
 
 import torch
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_sats.models.heads.unknown import SplitClassifier
 from mmseg_sats.utils.spelling import check_choice
 
 Rows = tuple[Tensor, Tensor]
@@ -56,61 +55,26 @@ CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
 }
 
 
-def check_head_can_grow(
-    name: str, head: nn.Module, cfg: Mapping[str, Any] | None = None
+def grow_head(
+    state_dict: MutableMapping[str, Tensor],
+    prefix: str,
+    head: nn.Module,
+    tensors: Mapping[str, int],
+    num_old: int,
+    init: str,
 ) -> None:
-    """Raises TypeError unless the rows of ``conv_seg`` are all that depends on the number of classes in ``head``.
+    """Adds rows for the new classes to the tensors of a head in a checkpoint, in place.
+
+    A classifier of pixels, which is a convolution with a bias, grows by ``init``. In other tensors, the new rows
+    are copies of the background's with ``'balanced'``, else the head's own initial values. Rows of old classes
+    never change, except the background's bias in a balanced classifier. Tensors that already have the head's
+    size are not changed.
 
     Args:
-        name: the head's name in the segmentor, for the message.
-        head: a decode or auxiliary head.
-        cfg: the config that the head was built from. If it is given, the head is built again with one
-            more class, to find other tensors that grow with the classes.
-    """
-    conv_seg = getattr(head, 'conv_seg', None)
-    if not isinstance(conv_seg, nn.Conv2d) or conv_seg.out_channels != head.num_classes:
-        raise TypeError(
-            f"{name} ({type(head).__name__}) cannot grow: expected a head on mmseg's BaseDecodeHead whose "
-            f'classifier `conv_seg` has one output channel per class ({head.num_classes}), got {conv_seg}'
-        )
-    others = [] if cfg is None else _grows_beside_classifier(head, cfg)
-    if others:
-        raise TypeError(
-            f'{name} ({type(head).__name__}) cannot grow: its size depends on the number of classes beside '
-            f'the classifier `conv_seg`, in {", ".join(others)}; expected a head without such parts'
-        )
-
-
-def _grows_beside_classifier(head: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
-    """The tensors of ``head``, except its classifier, whose shape would change with one more class."""
-    cfg = copy.deepcopy(dict(cfg, num_classes=head.num_classes + 1))
-    cfg.pop('out_channels', None)
-    with torch.random.fork_rng(devices=[]):  # does not change the run's random numbers
-        larger = MODELS.build(cfg).state_dict()
-    own = {
-        key: tensor.shape
-        for key, tensor in head.state_dict().items()
-        if not key.startswith('conv_seg.')
-    }
-    return [
-        f'{key} {tuple(shape)}'
-        for key, shape in own.items()
-        if key not in larger or larger[key].shape != shape
-    ]
-
-
-def grow_classifier(
-    state_dict: MutableMapping[str, Tensor], prefix: str, head: nn.Module, num_old: int, init: str
-) -> None:
-    """Adds rows for the new classes to a classifier in a checkpoint, in place.
-
-    A checkpoint whose classifier already has the head's size is not changed.
-
-    Args:
-        state_dict: the checkpoint's tensors; ``{prefix}conv_seg.weight`` is (num_old, C, 1, 1) and
-            ``{prefix}conv_seg.bias`` (num_old,).
+        state_dict: the checkpoint's tensors.
         prefix: the head's prefix in ``state_dict``, e.g. ``'decode_head.'``.
         head: the head that the checkpoint is loaded into; it has the final number of rows.
+        tensors: those with a row for each class, see :func:`class_tensors`.
         num_old: channels of the old model, background included.
         init: ``'balanced'`` (MiB), ``'random'`` (the head's own initial values) or ``'unknown'``
             (SSUL: the rows ``{prefix}conv_seg.unknown.*`` of the checkpoint).
@@ -119,34 +83,79 @@ def grow_classifier(
         ValueError: ``init`` is unknown, or it needs an unknown class that the checkpoint does not have.
     """
     check_choice('classifier_init', init, CLASSIFIER_INITS)
-    keys = [f'{prefix}conv_seg.weight', f'{prefix}conv_seg.bias']
-    if any(key not in state_dict for key in keys) or state_dict[keys[0]].shape[0] != num_old:
-        return
-    conv_seg = head.conv_seg
-    if conv_seg.out_channels == num_old:
+    fresh = {key: value.detach() for key, value in head.state_dict().items()}
+    for key, dim in tensors.items():
+        old = state_dict.get(prefix + key)
+        if old is None or old.shape[dim : dim + 1] != (num_old,) or fresh[key].shape[dim] == num_old:
+            continue
+        module, _, kind = key.rpartition('.')
+        if not _is_classifier(head.get_submodule(module)):
+            own = fresh[key].to(old.device)
+            num_new = own.shape[dim] - num_old
+            new = [old.narrow(dim, 0, 1)] * num_new if init == 'balanced' else [own.narrow(dim, num_old, num_new)]
+            state_dict[prefix + key] = torch.cat([old, *new], dim)
+        elif kind == 'weight':
+            _grow_classifier(state_dict, prefix + module, fresh, module, init)
+
+
+def _is_classifier(part: nn.Module) -> bool:
+    """Whether a part of a head with a row for each class classifies pixels, so that its rows are shared as logits."""
+    return isinstance(part, SplitClassifier) or (isinstance(part, nn.Conv2d) and part.bias is not None)
+
+
+def _grow_classifier(
+    state_dict: MutableMapping[str, Tensor], name: str, fresh: Mapping[str, Tensor], own_name: str, init: str
+) -> None:
+    keys = [f'{name}.{kind}' for kind in ('weight', 'bias')]
+    if keys[1] not in state_dict:
         return
     old = tuple(state_dict[key] for key in keys)
-    own = conv_seg.state_dict()
-    fresh = tuple(own[kind].to(old[0].device) for kind in ('weight', 'bias'))
-    unknown_keys = [f'{prefix}conv_seg.unknown.{kind}' for kind in ('weight', 'bias')]
+    own = tuple(fresh[f'{own_name}.{kind}'].to(old[0].device) for kind in ('weight', 'bias'))
+    unknown_keys = [f'{name}.unknown.{kind}' for kind in ('weight', 'bias')]
     unknown = tuple(state_dict[key] for key in unknown_keys if key in state_dict) or None
-    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, fresh, unknown)
+    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, own, unknown)
 
 
-def add_background(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Adds a background channel at index 0 to a classifier that was trained without one, in place.
+def add_background(state_dict: MutableMapping[str, Tensor], prefix: str, tensors: Mapping[str, int]) -> None:
+    """Adds a background channel at index 0 to a head that was trained without one, in place.
 
-    The new row is the mean of all class rows. The softmax over the old classes does not change. Since a
-    mean never exceeds the largest value, background is not predicted anywhere before training.
+    The new row is the mean of all class rows. If the logits are those of a classifier of pixels, the softmax over
+    the old classes does not change, and since a mean never exceeds the largest value, background is not predicted
+    anywhere before training.
 
     Args:
         state_dict: the checkpoint's tensors.
-        prefix: the head's prefix, e.g. ``'decode_head.'``; the heads of a list of auxiliary heads share it.
+        prefix: the head's prefix, e.g. ``'decode_head.'``.
+        tensors: those with a row for each class, see :func:`class_tensors`.
     """
-    classifiers = ('conv_seg.weight', 'conv_seg.bias')
-    for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(classifiers)]:
-        rows = state_dict[key]
-        state_dict[key] = torch.cat([rows.mean(dim=0, keepdim=True), rows])
+    for key, dim in tensors.items():
+        rows = state_dict.get(prefix + key)
+        if rows is not None:
+            state_dict[prefix + key] = torch.cat([rows.mean(dim, keepdim=True), rows], dim)
+
+
+def split_binary(state_dict: MutableMapping[str, Tensor], prefix: str, threshold: float) -> None:
+    """Gives a classifier with one channel for two classes a channel for background, in place.
+
+    mmseg predicts the foreground where the sigmoid of the channel exceeds a threshold. The background's logit
+    becomes the constant ``log(threshold / (1 - threshold))``, so that the same pixels are predicted as before.
+
+    Args:
+        state_dict: the checkpoint's tensors; ``{prefix}conv_seg.weight`` is (1, C, 1, 1).
+        prefix: the head's prefix, e.g. ``'decode_head.'``.
+        threshold: of the head, between 0 and 1.
+
+    Raises:
+        ValueError: the threshold is not between 0 and 1.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f'{prefix}threshold={threshold!r}: expected a number between 0 and 1')
+    if f'{prefix}conv_seg.bias' not in state_dict:
+        return
+    weight, bias = (state_dict[f'{prefix}conv_seg.{kind}'] for kind in ('weight', 'bias'))
+    constant = torch.full_like(bias, math.log(threshold / (1 - threshold)))
+    state_dict[f'{prefix}conv_seg.weight'] = torch.cat([torch.zeros_like(weight), weight])
+    state_dict[f'{prefix}conv_seg.bias'] = torch.cat([constant, bias])
 
 
 def shape_mismatches(

@@ -5,7 +5,7 @@ Cha et al., "SSUL: Semantic Segmentation with Unknown Label for Exemplar-based C
 Learning", NeurIPS 2021, sections 3.2 and 3.3.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -78,6 +78,22 @@ def split_classifier(head: nn.Module, num_old: int) -> None:
     """
     conv_seg = head.conv_seg
     head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old)
+
+
+def check_unknown(name: str, head: nn.Module, tensors: Iterable[str]) -> None:
+    """Raises TypeError if a head cannot have an unknown class, since more than ``conv_seg`` depends on its classes.
+
+    Args:
+        name: the head's name in the segmentor, for the message.
+        head: a decode or auxiliary head.
+        tensors: the names of those with a row for each class.
+    """
+    others = [key for key in tensors if not key.startswith('conv_seg.')]
+    if others or not isinstance(getattr(head, 'conv_seg', None), nn.Conv2d):
+        raise TypeError(
+            f'unknown=True: {name} ({type(head).__name__}) cannot have an unknown class: expected a head in which the '
+            f'classifier conv_seg alone has a row for each class, found {", ".join(others)}'
+        )
 
 
 def fold_unknown(logits: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def losses_over_ranks(
     ``acc_seg``. A part whose ``reduces_over_ranks`` is True already returns the loss of the whole batch.
 
     Args:
-        losses: by mmseg's names: ``PREFIX.loss_NAME`` for a head, ``loss_NAME`` for a part.
+        losses: by mmseg's names: ``PREFIX.loss_NAME`` for a head, ``PREFIX.OUTPUT.loss_NAME`` for a head with
+            several outputs, ``loss_NAME`` for a part.
         heads: prefix to head.
         parts: name to part, for the losses beside those of the heads.
         labels: (B, H, W), the labels that the heads were trained on.
@@ -49,7 +50,7 @@ def losses_over_ranks(
     by_name = {f'loss_{name}': part for name, part in parts.items()}
     counts: dict[str, Tensor | int] = {}
     for name, value in losses.items():
-        prefix, _, own = name.rpartition('.')
+        prefix, own = name.partition('.')[0], name.rpartition('.')[2]  # a head may name its outputs between them
         part = by_name.get(name)
         if not isinstance(value, Tensor) or (part is not None and flag(part, 'reduces_over_ranks', DistillationPart)):
             continue

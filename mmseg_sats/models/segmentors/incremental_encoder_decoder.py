@@ -13,13 +13,10 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from mmseg_sats.models.heads.classifier import (
-    CLASSIFIER_INITS,
-    check_head_can_grow,
-    grow_classifier,
-    shape_mismatches,
-)
-from mmseg_sats.models.heads.unknown import fold_unknown, split_classifier
+from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
+from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
+from mmseg_sats.models.heads.losses import head_losses
+from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images
@@ -104,6 +101,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         head_cfgs = copy.deepcopy(
             {'decode_head': decode_head} | _named('auxiliary_head', kwargs.get('auxiliary_head'))
         )
+        for name, cfg in head_cfgs.items():
+            check_kind(name, cfg)
         super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
         self.classifier_init = classifier_init
         self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
@@ -126,10 +125,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 f'{UNKNOWN_LABEL} channels and another ignore_index, got {self.num_classes} channels '
                 f'and ignore_index={self.decode_head.ignore_index}'
             )
-        for name, head in self._named_heads():
-            check_head_can_grow(name, head, head_cfgs.get(name))
-            if unknown:
-                split_classifier(head, old_model['num_old'] if old_model else 1)
+        # By head, the tensors with a row for each class.
+        self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
+        for name, head in self._named_heads() if unknown else ():
+            check_unknown(name, head, self.class_tensors[name])
+            split_classifier(head, old_model['num_old'] if old_model else 1)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
@@ -226,6 +226,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             if hasattr(part, 'prepare'):  # a module that is no DistillationPart may lack it
                 part.prepare(teacher, labels, self.num_classes)
         student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
+        if teacher is not None:  # DDRNet has a further map in training, before the one that it always has
+            student.features = student.features[-len(teacher.features) :]
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
@@ -257,7 +259,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     def _forward(self, inputs: Tensor, data_samples: SampleList | None = None) -> Tensor:
         """Logits (B, K, h, w) of the classes as in mmseg, without the unknown class."""
-        return super()._forward(inputs, data_samples)[:, : self.out_channels]
+        output = super()._forward(inputs, data_samples)
+        logits = output[0] if isinstance(output, tuple) else output  # some heads return more, e.g. EncHead
+        return logits[:, : self.out_channels]
 
     def _segmentation_losses(
         self,
@@ -271,7 +275,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         losses: dict[str, Tensor] = {}
         for name, head in heads.items():
             if name == 'decode_head':
-                own = head.loss_by_feat(student.trained_logits, samples)
+                own = head_losses(head, student.head_output, samples)
             else:
                 own = head.loss(head_inputs, samples, self.train_cfg)
             losses.update(add_prefix(own, _prefix(name)))
@@ -282,10 +286,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     ) -> None:
         if self._old_model_cfg is not None:
             for name, head in self._named_heads():
-                grow_classifier(
+                grow_head(
                     state_dict,
                     f'{prefix}{name}.',
                     head,
+                    self.class_tensors[name],
                     self._old_model_cfg['num_old'],
                     self.classifier_init,
                 )

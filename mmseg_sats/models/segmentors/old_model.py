@@ -42,12 +42,15 @@ def run_segmentor(
     else:
         features = model.backbone(inputs)
     head_inputs = model.neck(features) if model.with_neck else features
-    logits = model.decode_head(head_inputs)
+    output = model.decode_head(head_inputs)
+    logits, *more = output if isinstance(output, tuple) else (output,)
     unknown = None
     if logits.shape[1] > model.out_channels:  # see split_classifier
         logits, unknown = logits[:, : model.out_channels], logits[:, model.out_channels :]
+    # Some backbones, e.g. DDRNet, return a single map outside of training.
+    features = (features,) if isinstance(features, Tensor) else tuple(features)
     return SegmentorOutput(
-        logits, tuple(features), attentions, model.align_corners, unknown
+        logits, features, attentions, model.align_corners, unknown, more=tuple(more)
     ), head_inputs
 
 
@@ -175,7 +178,8 @@ class _Windows:
         self.old_model = old_model
         self.test_cfg = ConfigDict(test_cfg)
         model = old_model.model
-        self.out_channels = model.out_channels + isinstance(model.decode_head.conv_seg, SplitClassifier)
+        classifier = getattr(model.decode_head, 'conv_seg', None)
+        self.out_channels = model.out_channels + isinstance(classifier, SplitClassifier)
 
     def encode_decode(self, inputs: Tensor, _: Any) -> Tensor:
         """Logits of a window at its size."""
