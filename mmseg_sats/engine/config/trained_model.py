@@ -25,9 +25,9 @@ def take_trained_model(cfg: Config) -> None:
 
     Raises:
         FileNotFoundError: the config does not exist.
-        ValueError: the config has no model, its model is not an ``EncoderDecoder`` or ``CascadeEncoderDecoder``, or an auxiliary head has
-            another number of channels than the decode head; or a module that the config names is not found or cannot
-            be imported.
+        ValueError: the config has no model, its model is not an ``EncoderDecoder`` or ``CascadeEncoderDecoder``, or an
+            auxiliary head has another number of channels than the decode head; or a module that the config names is
+            not found or cannot be imported.
     """
     path = cfg.get('model_config')
     if path is None:
