@@ -96,7 +96,7 @@ def test_a_run_does_once_what_can_be_done_once(
     # The plan of the run (once), the checks and the stages.
     assert calls['stage config'] == 3 * stages
     # About seven texts a stage were laid out whole; now a text's values, where they are new.
-    keys = len(Config.fromfile(tmp_path / 'run/stage_1/config.py'))
+    keys = len(Config.fromfile(tmp_path / 'run/config.py'))
     assert calls['layout'] <= (stages + 1) * keys
     # No model outlives its stage, and no name of mmengine's managers either.
     assert [any(left) for left in SEEN['left']] == [False] * stages

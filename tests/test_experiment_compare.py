@@ -173,7 +173,7 @@ def test_what_matters_only_later_leaves_stage_0_shared(other: dict[str, Any]) ->
         dict(segmentation_loss=dict(use_sigmoid=True)),
         dict(segmentation_loss=dict(loss_weight=2.0)),
         dict(segmentation_loss=dict(avg_non_ignore=True)),
-        dict(segmentation_loss=dict(class_weight=[0.5] + 15 * [1.0])),
+        dict(segmentation_loss=dict(class_weight=[0.5] + 20 * [1.0])),
         dict(segmentation_loss=dict(_delete_=True, type='UnbiasedCrossEntropyLoss', num_old=3)),
         dict(segmentation_loss=dict(_delete_=True, type='DiceLoss')),
         dict(class_order=[*range(2, 21), 1]),

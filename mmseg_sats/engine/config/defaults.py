@@ -33,7 +33,7 @@ def set_defaults(cfg: Config) -> None:
 
 
 def _add_hooks(cfg: Config) -> None:
-    ours = copy.deepcopy(_own_hooks())
+    ours = copy.deepcopy(own_hooks())
     cfg.setdefault('test_cfg', ours.test_cfg)
     if 'checkpoint_iters' not in cfg:
         del ours.default_hooks.checkpoint.iters
@@ -44,5 +44,6 @@ def _add_hooks(cfg: Config) -> None:
 
 
 @cache
-def _own_hooks() -> Config:
+def own_hooks() -> Config:
+    """``configs/_base_/default_hooks.py``; not to be changed."""
     return Config.fromfile(CONFIGS / '_base_' / 'default_hooks.py')

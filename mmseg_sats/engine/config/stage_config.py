@@ -12,6 +12,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.engine.config.config_text import StageConfig
+from mmseg_sats.engine.config.defaults import own_hooks
 from mmseg_sats.engine.config.held_out import add_held_out
 from mmseg_sats.engine.config.method_hooks import add_method_hooks, hook_class, import_method
 from mmseg_sats.engine.config.per_class import cut_to_stage
@@ -25,10 +26,6 @@ from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.config_keys import STAGE_PARTS, names
 
-# The arguments that configs/_base_/default_runtime.py gives to default hooks.
-_OUR_DEFAULTS = dict(
-    checkpoint=('interval', 'iters', 'max_keep_ckpts'), logger=('interval', 'log_metric_by_epoch')
-)  # fmt: skip
 # Position tables, which ViT and Swin interpolate to the model's image or window size while loading.
 RESIZED_BY_BACKBONE = ('pos_embed', 'relative_position_bias_table', 'relative_position_index')
 
@@ -170,11 +167,11 @@ def _drop_our_defaults(hooks: ConfigDict) -> None:
 
     mmengine merges the two dicts, and its ``CheckpointHook`` would pass such an argument on to ``torch.save``.
     """
-    for name, arguments in _OUR_DEFAULTS.items():
+    for name, ours in own_hooks().default_hooks.items():
         kind = hook_class(hooks[name]) if isinstance(hooks.get(name), dict) else None
         if isinstance(kind, type):
             taken = {key for cls in kind.__mro__ for key in inspect.signature(cls.__init__).parameters}
-            for argument in set(arguments) - taken:
+            for argument in set(ours) - taken - {'type'}:
                 hooks[name].pop(argument, None)
 
 
