@@ -41,9 +41,10 @@ class LabelGuidedDistillationLoss(PixelwiseDistillationLoss):
 
     Which pixels are annotated as a new class is read from the completed labels: the package's labelers change
     background pixels alone, and give them old classes or ignore them, so every label of a new class is an
-    annotation. (``FusedPseudoLabeler`` also gives new classes, which then count as annotated.) An exemplar keeps
-    its annotations, so its pixels of new classes count too. A pixel that a labeler ignored is distilled as any
-    other that is not of a new class, and so is one that the annotators ignored, as in MiB's distillation.
+    annotation. (``FusedPseudoLabeler`` also gives new classes, which then count as annotated.) An exemplar has the
+    true labels of all seen classes, so its pixels of new classes count too. A pixel that a labeler ignored is
+    distilled as any other that is not of a new class, and so is one that the annotators ignored: MiB's distillation
+    here is over all pixels too.
 
     Args:
         loss_weight: factor of the loss: 25 published for MBS. LGKD's weights are for a sum over channels:
