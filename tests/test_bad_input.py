@@ -196,11 +196,13 @@ model = dict(backbone=dict(_delete_=True, type='ResNet', depth=18, base_channels
                            norm_cfg=dict(type='BN')),
              decode_head=dict(in_channels=[4, 8, 16, 32]))
 """
-SEGMENTER = """
+KERNELS = """
 model = dict(decode_head=dict(
-    _delete_=True, type='SegmenterMaskTransformerHead', in_channels=128, channels=32, in_index=3,
-    num_classes='$num_channels', num_layers=1, num_heads=2, embed_dims=32, dropout_ratio=0.0,
-    loss_decode='$segmentation_loss'))
+    _delete_=True, type='IterativeDecodeHead', num_classes='$num_channels', num_stages=1, kernel_update_head=[],
+    kernel_generate_head=dict(type='FCNHead', in_channels=128, channels=32, in_index=3, num_classes='$num_channels')))
+"""
+CASCADE = """
+model = dict(decode_head=[dict(type='FCNHead', in_channels=128, channels=32), dict(type='OCRHead')])
 """
 CASES = [
     # the command line and the config's words
@@ -505,8 +507,13 @@ CASES = [
     ),
     Case(
         'head that cannot grow',
-        r'decode_head \(SegmenterMaskTransformerHead\) cannot grow',
-        spoil=lambda p: p.add(SEGMENTER),
+        r'decode_head \(IterativeDecodeHead\) cannot grow: it does not classify each pixel',
+        spoil=lambda p: p.add(KERNELS),
+    ),
+    Case(
+        'list of heads',
+        r"model\.decode_head must be the config of one head; .* dict\(type='CascadeHead', heads=\[...\]\)",
+        spoil=lambda p: p.add(CASCADE),
     ),
     Case(
         'argument misspelt',

@@ -76,6 +76,20 @@ def test_balanced_model_says_background_or_new_where_the_old_one_said_background
     torch.testing.assert_close(new[:, 0], old[:, 0] - math.log(num_new + 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('num_new', [1, 2, 30])
+def test_keep_background_adds_copies_of_the_background_and_moves_no_old_logit(num_new: int) -> None:
+    rows, old = grown_rows(num_new, 'keep_background'), old_rows()
+    for key, before in old.items():
+        expected = [list(row.flatten()) for row in before] + [list(before[0].flatten())] * num_new
+        assert [list(row.flatten()) for row in rows[key]] == expected
+    new, before = logits_of(rows), logits_of(old)
+    torch.testing.assert_close(new[:, :NUM_OLD], before)
+    torch.testing.assert_close(new[:, NUM_OLD:], before[:, :1].expand(-1, num_new, -1, -1))
+    # Old classes keep their odds against background, which the balanced ones raise by num_new + 1.
+    balanced = logits_of(grown_rows(num_new, 'balanced'))
+    torch.testing.assert_close(balanced[:, 0] + math.log(num_new + 1), new[:, 0])
+
+
 def test_random_keeps_old_rows_and_the_heads_own_new_ones() -> None:
     rows, old, head = grown_rows(3, 'random'), old_rows(), make_head(NUM_OLD + 3)
     for key, fresh in (('weight', head.conv_seg.weight), ('bias', head.conv_seg.bias)):
@@ -85,7 +99,7 @@ def test_random_keeps_old_rows_and_the_heads_own_new_ones() -> None:
         assert not torch.equal(fresh[:NUM_OLD], old[f'head.conv_seg.{key}'])
 
 
-@pytest.mark.parametrize('init', ['balanced', 'random'])
+@pytest.mark.parametrize('init', ['balanced', 'keep_background', 'random'])
 def test_growing_changes_neither_the_old_tensors_nor_the_head(init: str) -> None:
     rows, head = old_rows(), make_head(NUM_OLD + 2)
     kept = {key: value.clone() for key, value in rows.items()}
@@ -97,7 +111,7 @@ def test_growing_changes_neither_the_old_tensors_nor_the_head(init: str) -> None
     assert torch.equal(head.conv_seg.weight, fresh)
 
 
-@pytest.mark.parametrize('init', ['balanced', 'random'])
+@pytest.mark.parametrize('init', ['balanced', 'keep_background', 'random'])
 def test_a_checkpoint_that_has_grown_is_left_alone(init: str) -> None:
     rows = grown_rows(2, init)
     before = dict(rows)
@@ -105,7 +119,7 @@ def test_a_checkpoint_that_has_grown_is_left_alone(init: str) -> None:
     assert all(rows[key] is before[key] for key in before)
 
 
-@pytest.mark.parametrize('init', ['balanced', 'random', 'unknown'])
+@pytest.mark.parametrize('init', ['balanced', 'keep_background', 'random', 'unknown'])
 def test_without_a_new_class_nothing_grows(init: str) -> None:
     rows = old_rows()
     before = dict(rows)
@@ -151,7 +165,7 @@ def build_later_stage(num_classes: int, path: str, **options: Any) -> Incrementa
 
 
 @pytest.mark.parametrize('load', LOADERS)
-@pytest.mark.parametrize('init', ['balanced', 'random'])
+@pytest.mark.parametrize('init', ['balanced', 'keep_background', 'random'])
 @pytest.mark.parametrize('auxiliary', ['single', 'list'])
 def test_all_heads_grow_while_loading(
     tmp_path: Path, load: Callable, init: str, auxiliary: str
@@ -165,10 +179,11 @@ def test_all_heads_grow_while_loading(
     own, before = model.state_dict(), old.state_dict()
     for prefix in PREFIXES[auxiliary]:
         weight, bias = (f'{prefix}.conv_seg.{kind}' for kind in ('weight', 'bias'))
-        expected = before[weight][:1].expand(2, -1, -1, -1) if init == 'balanced' else fresh[weight][4:]
+        expected = before[weight][:1].expand(2, -1, -1, -1) if init != 'random' else fresh[weight][4:]
         assert torch.equal(own[weight][:NUM_OLD], before[weight])
         assert torch.equal(own[weight][NUM_OLD:], expected)
         assert torch.equal(own[bias][1:NUM_OLD], before[bias][1:])
+        assert torch.equal(own[bias][0], before[bias][0]) == (init != 'balanced')
     rest = [key for key in before if 'conv_seg' not in key]
     assert all(torch.equal(own[key], before[key]) for key in rest)
 

@@ -15,6 +15,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
+from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -124,7 +125,9 @@ def test_a_pixel_at_the_median_does_not_pass(sharpness: float, count: int) -> No
     assert fitted([(labels, logits)], 4)(labels, logits).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize('labeler', [EntropyPseudoLabeler(threshold=0.5), SigmoidPseudoLabeler()])
+@pytest.mark.parametrize(
+    'labeler', [EntropyPseudoLabeler(threshold=0.5), SelectivePseudoLabeler(), SigmoidPseudoLabeler()]
+)
 def test_logits_at_the_heads_resolution_are_resized(labeler: Any) -> None:
     (labels, _), = batches_of(3, count=1)
     logits = 5 * torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -43,10 +43,15 @@ OCRNET = dict(
 
 # The model, some tensors that grow with the dimension of the classes, the losses of the heads.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, int], list[str]]] = {
-    'EncHead beside DAHead': (
-        dict(decode_head=ENCNET, auxiliary_head=DANET),
-        {'decode_head.se_layer.weight': 0, 'auxiliary_head.pam_conv_seg.bias': 0, 'auxiliary_head.conv_seg.bias': 0},
-        ['decode.loss_ce', 'decode.loss_se', 'aux.pam_cam.loss_ce', 'aux.pam.loss_ce', 'aux.cam.loss_ce'],
+    'EncHead beside DAHead and class tokens': (
+        dict(decode_head=ENCNET, auxiliary_head=[DANET, SEGMENTER]),
+        {
+            'decode_head.se_layer.weight': 0,
+            'auxiliary_head.0.pam_conv_seg.bias': 0,
+            'auxiliary_head.1.cls_emb': 1,
+            'auxiliary_head.1.mask_norm.bias': 0,
+        },
+        ['decode.loss_ce', 'decode.loss_se', 'aux_0.pam_cam.loss_ce', 'aux_0.cam.loss_ce', 'aux_1.loss_ce'],
     ),
     'DDRHead': (
         dict(backbone=DDRNET, decode_head=DDR),
@@ -57,11 +62,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, int], list[str]]] = {
         dict(decode_head=OCRNET),
         {'decode_head.0.conv_seg.bias': 0, 'decode_head.1.conv_seg.weight': 0},
         ['decode.0.loss_ce', 'decode.1.loss_ce'],
-    ),
-    'SegmenterMaskTransformerHead': (
-        dict(decode_head=SEGMENTER, test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(40, 40))),
-        {'decode_head.cls_emb': 1, 'decode_head.mask_norm.bias': 0},
-        ['decode.loss_ce'],
     ),
 }
 

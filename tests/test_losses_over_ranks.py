@@ -157,6 +157,7 @@ PARTS = {
     'attention_none': dict(type='CRPDistillationLoss', pooling='none', source='both'),
     'unbiased': dict(type='UnbiasedDistillationLoss'),
     'knowledge': dict(type='KnowledgeDistillationLoss'),
+    'label_guided': dict(type='LabelGuidedDistillationLoss', old_weight=2.0),
     'sigmoid': dict(type='SigmoidDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),

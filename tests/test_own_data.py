@@ -181,9 +181,9 @@ def test_a_missing_model_config_is_named(yard: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_of_another_kind_is_named(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (yard / 'old/cascade.py').write_text("model = dict(type='CascadeEncoderDecoder')")
-    with pytest.raises(ValueError, match=r"cascade\.py: expected .* found 'CascadeEncoderDecoder'"):
-        RUNNERS.build(config(yard, monkeypatch, model_config='old/cascade.py'))
+    (yard / 'old/depth.py').write_text("model = dict(type='DepthEstimator')")
+    with pytest.raises(ValueError, match=r"depth\.py: expected .*or CascadeEncoderDecoder, found 'DepthEstimator'"):
+        RUNNERS.build(config(yard, monkeypatch, model_config='old/depth.py'))
 
 
 def test_preprocessing_and_imports_come_along(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

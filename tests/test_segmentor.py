@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
-from mmseg_sats.models.losses import crp_loss, unbiased_distillation
+from mmseg_sats.models.losses import crp_loss, label_guided_distillation, unbiased_distillation
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder, old_model
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
@@ -359,7 +359,8 @@ def cross_entropy_by_hand(logits: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize('thresholds', [None, [0.9, 0.1, 0.6, 0.3]], ids=['fixed', 'per class'])
 def test_the_loss_is_the_sum_of_its_parts(snapshot: str, thresholds: list[float] | None) -> None:
-    model = later_stage(snapshot, auxiliary_head=auxiliary_head_cfg(6), **SATS).train()
+    parts = SATS['distillation'] | dict(guided=dict(type='LabelGuidedDistillationLoss', loss_weight=3.0))
+    model = later_stage(snapshot, auxiliary_head=auxiliary_head_cfg(6), **SATS | dict(distillation=parts)).train()
     if thresholds is not None:
         model.pseudo_labeler.thresholds = torch.tensor(thresholds)
     losses = model.loss(images(), samples(block_labels()))
@@ -380,6 +381,10 @@ def test_the_loss_is_the_sum_of_its_parts(snapshot: str, thresholds: list[float]
         'aux.loss_ce': 0.4 * cross_entropy_by_hand(model.auxiliary_head(student.features), labels),
         'loss_attention': 20 * crp_loss(student.attentions, teacher.attentions, labels),
         'loss_output': 10 * unbiased_distillation(upsample(student.logits), upsample(teacher.logits)),
+        # By the annotations, whatever the labeler ignored or filled.
+        'loss_guided': 3 * label_guided_distillation(
+            upsample(student.logits), upsample(teacher.logits), block_labels()
+        ),
     }
     assert set(losses) == {*expected, 'decode.acc_seg', 'aux.acc_seg'}
     for name, value in expected.items():

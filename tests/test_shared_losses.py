@@ -16,6 +16,7 @@ from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.functional.resizing import ResizedLogits
 from mmseg_sats.models.losses import (
     KnowledgeDistillationLoss,
+    LabelGuidedDistillationLoss,
     SelfEntropyLoss,
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
@@ -100,6 +101,7 @@ def test_shared_losses_are_those_of_head_and_parts(align_corners: bool) -> None:
         {
             'output': UnbiasedDistillationLoss(20.0),
             'lwf': KnowledgeDistillationLoss(3.0),
+            'guided': LabelGuidedDistillationLoss(20.0, new_weight=0.5),
             'entropy': SelfEntropyLoss(0.5),
         }
     )
@@ -112,10 +114,10 @@ def test_shared_losses_are_those_of_head_and_parts(align_corners: bool) -> None:
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-12, check_dtype=False)
     # Each term by itself: a gradient that is not the sum's reaches the right losses.
-    for factors in ([1, 1, 1, 1], [0.5, 3, -1, 2], [0, 1, 0, 0]):
+    for factors in ([1, 1, 1, 1, 1], [0.5, 3, -1, -2, 2], [0, 1, 0, 0, 0]):
         sums = [
             sum(factor * losses[name] for factor, name in
-                zip(factors, ['decode.loss_ce', 'loss_output', 'loss_lwf', 'loss_entropy'], strict=True))
+                zip(factors, ['decode.loss_ce', *(f'loss_{name}' for name in parts)], strict=True))
             for losses in (found, expected)
         ]
         gradients = [torch.autograd.grad(total, student.logits, retain_graph=True)[0] for total in sums]

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,17 @@ BEIT = dict(
     out_indices=(0, 1),
 )  # fmt: skip
 HEAD = dict(type='FCNHead', in_channels=32, in_index=1, channels=16, num_convs=1)
+SEGMENTER = dict(
+    type='SegmenterMaskTransformerHead', in_channels=32, in_index=1, channels=16, num_layers=1, num_heads=2,
+    embed_dims=8,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize('unknown', [False, True])
+@pytest.mark.parametrize(('head', 'unknown'), [(HEAD, False), (HEAD, True), (SEGMENTER, False)])
 @torch.no_grad()
-def test_logits_of_windows_are_those_of_mmsegs_prediction(unknown: bool) -> None:
+def test_logits_of_windows_are_those_of_mmsegs_prediction(head: dict[str, Any], unknown: bool) -> None:
     torch.manual_seed(0)
-    stock = EncoderDecoder(BEIT, HEAD | dict(num_classes=4), test_cfg=ConfigDict(WINDOWS)).eval()
+    stock = EncoderDecoder(BEIT, head | dict(num_classes=4), test_cfg=ConfigDict(WINDOWS)).eval()
     images = torch.randn(2, 3, 45, 70)
     expected = stock.slide_inference(images, [{}])
     if unknown:

@@ -22,6 +22,7 @@ from mmseg_sats.functional.features.prototypes import (
 )
 from mmseg_sats.functional.over_ranks import sum_over_ranks
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
+from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
 from mmseg_sats.functional.pixels.means import mean_over_labels, mean_over_pixels
 from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.functional.pixels.self_entropy import self_entropy
@@ -39,6 +40,7 @@ from mmseg_sats.functional.pseudo_labels.entropy import (
     no_entropies,
 )
 from mmseg_sats.functional.pseudo_labels.old_model import fill_background, fused_labels, old_labels
+from mmseg_sats.functional.pseudo_labels.selective import selective_labels
 from mmseg_sats.functional.pseudo_labels.sigmoid import sigmoid_labels
 from mmseg_sats.protocol import Protocol, Stage
 
@@ -61,6 +63,7 @@ __all__ = [
     'fold_new_into_background',
     'fused_labels',
     'knowledge_distillation',
+    'label_guided_distillation',
     'local_pod',
     'map_of_qkv',
     'mean_over_labels',
@@ -72,6 +75,7 @@ __all__ = [
     'prototype_attraction',
     'prototype_matching',
     'repulsion',
+    'selective_labels',
     'self_entropy',
     'sigmoid_cross_entropy',
     'sigmoid_distillation',

@@ -16,6 +16,7 @@ from mmseg_sats.models.losses import (
     CRPDistillationLoss,
     FeatureMSELoss,
     KnowledgeDistillationLoss,
+    LabelGuidedDistillationLoss,
     LocalPODLoss,
     OneVsRestLoss,
     PrototypeAttractionLoss,
@@ -32,6 +33,7 @@ from mmseg_sats.models.parts import DistillationPart, PseudoLabeler
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
+from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
@@ -51,12 +53,14 @@ __all__ = [
     'FeatureMSELoss',
     'IncrementalEncoderDecoder',
     'KnowledgeDistillationLoss',
+    'LabelGuidedDistillationLoss',
     'LocalPODLoss',
     'SegmentorOutput',
     'SigmoidCrossEntropyLoss',
     'SigmoidDistillationLoss',
     'FusedPseudoLabeler',
     'OldModelPseudoLabeler',
+    'SelectivePseudoLabeler',
     'SelfEntropyLoss',
     'OneVsRestLoss',
     'PrototypeAttractionLoss',

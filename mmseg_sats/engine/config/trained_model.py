@@ -25,9 +25,9 @@ def take_trained_model(cfg: Config) -> None:
 
     Raises:
         FileNotFoundError: the config does not exist.
-        ValueError: the config has no model, its model is not an ``EncoderDecoder``, or an auxiliary head has
-            another number of channels than the decode head; or a module that the config names is not found or cannot
-            be imported.
+        ValueError: the config has no model, its model is not an ``EncoderDecoder`` or ``CascadeEncoderDecoder``, or an
+            auxiliary head has another number of channels than the decode head; or a module that the config names is
+            not found or cannot be imported.
     """
     path = cfg.get('model_config')
     if path is None:
@@ -92,7 +92,7 @@ def _model_of(trained: Config, path: Path) -> dict[str, Any]:
         found = 'none' if model is None else repr(model.get('type'))
         raise ValueError(
             f'model_config {path}: expected a model of type EncoderDecoder (one backbone, one '
-            f'decode head on BaseDecodeHead), found {found}'
+            f'decode head on BaseDecodeHead) or {CASCADE}, found {found}'
         )
     # A stage's config has options for its stage and method, which this run sets itself.
     own = own_options(model.type)

@@ -10,7 +10,11 @@ from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 
 
 def mean_over_pixels(
-    pixels: Callable[[PixelChunk], Tensor], student_logits: Tensor, teacher_logits: Tensor
+    pixels: Callable[[PixelChunk], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    ignore_index: int = 255,
 ) -> Tensor:
     """The mean of a distillation over all pixels, a scalar of at least float32.
 
@@ -18,15 +22,20 @@ def mean_over_pixels(
         pixels: computes the loss of each pixel of a chunk.
         student_logits: (B, K, H, W).
         teacher_logits: (B, K_o, H, W), the old model's logits, K_o <= K.
+        labels: (B, H, W) integers in 0..K-1, or ``ignore_index``; None for a loss that does not use them.
+        ignore_index: label of pixels without a label.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or a label has no channel.
     """
     check_distillation(student_logits, teacher_logits)
-    labels = student_logits.new_zeros((), dtype=torch.long).expand(
-        len(student_logits), *student_logits.shape[2:]
-    )
-    (loss,) = per_pixel_losses([pixels], student_logits, teacher_logits, labels)
+    if labels is None:
+        labels = student_logits.new_zeros((), dtype=torch.long).expand(
+            len(student_logits), *student_logits.shape[2:]
+        )
+    else:
+        check_labels(student_logits, labels, ignore_index)
+    (loss,) = per_pixel_losses([pixels], student_logits, teacher_logits, labels, ignore_index=ignore_index)
     return loss.mean()
 
 

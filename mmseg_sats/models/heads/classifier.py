@@ -33,6 +33,16 @@ def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     return torch.cat([weight, new_weight]), torch.cat([bias, bias[:1].expand(num_new)])
 
 
+def _keep_background(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+    """New classes take over the background's weight and bias, and background keeps its own bias (MBS).
+
+    The balanced initialisation lowers the background's bias by ``log(n + 1)`` at every stage, against the old
+    classes too. Here the old logits do not change, but the n new classes each start as probable as background.
+    """
+    num_new = fresh[0].shape[0] - old[0].shape[0]
+    return tuple(torch.cat([rows, rows[:1].expand(num_new, *rows.shape[1:])]) for rows in old)
+
+
 def _random(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     """New rows keep the head's own initial values."""
     weight, bias = (rows.clone() for rows in fresh)
@@ -50,9 +60,12 @@ def _from_unknown(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
 
 CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
     'balanced': _balanced,
+    'keep_background': _keep_background,
     'random': _random,
     'unknown': _from_unknown,
 }
+# Those whose new rows are background's, also in tensors that are no classifier of pixels.
+_FROM_BACKGROUND = ('balanced', 'keep_background')
 
 
 def grow_head(
@@ -65,10 +78,10 @@ def grow_head(
 ) -> None:
     """Adds rows for the new classes to the tensors of a head in a checkpoint, in place.
 
-    A classifier of pixels, which is a convolution with a bias, grows by ``init``. In other tensors, the new rows
-    are copies of the background's with ``'balanced'``, else the head's own initial values. Rows of old classes
-    never change, except the background's bias in a balanced classifier. Tensors that already have the head's
-    size are not changed.
+    A classifier of pixels, which is a convolution with a bias, grows by ``init``. In other tensors, the new rows are
+    copies of the background's with ``'balanced'`` and ``'keep_background'``, else the head's own initial values.
+    Rows of old classes never change, except the background's bias in a balanced classifier. Tensors that already
+    have the head's size are not changed.
 
     Args:
         state_dict: the checkpoint's tensors.
@@ -76,8 +89,9 @@ def grow_head(
         head: the head that the checkpoint is loaded into; it has the final number of rows.
         tensors: those with a row for each class, see :func:`class_tensors`.
         num_old: channels of the old model, background included.
-        init: ``'balanced'`` (MiB), ``'random'`` (the head's own initial values) or ``'unknown'``
-            (SSUL: the rows ``{prefix}conv_seg.unknown.*`` of the checkpoint).
+        init: ``'balanced'`` (MiB), ``'keep_background'`` (background's row, whose own bias is left),
+            ``'random'`` (the head's own initial values) or ``'unknown'`` (SSUL: the rows
+            ``{prefix}conv_seg.unknown.*`` of the checkpoint).
 
     Raises:
         ValueError: ``init`` is unknown, or it needs an unknown class that the checkpoint does not have.
@@ -92,7 +106,7 @@ def grow_head(
         if not _is_classifier(head.get_submodule(module)):
             own = fresh[key].to(old.device)
             num_new = own.shape[dim] - num_old
-            new = [old.narrow(dim, 0, 1)] * num_new if init == 'balanced' else [own.narrow(dim, num_old, num_new)]
+            new = [old.narrow(dim, 0, 1)] * num_new if init in _FROM_BACKGROUND else [own.narrow(dim, num_old, num_new)]
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
             _grow_classifier(state_dict, prefix + module, fresh, module, init)

@@ -10,6 +10,7 @@ from mmseg_sats.functional.features.prototypes import (
     sparsity,
 )
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
+from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
 from mmseg_sats.functional.pixels.self_entropy import self_entropy
 from mmseg_sats.functional.pixels.sigmoid import (
     one_vs_rest,
@@ -23,6 +24,7 @@ from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.features import FeatureMSELoss, LocalPODLoss
 from mmseg_sats.models.losses.pixelwise import (
     KnowledgeDistillationLoss,
+    LabelGuidedDistillationLoss,
     OneVsRestLoss,
     SelfEntropyLoss,
     SigmoidCrossEntropyLoss,
@@ -41,6 +43,7 @@ __all__ = [
     'CRPDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
+    'LabelGuidedDistillationLoss',
     'LocalPODLoss',
     'SigmoidCrossEntropyLoss',
     'SigmoidDistillationLoss',
@@ -49,6 +52,7 @@ __all__ = [
     'crp_loss',
     'feature_mse',
     'knowledge_distillation',
+    'label_guided_distillation',
     'local_pod',
     'sigmoid_cross_entropy',
     'sigmoid_distillation',

@@ -5,6 +5,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation_of_pixels
+from mmseg_sats.functional.pixels.label_guided import label_guided_distillation_of_pixels
 from mmseg_sats.functional.pixels.per_pixel import PixelChunk
 from mmseg_sats.functional.pixels.self_entropy import self_entropy_of_pixels
 from mmseg_sats.functional.pixels.sigmoid import (
@@ -32,6 +33,43 @@ class KnowledgeDistillationLoss(PixelwiseDistillationLoss):
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
         """The loss of each pixel of a chunk, (n, w)."""
         return knowledge_distillation_of_pixels(chunk)
+
+
+@MODELS.register_module()
+class LabelGuidedDistillationLoss(PixelwiseDistillationLoss):
+    """:func:`label_guided_distillation` between student and old model, at the labels' size.
+
+    Which pixels are annotated as a new class is read from the completed labels: the package's labelers change
+    background pixels alone, and give them old classes or ignore them, so every label of a new class is an
+    annotation. (``FusedPseudoLabeler`` also gives new classes, which then count as annotated.) An exemplar keeps
+    its annotations, so its pixels of new classes count too. A pixel that a labeler ignored is distilled as any
+    other that is not of a new class, and so is one that the annotators ignored, as in MiB's distillation.
+
+    Args:
+        loss_weight: factor of the loss: 25 published for MBS. LGKD's weights are for a sum over channels:
+            ``loss_weight='$num_old'`` in a config.
+        old_weight: factor of the pixels that are not annotated as a new class, LGKD's lambda_b.
+        new_weight: factor of the pixels that are annotated as a new class, LGKD's lambda_n.
+
+    Raises:
+        ValueError: ``old_weight`` or ``new_weight`` is negative.
+    """
+
+    def __init__(self, loss_weight: float = 1.0, old_weight: float = 1.0, new_weight: float = 1.0) -> None:
+        super().__init__(loss_weight)
+        for name, weight in (('old_weight', old_weight), ('new_weight', new_weight)):
+            if not weight >= 0:
+                raise ValueError(f'LabelGuidedDistillationLoss.{name} must be at least 0, got {weight}')
+        self.old_weight = old_weight
+        self.new_weight = new_weight
+
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        """The loss of each pixel of a chunk, (n, w)."""
+        return label_guided_distillation_of_pixels(chunk, self.old_weight, self.new_weight)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'{super().extra_repr()}, old_weight={self.old_weight}, new_weight={self.new_weight}'
 
 
 @MODELS.register_module()

@@ -136,9 +136,12 @@ class PixelwiseSegmentationLoss(PixelwiseLoss):
 class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
     """A distillation of logits at the labels' size: the mean over all pixels, including ignored ones."""
 
-    def distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The unweighted loss of logits (B, K, H, W) and (B, K_o, H, W), a scalar."""
-        return mean_over_pixels(self.per_pixel, student_logits, teacher_logits)
+    def distance(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The unweighted loss of logits (B, K, H, W) and (B, K_o, H, W), a scalar.
+
+        ``labels`` (B, H, W) are needed by a loss that depends on them; without them every pixel is background.
+        """
+        return mean_over_pixels(self.per_pixel, student_logits, teacher_logits, labels)
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor) -> Tensor:
         """Computes the weighted loss, a scalar, at the size of ``labels`` (B, H, W).

@@ -55,8 +55,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         distillation: name to config of a :class:`DistillationPart`, or of another module that is called
             in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
             child config can remove a part.
-        classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB), ``'random'`` or
-            ``'unknown'`` (SSUL).
+        classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB),
+            ``'keep_background'``, ``'random'`` or ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
