@@ -98,6 +98,15 @@ eval_dataset['metainfo'] = dict(classes=['background', 'b', 'a', 'c', 'd', 'e', 
 """
 
 
+LOAD, LABELS, PACK = (dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs'))
+
+
+def other(place: Place) -> str:
+    """Another name for the config, by which one beside it inherits from it."""
+    place.config.with_name('other.py').write_text(place.config.read_text())
+    return 'other'
+
+
 class Case(NamedTuple):
     """What is wrong, what the message says, options of the command line, and what is spoilt first."""
 
@@ -627,6 +636,59 @@ CASES = [
         'source misspelt',
         r"source='features' is unknown \(did you mean 'feature'",
         ('distillation.attention.source=features',),
+    ),
+    # What public issues of mmsegmentation and mmengine tell of.
+    Case(
+        'labels mixed by a transform',  # mmsegmentation 3399
+        r'the training pipeline: RandomRotFlip mixes the labels of neighbouring pixels: .* such as RandomRotate',
+        spoil=lambda p: p.add(f'train_pipeline = {[LOAD, LABELS, dict(type="RandomRotFlip"), PACK]}\n'),
+    ),
+    Case(
+        'several images mixed by a transform',  # mmsegmentation 1677
+        r'RandomMosaic mixes several images, and the transforms of a stage see one at a time',
+        spoil=lambda p: p.add(f'train_pipeline = {[LOAD, LABELS, dict(type="RandomMosaic", prob=1.0), PACK]}\n'),
+    ),
+    Case(
+        'several images mixed by a data set',
+        r'dataset must be .*, got MultiImageMixDataset',
+        spoil=lambda p: p.add("train_dataset = dict(_delete_=True, type='MultiImageMixDataset', pipeline=[])\n"),
+    ),
+    Case(
+        'schedule without its validation',  # mmengine 1124
+        r'ReduceOnPlateauLR follows a validation, and stages have none: expected .* held_out',
+        spoil=lambda p: p.add("param_scheduler = [dict(type='ReduceOnPlateauLR', monitor='mIoU')]\n"),
+    ),
+    Case(
+        'inherited argument',  # mmsegmentation 1681
+        r"LovaszLoss.*unexpected keyword argument 'use_sigmoid'; an inherited argument is left out by _delete_=True",
+        ('segmentation_loss.type=LovaszLoss',),
+    ),
+    Case(
+        'config of the other style',  # mmengine 1071
+        r'own\.py cannot be read: the configs of this package are inherited by a line _base_ = ',
+        spoil=lambda p: p.config.write_text(
+            f'from mmengine.config import read_base\nwith read_base():\n    from .{other(p)} import *\n'
+        ),
+    ),
+    Case(
+        'key of mmseg 0.x',
+        r"config key 'lr_config' is of mmseg 0\.x and has no effect: expected param_scheduler",
+        spoil=lambda p: p.add("lr_config = dict(policy='poly')\n"),
+    ),
+    Case(
+        'data of mmseg 0.x',
+        r"config key 'data' is of mmseg 0\.x and has no effect: expected batch_size",
+        spoil=lambda p: p.add('data = dict(samples_per_gpu=2)\n'),
+    ),
+    Case(
+        'name of a key in place of its value',  # mmsegmentation 3652
+        r"train_dataset\.pipeline='train_pipeline' is the name of a key: expected its value, '\$train_pipeline'",
+        ('train_dataset.pipeline=train_pipeline',),
+    ),
+    Case(
+        'a text in place of a loader',
+        r"test_dataloader='val_dataloader': expected a dict",
+        ('test_dataloader=val_dataloader',),
     ),
 ]
 

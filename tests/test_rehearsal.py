@@ -24,7 +24,7 @@ from mmseg_sats.datasets.memory.selection import ClassBalancedMemory
 from mmseg_sats.engine.checks import rehearsal
 from mmseg_sats.engine.checks.rehearsal_runner import largest_and_smallest
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
-from tests.test_bad_input import CONFIG, draw
+from tests.test_bad_input import CONFIG, LABELS, LOAD, PACK, draw
 from tools.train_incremental import main
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,6 @@ class Case(NamedTuple):
     spoil: Callable[[Path], object] = lambda data: None
 
 
-LOAD, LABELS, PACK = (dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs'))
 RESIZE = dict(type='Resize', scale=(64, 64), keep_ratio=False)
 CASES = {
     'labels resized': Case(
@@ -160,6 +159,15 @@ CASES = {
     'a moment misspelt': Case(
         "custom_hooks = [dict(type='Misspelt')]",
         r"stage 0 .*, a hook: .*Misspelt\.after_stages is called by nothing \(did you mean 'after_stage'\?\)",
+    ),
+    'a schedule that follows a number that there is not': Case(  # mmengine 1124
+        "held_out = 0.5\nparam_scheduler = [dict(type='ReduceOnPlateauLR', monitor='mIoU_al')]",
+        r"stage 0 .*, param_scheduler: .*ReduceOnPlateauLR: .* no 'mIoU_al' \(did you mean 'mIoU_all'\?\)",
+    ),
+    'an error without a message': Case(  # mmsegmentation 1623
+        "optim_wrapper = dict(constructor='LearningRateDecayOptimizerConstructor', paramwise_cfg=dict("
+        "_delete_=True, decay_rate=0.9, decay_type='stage_wise', num_layers=12))",
+        r'stage 0 .*, optim_wrapper: NotImplementedError: \(raise NotImplementedError\(\), in add_params\)',
     ),
     'weights for some classes': Case(
         'segmentation_loss = dict(class_weight=[1.0, 2.0, 3.0, 4.0])',

@@ -46,7 +46,7 @@ from mmseg_sats.datasets.wrapped_dataset import (
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.randomness import seeded
 from mmseg_sats.utils.shared_values import once
-from mmseg_sats.utils.spelling import check_choice
+from mmseg_sats.utils.spelling import check_choice, text_of
 
 
 class NoImagesError(ValueError):
@@ -363,7 +363,7 @@ class IncrementalDataset(Dataset):
         except Exception as error:
             raise RuntimeError(
                 f'image {info["img_path"]} with mask {info.get("seg_map_path")} cannot be used: '
-                f'{type(error).__name__}: {error}'
+                f'{type(error).__name__}: {text_of(error)}'
             ) from error
 
     def set_epoch(self, epoch: int) -> None:

@@ -58,6 +58,9 @@ def build_wrapped(
 
 def _without_pipeline(part: Mapping[str, Any] | Dataset) -> tuple[Any, Sequence[dict | Callable]]:
     if isinstance(part, Mapping):
+        kind = DATASETS.get(part['type']) if isinstance(part.get('type'), str) else part.get('type')
+        if isinstance(kind, type):
+            _check_class(kind)
         cfg = dict(copy.deepcopy(part))
         return cfg, cfg.pop('pipeline', ())
     _check_kind(part)
@@ -66,10 +69,14 @@ def _without_pipeline(part: Mapping[str, Any] | Dataset) -> tuple[Any, Sequence[
 
 
 def _check_kind(dataset: Any) -> None:
-    if not isinstance(dataset, BaseDataset):
+    _check_class(type(dataset))
+
+
+def _check_class(kind: type) -> None:
+    if not issubclass(kind, BaseDataset):
         raise TypeError(
             "IncrementalDataset: dataset must be the config or an instance of a subclass of mmengine's BaseDataset, or "
-            f'a ConcatDataset or RepeatDataset of such, for example PascalVOCDataset, got {type(dataset).__name__}'
+            f'a ConcatDataset or RepeatDataset of such, for example PascalVOCDataset, got {kind.__name__}'
         )
 
 
@@ -192,9 +199,15 @@ def with_relabelling(
 
     Raises:
         ValueError: masks are loaded with ``reduce_zero_label``, or, unless ``mode`` is ``'eval'``,
-            not at all.
+            not at all; or a transform mixes several images.
     """
     result = list(transforms)
+    for transform in (one for branch in (result, *_branches(result)) for one in branch):
+        if hasattr(transform, 'get_indices'):
+            raise ValueError(
+                f'IncrementalDataset: {type(transform).__name__} mixes several images, and the transforms of a stage '
+                'see one at a time: expected a pipeline without it'
+            )
     num_found = sum(_insert(branch, chain) for branch in (result, *_branches(result)))
     if mode != 'eval' and num_found == 0:
         names = [type(t).__name__ for t in transforms]

@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Messages for names that are misspelt or were changed: one wording for the whole package. Pure Python."""
+"""Messages for names that are misspelt or were changed, and for errors that say nothing. Pure Python."""
 
 import difflib
+import traceback
 import warnings
 from collections.abc import Collection, Mapping
 from typing import TypeVar
@@ -52,3 +53,10 @@ def warn_renamed(old: str, new: str) -> None:
         FutureWarning,
         stacklevel=3,
     )
+
+
+def text_of(error: BaseException) -> str:
+    """An error's message; of one that has none, such as a bare ``assert``, the line of code that raised it."""
+    told = str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return told or (f'({frames[-1].line}, in {frames[-1].name})' if frames else '')

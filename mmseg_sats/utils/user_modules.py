@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 
 from mmseg_sats.utils.installed import CONFIGS, config_names
 from mmseg_sats.utils.spelling import near_match
@@ -41,6 +42,11 @@ def read_file(path: str | Path) -> Config:
         cfg = Config.fromfile(path, import_custom_modules=False)
     except ImportError as error:  # of code in the config itself
         raise ValueError(f'{path} cannot be read: {_told(error)}') from error
+    except ConfigParsingError as error:
+        raise ValueError(
+            f'{path} cannot be read: the configs of this package are inherited by a line _base_ = ..., not by '
+            f'read_base() ({str(error).split(".")[0]})'
+        ) from error
     except FileNotFoundError as error:
         _raise_for_base(path, error)
         raise

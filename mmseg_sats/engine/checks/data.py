@@ -13,6 +13,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_sats.datasets import IncrementalDataset
 from mmseg_sats.datasets.checks.label_lines import label_lines, note_on_repeated, notes_on_classes
+from mmseg_sats.datasets.checks.whole_labels import check_whole_labels
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
@@ -30,8 +31,8 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
         FileNotFoundError: a list, image or mask does not exist.
         ValueError: a mask has impossible labels, an image and its mask differ in size, a path leaves
             the data root, a file is not an image, a stage has no images, no held-out image shows some
-            class, the last batch has one image and the model cannot be trained with it, or the
-            loaders or stages have different classes.
+            class, the last batch has one image and the model cannot be trained with it, a transform mixes
+            labels, or the loaders or stages have different classes.
     """
     # The last stage is checked too, since its transforms may differ. Lists and masks are read only once.
     cfgs = [stages[first], *stages[first + 1 :][-1:]]
@@ -53,8 +54,10 @@ def check_data(stages: Sequence[Config], first: int = 0) -> None:
             known = known or dataset
             _check_classes(part, dataset, known)
             found.setdefault(part, dataset)
-        if cfg is cfgs[0] and part == 'train_dataloader' and isinstance(dataset, IncrementalDataset):
-            _check_last_batches(stages[first:], dataset)
+        if part == 'train_dataloader' and isinstance(dataset, IncrementalDataset):
+            check_whole_labels(dataset.pipeline.transforms, 'the training pipeline')
+            if cfg is cfgs[0]:
+                _check_last_batches(stages[first:], dataset)
         if part == 'val_dataloader' and cfg.get('held_out'):
             _check_held_out(dataset)
     if 'train_dataloader' in found and 'test_dataloader' in found:

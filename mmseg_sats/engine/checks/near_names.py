@@ -9,7 +9,7 @@ import mmengine.registry
 import mmseg.registry
 from mmengine.registry import Registry
 
-from mmseg_sats.utils.spelling import near_match
+from mmseg_sats.utils.spelling import near_match, text_of
 
 
 def with_near_names(error: Exception) -> str:
@@ -17,7 +17,7 @@ def with_near_names(error: Exception) -> str:
 
     mmengine's advice behind its first sentence is left out.
     """
-    text = str(error).strip()
+    text = text_of(error).strip()
     if isinstance(error, KeyError) and error.args:
         text = str(error.args[0]).strip('"\'')  # mmengine's registries raise it again with its text in quotes
     text = text.split('\n')[0]
@@ -27,7 +27,8 @@ def with_near_names(error: Exception) -> str:
         return f'{unknown[0]}{close}{missing}'
     if refused := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
         owner = next((part for one in _registries() if (part := one.module_dict.get(refused[1]))), None)
-        return text + (near_match(refused[2], inspect.signature(owner).parameters) if owner else '')
+        close = near_match(refused[2], inspect.signature(owner).parameters) if owner else ''
+        return text + (close or '; an inherited argument is left out by _delete_=True beside the type')
     return text
 
 

@@ -23,6 +23,17 @@ _READ = _TABLE - set(names(read_by='config'))
 # Keys that cannot have another value in some stages.
 _RUN_WIDE = _TABLE - set(names(scope='stage'))
 
+_READ_AS_THEY_ARE = ('train_dataloader', 'test_dataloader')
+_LOADERS = (*_READ_AS_THEY_ARE, 'val_dataloader')
+# Of mmseg 0.x, and what stands for them now.
+_OLD_KEYS = dict(
+    lr_config='param_scheduler', optimizer_config='optim_wrapper', checkpoint_config='default_hooks.checkpoint',
+    log_config='default_hooks.logger', evaluation='test_evaluator', runner='epochs or iters', total_epochs='epochs',
+    resume_from='resume (--resume)',
+)  # fmt: skip
+# Where the name of a key is never meant as a text.
+_NO_TEXTS = {'dataset', 'pipeline', 'type', 'sampler', 'metainfo', 'optimizer', 'norm_cfg', 'data_root', *_LOADERS}
+
 
 def known_keys(cfg: Config) -> set[str]:
     """The top-level keys that ``--cfg-options`` may set: those of the config, and those that a run reads."""
@@ -58,12 +69,18 @@ def check_config(cfg: Config) -> None:
     """Checks the top-level keys of a run's config and the values that it sets for some stages only.
 
     Raises:
-        KeyError: a key is not read, and is probably a misspelling of one that is.
-        ValueError: a number or the device is impossible.
+        KeyError: a key is not read, and is probably a misspelling of one that is, or one of mmseg 0.x.
+        ValueError: a number or the device is impossible, or the name of a key stands where its value is meant.
         TypeError: a value of the config has the wrong type.
     """
     content = cfg._cfg_dict.to_dict()
     _check_keys(content)
+    _check_old_keys(content)
+    _check_names_of_keys(content, content)
+    for key in ('model', *_LOADERS):
+        value = content.get(key)
+        if isinstance(value, str) and (key in _READ_AS_THEY_ARE or not value.startswith('$')):
+            raise TypeError(f'{key}={value!r}: expected a dict')
     resume = content.get('resume')
     if not isinstance(resume, bool | None):
         raise TypeError(f'resume={resume!r}: expected True or False')
@@ -91,6 +108,31 @@ def _check_keys(content: Mapping[str, Any]) -> None:
             raise KeyError(
                 f'config key {key!r} is read by nothing{near_match(key, known)}: correct it or take it out'
             )
+
+
+def _check_old_keys(content: Mapping[str, Any]) -> None:
+    """Refuses the keys of mmseg 0.x, which mmengine does not read and so would leave without effect."""
+    used = variables_in(content)
+    for key, now in _OLD_KEYS.items():
+        if content.get(key) and key not in used:
+            raise KeyError(f'config key {key!r} is of mmseg 0.x and has no effect: expected {now}')
+    data = content.get('data')
+    if isinstance(data, Mapping) and 'samples_per_gpu' in data and 'data' not in used:
+        raise KeyError(
+            "config key 'data' is of mmseg 0.x and has no effect: expected batch_size, num_workers, train_dataset and "
+            'eval_dataset'
+        )
+
+
+def _check_names_of_keys(content: Mapping[str, Any], value: Any, path: str = '') -> None:
+    """Refuses the bare name of a key where the key's value is meant, as in ``pipeline='train_pipeline'``."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        where = f'{path}[{key}]' if isinstance(key, int) else f'{path}.{key}'.lstrip('.')
+        if not isinstance(item, str):
+            _check_names_of_keys(content, item, where)
+        elif item in content and item != key and key in _NO_TEXTS:
+            raise ValueError(f'{where}={item!r} is the name of a key: expected its value, \'${item}\'')
 
 
 def _check_part(part: str, inner: Mapping[str, Any], content: Mapping[str, Any]) -> None:

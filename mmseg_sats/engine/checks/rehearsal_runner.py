@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ class _StopAtEnough(Hook):
     ) -> None:
         if ITERATIONS <= runner.iter + 1 < runner.max_iters:
             raise _Enough
+
+
+class _AskSchedules(Hook):
+    """Gives the numbers of the validation to schedules that follow them, which may end before they get any."""
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        schedules = runner.param_schedulers or []
+        for one in schedules if isinstance(schedules, list) else chain(*schedules.values()):
+            monitor = getattr(one, 'monitor', None)
+            if metrics and getattr(one, 'need_val_args', False) and monitor not in metrics:
+                with _part('param_scheduler'):
+                    raise KeyError(
+                        f'{type(one).__name__}: the validation gives no {monitor!r}{near_match(monitor, metrics)}; '
+                        f'expected one of {", ".join(metrics)} as monitor'
+                    )
 
 
 @contextmanager
@@ -85,6 +101,7 @@ class RehearsalRunner(StageRunner):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register_hook(_StopAtEnough())
+        self.register_hook(_AskSchedules())
 
     def register_hook(self, hook: Hook | dict[str, Any], priority: Any = None) -> None:
         """mmengine's, which refuses a method of nearly the name that is called at the border of a stage."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import PARAM_SCHEDULERS
 
 from mmseg_sats.utils.config_keys import KEYS
 from mmseg_sats.utils.spelling import check_choice
@@ -75,11 +76,21 @@ def check_values(cfg: Config) -> None:
     """Checks values of a stage's config that training would accept, and that cannot be meant.
 
     Raises:
-        ValueError: a loss has a negative or endless weight, or two values of the seed differ.
+        ValueError: a loss has a negative or endless weight, a schedule needs a validation that there is not, or two
+            values of the seed differ.
     """
     for path, weight in _loss_weights('model', cfg.model.to_dict()):
         if isinstance(weight, bool | str) or (isinstance(weight, int | float) and not 0 <= weight < math.inf):
             raise ValueError(f'{path}={weight!r}: expected a number from 0')
+    schedules = cfg.get('param_scheduler') or []
+    for schedule in schedules if isinstance(schedules, list | tuple) else [schedules]:
+        kind = schedule.get('type') if isinstance(schedule, Mapping) else None
+        kind = PARAM_SCHEDULERS.get(kind) if isinstance(kind, str) else kind
+        if getattr(kind, 'need_val_args', False) and not cfg.get('val_dataloader'):
+            raise ValueError(
+                f'param_scheduler: {kind.__name__} follows a validation, and stages have none: expected a share of the '
+                'training images as held_out (0.2, say), or another schedule'
+            )
     seed = (cfg.get('randomness') or {}).get('seed', cfg.get('seed'))
     if seed != cfg.get('seed'):
         raise ValueError(f'randomness.seed={seed!r} beside seed={cfg.get("seed")!r}: expected seed alone')
