@@ -27,7 +27,7 @@ from tests.foreign import read_mask, write_split
 from tests.small_models import MIT, MIT_CHANNELS, RESNET, RESNET_CHANNELS, decode_head_cfg
 
 OLD = ['road', 'grass', 'car']
-SMALL = {'epochs': 1, 'num_workers': 0, 'report': None}
+SMALL = {'epochs': 1, 'num_workers': 0, 'report': None, 'rehearsal': None}
 IN_STOCK_MMSEG = """
 import sys
 sys.modules['mmseg_sats'] = None

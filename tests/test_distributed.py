@@ -38,6 +38,7 @@ batch_size = {batch_size}
 epochs = 4
 later_stages = dict(epochs=2)
 report = None
+rehearsal = None
 norm_cfg = dict(_delete_=True, type='GN', num_groups=8)
 model = dict(
     backbone=dict(embed_dims=8),

@@ -91,7 +91,8 @@ def config(folder: Path, shapes_root: Path, tmp_path: Path) -> Callable[[str], C
     def make(method: str, name: str = 'run', **options: Any) -> Config:
         cfg = Config.fromfile(folder / f'my_methods/{method}/segformer_tiny_shapes_3-1.py')
         small = dict(data_root=str(shapes_root), work_dir=str(tmp_path / name), protocol='3-3', epochs=1,
-                     image_size=64, crop_size=64, train_images=24, val_images=12, batch_size=4, report=None)
+                     image_size=64, crop_size=64, train_images=24, val_images=12, batch_size=4, report=None,
+                     rehearsal=None)
         cfg.merge_from_dict(small | options)
         return cfg
 

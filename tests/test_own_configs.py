@@ -227,6 +227,7 @@ def test_one_table_of_own_configs_and_a_method_of_the_package(
     small = [
         f'data_root={shapes_root}', 'epochs=1', 'num_shapes=4', 'image_size=64', 'crop_size=64', 'train_images=24',
         'val_images=12', 'batch_size=4', 'train_dataloader.num_batch_per_epoch=1', 'report=None',
+        'rehearsal=None',
     ]  # fmt: skip
     words = ['table', '--configs', 'own', '--methods', 'finetune', '--threads', '1', '--cfg-options', *small]
     done = subprocess.run(

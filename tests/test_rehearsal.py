@@ -274,7 +274,7 @@ def test_it_is_left_out_where_a_run_goes_on_unchanged(
 def test_what_a_stage_needs_is_handed_on_to_the_last(method: str, shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg(method, protocol='1-1', train_images=40, rehearsal={}, memory=6)
     runner = RUNNERS.build(cfg)
-    runner.work_dir.mkdir(parents=True)
+    (runner.work_dir / rehearsal.FOLDER / 'stage_0').mkdir(parents=True)  # of one that was killed
     rehearsal.rehearse(runner.cfg, runner._work, runner.logger)
     assert not list(runner.work_dir.iterdir())
 

@@ -363,7 +363,7 @@ def run_kills(out: Path, *words: str) -> None:
 @pytest.mark.parametrize('iters', [(), ('--iters', '5')], ids=['epochs', 'iterations'])
 def test_killed_runs_end_as_the_others(iters: tuple[str, ...], tmp_path: Path) -> None:
     """The short form of ``make test-kill``."""
-    run_kills(tmp_path, '--no-report', '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2', *iters)
+    run_kills(tmp_path, '--bare', '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2', *iters)
 
 
 @on_a_cpu

@@ -27,7 +27,7 @@ def words(shapes_root: Path) -> list[str]:
     return [
         f'data_root={shapes_root}', 'epochs=1', 'num_shapes=4', 'image_size=64', 'crop_size=64',
         'train_images=24', 'val_images=12', 'batch_size=4', 'train_dataloader.num_batch_per_epoch=1',
-        'report=None',
+        'report=None', 'rehearsal=None',
     ]  # fmt: skip
 
 
