@@ -21,7 +21,7 @@ env_cfg = dict(
 custom_hooks = [dict(type='ProgressHook')]
 # WORK_DIR/report, at the end of the run; images=, attention=: how many of each (docs/report.md). None writes none.
 report = dict()
-# Two iterations of the first, second and last stage before the run, so that no mistake shows only after hours;
+# An iteration or two of the first, second and last stage before the run, so that no mistake shows only after hours;
 # None leaves it out.
 rehearsal = dict()
 vis_backends = [dict(type='LocalVisBackend')]

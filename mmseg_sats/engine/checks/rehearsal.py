@@ -19,11 +19,8 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.datasets.memory.replay_sampler import batch_split
 from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.engine.checks.no_trace import no_trace
-from mmseg_sats.engine.checks.rehearsal_runner import (
-    ITERATIONS,
-    RehearsalRunner,
-    largest_and_smallest,
-)
+from mmseg_sats.engine.checks.rehearsal_runner import RehearsalRunner, largest_and_smallest
+from mmseg_sats.engine.checks.trial_build import trains_on_one_image
 from mmseg_sats.engine.config.method_hooks import hook_class
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.engine.files.snapshot import plain_meta, weights_of, write_weights
@@ -57,13 +54,26 @@ class Rehearsal(StageWork):
     """
 
     runner_type = RehearsalRunner
+    _images = 0
 
     def config(self, stage: Stage) -> Config:
         """The stage's config, shortened."""
         cfg = super().config(stage)
-        _shorten(cfg)
+        on_cpu = not torch.cuda.is_available()
+        # A GPU is fast enough for whole batches, and its memory is what they and the optimizer may not fit into. On a
+        # CPU, the first stage's second iteration is what the run itself begins with.
+        cfg.rehearsal = dict(iterations=1 if on_cpu and stage.index != 1 else 2)
+        _shorten(cfg, cfg.rehearsal.iterations)
+        if on_cpu and cfg.train_dataloader.get('batch_size'):
+            cfg.train_dataloader.batch_size = _small_batch(cfg, self._fewest(cfg))
         # The text of this config is never read by anyone, so it is not laid out.
         return Config(cfg._cfg_dict.to_dict(), filename=cfg.filename, format_python_code=False)
+
+    def _fewest(self, cfg: Config) -> int:
+        """The smallest batch that the model can be trained with, which is asked once."""
+        if not self._images:
+            self._images = 1 if trains_on_one_image(cfg) else 2
+        return self._images
 
     def run_all(self) -> None:
         """Runs the first, the second and the last stage.
@@ -157,9 +167,9 @@ def _clear(folder: Path, *files: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _shorten(cfg: Config) -> None:
-    """Makes a stage's config one of two iterations, in place."""
-    for limit, value in (('max_epochs', 1), ('max_iters', ITERATIONS), ('val_begin', 1), ('val_interval', 1)):
+def _shorten(cfg: Config, iterations: int) -> None:
+    """Makes a stage's config one of some iterations, in place."""
+    for limit, value in (('max_epochs', 1), ('max_iters', iterations), ('val_begin', 1), ('val_interval', 1)):
         if limit in cfg.train_cfg:
             cfg.train_cfg[limit] = value
     loader = cfg.train_dataloader
@@ -167,24 +177,21 @@ def _shorten(cfg: Config) -> None:
     loader.pop('prefetch_factor', None)
     if not loader.num_workers:
         loader.persistent_workers = False
-    # A GPU is fast enough for whole batches, and its memory is what they may not fit into.
-    if not torch.cuda.is_available() and loader.get('batch_size'):
-        loader.batch_size = _small_batch(cfg)
     wrapper = cfg.optim_wrapper
-    if wrapper.get('accumulative_counts', 1) > ITERATIONS:
-        wrapper.accumulative_counts = ITERATIONS
+    if wrapper.get('accumulative_counts', 1) > iterations:
+        wrapper.accumulative_counts = iterations
     cfg.pop('compile', None)  # it takes minutes and changes no result
     if cfg.get('visualizer'):
         cfg.visualizer.vis_backends = None
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _shows_progress(hook)]
 
 
-def _small_batch(cfg: Config) -> int:
-    """The smallest batch from two images on that has an image of every source of replay."""
+def _small_batch(cfg: Config, fewest: int) -> int:
+    """The smallest batch from ``fewest`` images on that has an image of every source of replay."""
     whole, share = cfg.train_dataloader.batch_size, cfg.get('replay_share', None)
     dataset = cfg.train_dataloader.dataset
     sources = sum(bool(dataset.get(name)) for name in ('exemplars', 'outside'))
-    for size in range(2, whole):
+    for size in range(fewest, whole):
         try:
             if share is not None and sources:
                 batch_split(size, share, sources)

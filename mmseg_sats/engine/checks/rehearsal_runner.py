@@ -21,7 +21,6 @@ from mmseg_sats.utils.spelling import near_match, one_slip
 
 # What mmengine's runner is asked to call beside its own moments.
 STAGE_MOMENTS = ('before_stage', 'before_snapshot', 'after_stage')
-ITERATIONS = 2
 
 
 class _Enough(Exception):  # noqa: N818 - the rehearsal of a stage's training has ended as it should
@@ -33,10 +32,13 @@ class _StopAtEnough(Hook):
 
     priority = 'LOWEST'
 
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        if ITERATIONS <= runner.iter + 1 < runner.max_iters:
+        if self.iterations <= runner.iter + 1 < runner.max_iters:
             raise _Enough
 
 
@@ -93,14 +95,16 @@ class _Picked(Sampler):
 
 
 class RehearsalRunner(StageRunner):
-    """A stage's runner that trains two iterations; other passes see only the largest and the smallest image.
+    """A stage's runner that trains one or two iterations; other passes see only the largest and the smallest image.
+
+    How many is ``rehearsal.iterations`` of the stage's config.
 
     What it logs goes to the log file alone.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.register_hook(_StopAtEnough())
+        self.register_hook(_StopAtEnough(self.cfg.rehearsal.iterations))
         self.register_hook(_AskSchedules())
 
     def register_hook(self, hook: Hook | dict[str, Any], priority: Any = None) -> None:
@@ -127,7 +131,7 @@ class RehearsalRunner(StageRunner):
         return logger
 
     def train(self) -> nn.Module:
-        """Trains two iterations, ends the epoch, and goes on from the checkpoint that was written, if one was."""
+        """Trains the iterations, ends the epoch, and goes on from the checkpoint that was written, if one was."""
         try:
             super().train()
         except _Enough:
