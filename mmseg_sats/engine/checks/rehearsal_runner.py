@@ -38,6 +38,7 @@ class _StopAtEnough(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        """Raises ``_Enough`` behind the last of the iterations, unless the stage ends there by itself."""
         if self.iterations <= runner.iter + 1 < runner.max_iters:
             raise _Enough
 
@@ -46,6 +47,7 @@ class _AskSchedules(Hook):
     """Gives the numbers of the validation to schedules that follow them, which may end before they get any."""
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Raises KeyError if a schedule follows a number that the validation does not give."""
         schedules = runner.param_schedulers or []
         for one in schedules if isinstance(schedules, list) else chain(*schedules.values()):
             monitor = getattr(one, 'monitor', None)
