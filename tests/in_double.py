@@ -31,9 +31,13 @@ if 'pytest' not in sys.modules:
 
 @HOOKS.register_module()
 class Tell(Hook):
-    """Rank 0 leaves each iteration's losses in ``losses.json``, every rank its images in ``images_RANK.json``."""
+    """Rank 0 leaves each iteration's losses in ``losses_from_ITERATION.json``, every rank its images likewise.
+
+    The iteration is that from which the stage was trained or resumed.
+    """
 
     def before_train(self, runner: Runner) -> None:
+        self.first = runner.iter
         self.losses: list[dict[str, float]] = []
         self.images: list[list] = []
 
@@ -41,12 +45,10 @@ class Tell(Hook):
         self.losses.append({name: float(value) for name, value in outputs.items()})
         pairs = zip(data_batch['inputs'], data_batch['data_samples'], strict=True)
         self.images.append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
-
-    def after_train(self, runner: Runner) -> None:
-        folder = Path(runner.work_dir)
-        (folder / f'images_{get_rank()}.json').write_text(json.dumps(self.images))
+        folder = Path(runner.work_dir)  # written every time, for the run may be stopped
+        (folder / f'images_{get_rank()}_from_{self.first}.json').write_text(json.dumps(self.images))
         if get_rank() == 0:
-            (folder / 'losses.json').write_text(json.dumps(self.losses))
+            (folder / f'losses_from_{self.first}.json').write_text(json.dumps(self.losses))
 
 
 @HOOKS.register_module()

@@ -55,6 +55,7 @@ BY_ITERATION = {
     'protocol': '3-3', 'train_images': 18, 'train_dataloader.sampler.type': 'InfiniteSampler', 'held_out': 0.34,
     'train_cfg.max_iters': '$iters', 'train_cfg.val_interval': 2,
 }  # fmt: skip
+BARE = dict(protocol='3-3', rehearsal=None, report=None)
 COMPARED = (
     'results.json', 'results.csv', 'stage_*/exemplars.json', 'stage_*/pseudo_label_thresholds.json',
     'stage_*/held_out.json',
@@ -353,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--method', default='sats', help='folder of configs/')
     parser.add_argument('--memory', type=int, default=6, help='exemplars')
     parser.add_argument('--iters', type=int, help='iterations a stage, validated within, in place of two epochs')
-    parser.add_argument('--bare', action='store_true', help='no rehearsal and no report, for less time')
+    parser.add_argument('--bare', action='store_true', help='two stages, no rehearsal, no report: less time')
     parser.add_argument('--moments', type=int, default=30, help='random moments')
     parser.add_argument('--events', type=int, help='so many of the events, at random (default: all)')
     parser.add_argument('--full', type=int, help='so many full disks, at random (default: all)')
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parser.parse_args(arguments)
     out = args.out or Path(tempfile.mkdtemp(prefix='mmseg_sats_kill_'))
-    options = dict(memory=args.memory) | (dict(rehearsal=None, report=None) if args.bare else {})
+    options = dict(memory=args.memory) | (BARE if args.bare else {})
     if args.iters:
         options |= BY_ITERATION | dict(iters=args.iters)
     first = Job(out / 'first', out / 'data', args.method, options)

@@ -109,19 +109,27 @@ def one(config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope='module')
-def two(config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The work dir of two processes with batches of two, and what they printed."""
+def two(config: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The work dir of two processes with batches of two, and what they printed before and after they were resumed.
+
+    SIGTERM reaches the second one in the middle of the second epoch of stage 1.
+    """
     work_dir = tmp_path_factory.mktemp('two') / 'run'
-    return work_dir, run(config(2), work_dir)
+    process = start(config(2), work_dir, STOP_AT='1:11:1')
+    stopped = output_of(process)
+    assert process.returncode != 0
+    return work_dir, stopped, run(config(2), work_dir, '--resume')
 
 
 def read(work_dir: Path, stage: int, name: str) -> list:
-    return json.loads((work_dir / f'stage_{stage}/{name}.json').read_text())
+    """What each iteration of a stage left, of all the times that it was resumed."""
+    paths = sorted((work_dir / f'stage_{stage}').glob(f'{name}_from_*.json'), key=lambda path: len(path.stem))
+    return [item for path in paths for item in json.loads(path.read_text())]
 
 
 @pytest.mark.parametrize('stage', [0, 1])
-def test_two_processes_have_the_losses_of_one(stage: int, one: Path, two: tuple[Path, str]) -> None:
-    """In double precision, with SATS-M, for as long as both run."""
+def test_two_processes_have_the_losses_of_one(stage: int, one: Path, two: tuple[Path, str, str]) -> None:
+    """In double precision, with SATS-M, although the two were stopped and resumed."""
     alone, together = (read(work_dir, stage, 'losses') for work_dir in (one, two[0]))
     assert len(alone) == len(together) >= 20
     names = {'loss', 'decode.loss_ce'} | ({'loss_attention', 'loss_output'} if stage else set())
@@ -144,7 +152,7 @@ def test_two_processes_see_the_images_of_one(
     assert (len(shares[0][-1]), len(shares[1][-1])) == last  # 19 images, by 4 and (with replay) by 2
 
 
-def test_two_processes_find_the_thresholds_memory_and_tables_of_one(one: Path, two: tuple[Path, str]) -> None:
+def test_two_processes_find_the_thresholds_memory_and_tables_of_one(one: Path, two: tuple[Path, str, str]) -> None:
     for name in ('stage_0/exemplars.json', 'stage_1/exemplars.json', 'stage_1/pseudo_label_thresholds.json'):
         assert (one / name).read_text() == (two[0] / name).read_text()
     alone, together = (json.loads((work_dir / 'results.json').read_text()) for work_dir in (one, two[0]))
@@ -152,13 +160,14 @@ def test_two_processes_find_the_thresholds_memory_and_tables_of_one(one: Path, t
     assert (one / 'results.csv').read_text() == (two[0] / 'results.csv').read_text()
 
 
-def test_one_process_writes(two: tuple[Path, str]) -> None:
-    (line,) = re.findall(r'^WRITTEN (.*)$', two[1], re.M)
-    left = [path for path in json.loads(line) if not path.endswith('/images_1.json')]
+def test_one_process_writes(two: tuple[Path, str, str]) -> None:
+    lines = re.findall(r'^WRITTEN (.*)$', two[1] + two[2], re.M)
+    assert len(lines) == 2
+    left = [path for line in lines for path in json.loads(line) if '/images_1_from_' not in path]
     left = [path for path in left if not path.startswith(('/dev/', '/proc/'))]
     # mmengine reads a config through a temporary copy, in every process.
     assert [path for path in left if Path(path).exists()] == []
-    assert two[1].count('learned in stage') == 1
+    assert two[2].count('learned in stage') == 1
 
 
 def test_a_failing_process_ends_the_other_with_its_error_on_top(
@@ -187,25 +196,13 @@ def same_files(work_dir: Path, other: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_stopped_by_sigterm_two_processes_go_on_as_if_they_had_not_been(
-    config: Callable[[int], Path], two: tuple[Path, str], tmp_path: Path
-) -> None:
-    """The signal reaches one of them, in the middle of the second epoch of stage 1."""
-    work_dir = tmp_path / 'run'
-    work_dir.mkdir()
-    shutil.copy(two[0] / 'config.py', work_dir)
-    shutil.copytree(two[0] / 'stage_0', work_dir / 'stage_0')
-    process = start(config(2), work_dir, '--resume', STOP_AT='1:11:1')
-    output = output_of(process)
-    assert process.returncode != 0
-    assert 'stopped by SIGTERM behind iteration 12: go on with --resume' in output
-    assert 'exitcode  : 143' in output
-    checkpoint = load_checkpoint_safely(work_dir / 'stage_1/iter_12.pth')
-    assert (checkpoint['meta']['epoch'], checkpoint['meta']['iter']) == (1, 12)
-    output = run(config(2), work_dir, '--resume')
-    assert 'iter_12.pth' in output
-    assert read(work_dir, 1, 'losses') == read(two[0], 1, 'losses')[12:]
-    same_files(work_dir, two[0])
+def test_sigterm_stops_two_processes_behind_a_checkpoint(two: tuple[Path, str, str]) -> None:
+    work_dir, stopped, resumed = two
+    assert 'stopped by SIGTERM behind iteration 12: go on with --resume' in stopped
+    assert 'exitcode  : 143' in stopped
+    assert 'stage_1/iter_12.pth' in resumed
+    sizes = [len(json.loads(path.read_text())) for path in sorted(work_dir.glob('stage_1/losses_from_*.json'))]
+    assert sizes == [12, len(read(work_dir, 1, 'losses')) - 12]
 
 
 def test_a_work_dir_that_is_not_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +307,7 @@ def test_a_killed_process_ends_the_other(config: Callable[[int], Path], tmp_path
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_stops_and_resumes_too(
-    config: Callable[[int], Path], two: tuple[Path, str], tmp_path: Path
+    config: Callable[[int], Path], two: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     """As a cluster does it that knows of the first process alone."""
     process = start(config(2), tmp_path / 'run')
@@ -330,7 +327,7 @@ def test_sigterm_to_torchrun_stops_and_resumes_too(
 
 
 @pytest.mark.slow
-def test_two_machines(config: Callable[[int], Path], two: tuple[Path, str], tmp_path: Path) -> None:
+def test_two_machines(config: Callable[[int], Path], two: tuple[Path, str, str], tmp_path: Path) -> None:
     """As docs/distributed.md has it, both machines being this one; a failure on one ends the other."""
     for fail_at, work_dir in (('', tmp_path / 'run'), ('0:2:1', tmp_path / 'failed')):
         words = dict(NNODES='2', PORT=free_port(), FAIL_AT=fail_at)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mmseg_sats
+from tests.forked import Done, run_forked
 from tests.test_compatibility import IMPORTABLE
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ assert mmseg.__loader__ is mmseg.__spec__.loader is not None
 assert 'mmseg_sats' not in type(mmseg.__loader__).__module__
 """,
     before_mmseg=f"""
+import sys
 import mmengine
 import mmseg_sats
 assert not [name for name in sys.modules if name.startswith('mmseg_sats.models')]
@@ -60,61 +62,27 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def python(text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, '-c', f'import sys\n{text}'], cwd=ROOT, text=True, capture_output=True,
-                          check=False)
-
-
-def test_public_names_are_reached_from_the_package_alone() -> None:
-    """As attributes, without an import of their module."""
-    text = f"""
+# Scripts in processes that have imported torch and mmengine, and nothing of mmseg or of this package.
+BEHIND_MMENGINE = dict(
+    # Public names are reached as attributes, without an import of their module.
+    names=f"""
 import functools, mmseg_sats
 for name in {IMPORTABLE}:
     functools.reduce(getattr, name.split('.')[1:], mmseg_sats)
-"""
-    done = python(text)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize('order', ORDERS)
-def test_parts_are_known_in_any_order_of_imports(order: str) -> None:
-    """And where mmseg comes later than mmseg_sats, it does not say what needs no action."""
-    done = python(ORDERS[order])
-    assert done.returncode == 0, done.stderr[-3000:]
-    if order != 'last':
-        assert 'OneDL' not in done.stdout
-        assert 'Fail to import' not in done.stderr
-
-
-def test_without_mmseg_what_needs_none_works() -> None:
-    done = python(ABSENT.format(names=HEAVY) + CHEAP)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize('text', ['mmseg_sats.models', 'from mmseg_sats.engine import IncrementalRunner'])
-def test_without_mmseg_the_rest_says_what_to_install(text: str) -> None:
-    done = python(f'{ABSENT.format(names=["mmseg"])}\nimport mmseg_sats\n{text}')
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: mmseg is not installed: `pip install 'mmseg_sats[mm]'` brings")
-    assert 'During handling' not in done.stderr
-
-
-def test_mmengine_alone_goes_on() -> None:
-    text = """
-import importlib.util, mmseg_sats
+""",
+    before_mmseg=ORDERS['before_mmseg'],
+    last=ORDERS['last'],
+    mmengine_alone="""
+import importlib.util, sys, mmseg_sats
 looked = importlib.util.find_spec
 importlib.util.find_spec = mmseg_sats.find_spec = lambda name, *rest: None if name == 'mmseg' else looked(name, *rest)
 from mmengine.hooks import IterTimerHook
 from mmengine.registry import HOOKS
 assert HOOKS.get('IterTimerHook') is IterTimerHook
 assert 'mmseg' not in sys.modules
-"""
-    done = python(text)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_what_fails_while_parts_are_imported_is_said_every_time() -> None:
-    text = """
+""",
+    # What fails while parts are imported is said every time.
+    failing="""
 import mmseg_sats
 mmseg_sats._REGISTERING = ('absent_part',)
 from mmengine.registry import HOOKS
@@ -123,8 +91,57 @@ for _ in range(2):
         HOOKS.get('FiniteHook')
     except ModuleNotFoundError as error:
         print(error.name)
-"""
-    assert python(text).stdout.split() == ['mmseg_sats.absent_part'] * 2
+""",
+    **{
+        f'without_mmseg_{kind}': f'{ABSENT.format(names=["mmseg"])}\nimport mmseg_sats\n{text}'
+        for kind, text in dict(
+            attribute='mmseg_sats.models', module='from mmseg_sats.engine import IncrementalRunner'
+        ).items()
+    },
+)
+
+
+def python(text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-c', f'import sys\n{text}'], cwd=ROOT, text=True, capture_output=True,
+                          check=False)
+
+
+@pytest.fixture(scope='module')
+def behind_mmengine() -> dict[str, Done]:
+    done = run_forked('import torch, mmengine.runner', list(BEHIND_MMENGINE.values()))
+    return dict(zip(BEHIND_MMENGINE, done, strict=True))
+
+
+@pytest.mark.parametrize('script', ['names', 'before_mmseg', 'last', 'mmengine_alone', 'failing'])
+def test_parts_are_known_in_any_order_of_imports(script: str, behind_mmengine: dict[str, Done]) -> None:
+    """And where mmseg comes later than mmseg_sats, it does not say what needs no action."""
+    done = behind_mmengine[script]
+    assert done.returncode == 0, done.stderr[-3000:]
+    if script != 'last':
+        assert 'OneDL' not in done.stdout
+        assert 'Fail to import' not in done.stderr
+    if script == 'failing':
+        assert done.stdout.split() == ['mmseg_sats.absent_part'] * 2
+
+
+def test_parts_are_known_where_mmseg_sats_is_imported_first() -> None:
+    done = python(ORDERS['first'])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'OneDL' not in done.stdout
+    assert 'Fail to import' not in done.stderr
+
+
+def test_without_mmseg_what_needs_none_works() -> None:
+    done = python(ABSENT.format(names=HEAVY) + CHEAP)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('kind', ['attribute', 'module'])
+def test_without_mmseg_the_rest_says_what_to_install(kind: str, behind_mmengine: dict[str, Done]) -> None:
+    done = behind_mmengine[f'without_mmseg_{kind}']
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: mmseg is not installed: `pip install 'mmseg_sats[mm]'` brings")
+    assert 'During handling' not in done.stderr
 
 
 def test_a_name_that_is_not_there() -> None:

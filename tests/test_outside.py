@@ -2,61 +2,28 @@
 """docs/new_backbone.md followed in an empty folder: every command finds the reader's module, wherever it is given."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from PIL import Image
 
+from tests.forked import Done, run_forked
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / 'docs/new_backbone.md').read_text(encoding='utf-8')
-# Each command gets a process of its own, forked from one that has imported the package but nothing of the user's.
-# `python -c` looks for modules in the current folder, `mmseg-sats` does not.
-COMMANDS = """
-import json, os, sys
-sys.path.remove('')
-import mmseg_sats.engine, mmseg_sats.commands
-
-for folder, words, log in json.load(sys.stdin):
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.exit(mmseg_sats.commands.main(words))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+PRELOAD = 'import mmseg_sats.engine, mmseg_sats.commands'
 
 
-@dataclass
-class Done:
-    """How a command ended, and what it printed."""
+def mmseg_sats(*commands: tuple[Path, str]) -> list[Done]:
+    """Gives the commands, folder and words of each, one after another.
 
-    status: int
-    text: str
-
-
-def mmseg_sats(folder: Path, *commands: tuple[Path, str]) -> list[Done]:
-    """Gives the commands one after another, each in its folder.
-
-    Args:
-        folder: where logs are written.
-        commands: folder and words of each.
+    Each gets a process of its own, which has imported the package but nothing of the user's.
     """
-    calls = [(str(place), words.split(), str(folder / f'{i}.txt')) for i, (place, words) in enumerate(commands)]
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', COMMANDS], input=json.dumps(calls), cwd=folder, text=True,
-        capture_output=True, check=False, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    codes = done.stdout.split()
-    return [Done(int(code), Path(log).read_text()) for code, (*_, log) in zip(codes, calls, strict=True)]
+    script = 'import sys, mmseg_sats\nsys.exit(mmseg_sats.commands.main({!r}))'
+    folders, words = zip(*commands, strict=True)
+    return run_forked(PRELOAD, [script.format(one.split()) for one in words], folders)
 
 
 @pytest.fixture
@@ -74,7 +41,6 @@ def reader(tmp_path: Path) -> Path:
 def test_every_command_works_on_a_readers_own_backbone(reader: Path, tmp_path: Path, shapes_root: Path) -> None:
     (train,) = re.findall(r'^    (mmseg-sats train .*)$', PAGE, re.M)
     (elsewhere := tmp_path / 'elsewhere').mkdir()
-    (logs := tmp_path / 'logs').mkdir()
     small = (
         f'--cfg-options data_root={shapes_root} epochs=1 image_size=64 crop_size=64 train_images=24 val_images=12 '
         'batch_size=4 report=None train_dataloader.num_batch_per_epoch=2 test_dataloader.num_batch_per_epoch=4'
@@ -95,13 +61,13 @@ def test_every_command_works_on_a_readers_own_backbone(reader: Path, tmp_path: P
         (elsewhere, f'browse {config} --out sheets {small}'),
         (elsewhere, f'table --configs {reader} --report {small}'),
     ]
-    done = mmseg_sats(logs, *commands)
-    failed = [f'{words}\n{one.text[-2000:]}' for (_, words), one in zip(commands, done, strict=True) if one.status]
-    assert not failed, '\n'.join(failed)
+    done = mmseg_sats(*commands)
+    failed = [(words, one.stderr[-2000:]) for (_, words), one in zip(commands, done, strict=True) if one.returncode]
+    assert not failed
     assert 'no photographs' not in (run / 'report/index.html').read_text()
     assert (elsewhere / 'attention.png').is_file()
     assert len(json.loads((run / 'test/test.json').read_text())) == 1
-    assert 'plain_pyramid_shapes_3-3' in done[-1].text
+    assert 'plain_pyramid_shapes_3-3' in done[-1].stdout
     exported = Config.fromfile(run / 'stage_1/export/config.py', import_custom_modules=False)
     assert exported.custom_imports.imports == ['plain_pyramid']
 
@@ -117,8 +83,8 @@ def test_a_module_that_is_gone_is_one_line(reader: Path, tmp_path: Path) -> None
     commands = [
         f'train {config}', f'predict {stage} {image}', f'test {stage.parent}', f'table --configs {reader}',
     ]  # fmt: skip
-    for one in mmseg_sats(tmp_path, *((tmp_path, words) for words in commands)):
-        assert one.status == 1
-        assert one.text.count('\n') == 1, one.text
-        assert 'Python finds no module plain_pyramid' in one.text
-        assert f'nor is it in {stage if str(stage) in one.text else reader}, ' in one.text
+    for one in mmseg_sats(*((tmp_path, words) for words in commands)):
+        assert one.returncode == 1
+        assert one.stderr.count('\n') == 1, one.stderr
+        assert 'Python finds no module plain_pyramid' in one.stderr
+        assert f'nor is it in {stage if str(stage) in one.stderr else reader}, ' in one.stderr

@@ -4,8 +4,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,7 +216,7 @@ def test_what_is_wrong_with_such_a_config_is_told(
 
 
 def test_one_table_of_own_configs_and_a_method_of_the_package(
-    write: Write, tmp_path: Path, shapes_root: Path
+    write: Write, tmp_path: Path, shapes_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """With a module of the user's, which the planning process and the trained runs find."""
     write('own/quiet/a_hook.py', HOOK)
@@ -230,15 +228,14 @@ def test_one_table_of_own_configs_and_a_method_of_the_package(
         'rehearsal=None',
     ]  # fmt: skip
     words = ['table', '--configs', 'own', '--methods', 'finetune', '--threads', '1', '--cfg-options', *small]
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', 'mmseg_sats', *words], cwd=tmp_path, text=True, capture_output=True,
-        check=False, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))  # the package that is tested, in the runs too
+    code = commands.main(words)
+    printed = capsys.readouterr().out
     out = tmp_path / 'work_dirs/shapes'
     logs = ''.join(path.read_text()[-2000:] for path in out.glob('*/log.txt'))
-    assert done.returncode == 0, done.stdout + done.stderr + logs
-    head, _, *rows = [line.split('|')[1].strip() for line in done.stdout.splitlines() if line.startswith('|')]
+    assert code == 0, printed + logs
+    head, _, *rows = [line.split('|')[1].strip() for line in printed.splitlines() if line.startswith('|')]
     assert [head, *rows] == ['row', 'quiet/shapes_3-1', 'finetune']
     assert 'quiet stage 1' in (out / 'quiet_shapes_3-1_seed0/log.txt').read_text()
-    assert (out / 'configs.md').read_text() in done.stdout
+    assert (out / 'configs.md').read_text() in printed
     assert (out / 'configs.csv').read_text().count('finished') == 2

@@ -31,6 +31,7 @@ from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.utils.randomness import seed_all, seeded
+from tests.forked import run_forked
 
 on_a_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason='bit for bit on a CPU; a GPU adds up in an order of its own'
@@ -185,53 +186,60 @@ def test_sigterm_writes_a_checkpoint_and_exits(
     assert (tmp_path / 'run/results.json').read_bytes() == (expected / 'results.json').read_bytes()
 
 
-# What ends the run, how the process starts it, and its exit code.
-ENDINGS = {
-    'SIGTERM': ('os.kill(os.getpid(), signal.SIGTERM)', 'train()', EXIT_PREEMPTED),
+# What ends the run, whether it is in a process of multiprocessing, and the exit code.
+ENDINGS = [
+    ('os.kill(os.getpid(), signal.SIGTERM)', False, EXIT_PREEMPTED),
     # Python tells of Ctrl-C by dying of it.
-    'SIGINT': ('os.kill(os.getpid(), signal.SIGINT)', 'train()', -signal.SIGINT),
-    # A process of multiprocessing ends in another way than the interpreter does.
-    'an error': (
-        "raise ValueError('of the test')",
-        'child = multiprocessing.Process(target=train); child.start(); child.join(); sys.exit(child.exitcode)',
-        1,
-    ),
-}
+    ('os.kill(os.getpid(), signal.SIGINT)', False, -signal.SIGINT),
+    # Such a process ends in another way than the interpreter does.
+    ("raise ValueError('of the test')", True, 1),
+]
+ENDING_HOOK = """
+import multiprocessing, os, signal, sys, time
+# Ignored in what a shell starts behind its back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS
+import mmseg_sats.engine
+
+@HOOKS.register_module()
+class Ending(Hook):
+    def after_train_iter(self, runner, *args, **kwargs):
+        time.sleep(0.5)
+        end()
+"""
+ENDING = """
+import __main__, multiprocessing, os, signal, sys
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+
+def end():
+    {what}
+
+__main__.end = end
+train = RUNNERS.build(Config.fromfile({config!r})).train
+if {in_a_child}:
+    child = multiprocessing.Process(target=train)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+train()
+"""
 
 
-@pytest.mark.parametrize('ending', ENDINGS)
-def test_a_process_with_workers_ends_when_its_run_does(
-    ending: str, shapes_cfg: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_process_with_workers_ends_when_its_run_does(shapes_cfg: MakeConfig, tmp_path: Path) -> None:
     """The signal comes to the process alone, not to its workers, which wait for work meanwhile."""
-    what, entry, code = ENDINGS[ending]
-    cfg = make(shapes_cfg, 'run', num_workers=1, persistent_workers=True)
-    cfg.custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='Ending')]
-    cfg.dump(tmp_path / 'config.py')
-    script = tmp_path / 'ending.py'
-    script.write_text(
-        'import multiprocessing, os, signal, sys, time\n'
-        # Ignored in what a shell starts behind its back.
-        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
-        'from mmengine.config import Config\n'
-        'from mmengine.hooks import Hook\n'
-        'from mmengine.registry import HOOKS, RUNNERS\n'
-        'import mmseg_sats\n'
-        '@HOOKS.register_module()\n'
-        'class Ending(Hook):\n'
-        '    def after_train_iter(self, runner, *args, **kwargs):\n'
-        '        time.sleep(0.5)\n'
-        f'        {what}\n'
-        'def train():\n'
-        '    RUNNERS.build(Config.fromfile(sys.argv[1])).train()\n'
-        f'{entry}\n'
-    )
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', str(script), str(tmp_path / 'config.py')],
-        cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == code, result.stderr
-    assert 'DataLoader worker' not in result.stderr
+    scripts = []
+    for number, (what, in_a_child, _) in enumerate(ENDINGS):
+        cfg = make(shapes_cfg, f'run_{number}', num_workers=1, persistent_workers=True)
+        cfg.custom_hooks = [dict(type='PseudoLabelThresholdHook'), dict(type='Ending')]
+        path = tmp_path / f'config_{number}.py'
+        cfg.dump(path)
+        scripts.append(ENDING.format(config=str(path), what=what, in_a_child=in_a_child))
+    done = run_forked(ENDING_HOOK, scripts)
+    assert [one.returncode for one in done] == [code for *_, code in ENDINGS], done
+    assert not [one for one in done if 'DataLoader worker' in one.stderr]
 
 
 def test_a_checkpoint_of_other_epochs_is_refused(
@@ -363,7 +371,7 @@ def run_kills(out: Path, *words: str) -> None:
 @pytest.mark.parametrize('iters', [(), ('--iters', '5')], ids=['epochs', 'iterations'])
 def test_killed_runs_end_as_the_others(iters: tuple[str, ...], tmp_path: Path) -> None:
     """The short form of ``make test-kill``."""
-    run_kills(tmp_path, '--bare', '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2', *iters)
+    run_kills(tmp_path, '--bare', '--moments', '1', '--events', '2', '--full', '1', '--jobs', '2', *iters)
 
 
 @on_a_cpu
