@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.hooks import Hook
@@ -14,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
-from mmseg_sats.engine.files.snapshot import unwrap, write_weights
+from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.pretuning import pretune
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
@@ -23,7 +24,7 @@ from mmseg_sats.models.heads.classifier import Rows
 from mmseg_sats.models.padding import with_padding
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.utils.randomness import seeded
 
 _INTERVAL = 30.0  # seconds between two lines that say how far it is
@@ -44,7 +45,7 @@ class NewRowsHook(Hook):
         file_name: name of the file.
     """
 
-    def __init__(self, file_name: str = 'new_rows.pth') -> None:
+    def __init__(self, file_name: str = 'new_rows.npz') -> None:
         self.file_name = file_name
         self._done = False
 
@@ -60,12 +61,12 @@ class NewRowsHook(Hook):
             made = self._make(runner, model)
             barrier()
             if is_main_process():
-                write_weights(path, dict(zip(('weight', 'bias'), made, strict=True)), {})
+                weight, bias = (part.numpy() for part in made)
+                write_atomically(path, lambda file: np.savez(file, weight=weight, bias=bias))
             barrier()
         # All processes and a resumed run read the same file.
-        own = load_checkpoint_safely(path)['state_dict']
         classifier = model.decode_head.get_submodule(model.measured_classifier)
-        classifier.load_state_dict(dict(classifier.state_dict()) | dict(own))
+        classifier.load_state_dict(dict(classifier.state_dict()) | _read(path))
         runner.logger.info(f'the rows of the new classes are those of {path.name}')
 
     def before_train(self, runner: Runner) -> None:
@@ -123,6 +124,14 @@ class NewRowsHook(Hook):
         if missing:
             runner.logger.warning(f'no pixel of the new channels {missing} was seen: they start without it')
         return sums / counts.clamp(min=1).view(-1, *[1] * empty.dim()), counts > 0
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in ('weight', 'bias')}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f'{path} does not hold the rows of a classifier: {error}') from error
 
 
 def windows(size: tuple[int, int], test_cfg: Any) -> Iterator[tuple[slice, slice]]:
