@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmseg_sats.functional.new_rows import (
@@ -15,8 +16,15 @@ from mmseg_sats.functional.new_rows import (
     largest_share,
     similar_rows,
 )
-from mmseg_sats.models.heads.new_rows import MEASURED_STARTS, NewRows, RowMixture
+from mmseg_sats.models.heads.class_tensors import class_tensors
+from mmseg_sats.models.heads.new_rows import (
+    MEASURED_STARTS,
+    NewRows,
+    RowMixture,
+    measured_classifier,
+)
 from tests.small_models import auxiliary_head_cfg, build, model_cfg, save_weights
+from tests.test_heads import GROW, head_cfg, make_head, outputs
 
 OLD, NEW, CHANNELS = 4, 3, 6
 
@@ -213,6 +221,18 @@ def test_a_head_without_a_classifier_of_pixels_is_refused() -> None:
     for option in (dict(split_classifier=True), dict(classifier_init='future', future_classes=2)):
         with pytest.raises(TypeError, match=r'SegmenterMaskTransformerHead\) cannot have'):
             build(model_cfg(4, decode_head=head, **option))
+
+
+@pytest.mark.parametrize('kind', [*GROW, 'CascadeHead'])
+def test_the_inputs_that_are_measured_make_the_logits(kind: str) -> None:
+    init_default_scope('mmseg')
+    head = make_head(cfg := head_cfg(kind, 4), seed=0)
+    classifier = head.get_submodule(measured_classifier('decode_head', head, class_tensors('decode_head', head, cfg)))
+    calls: list[Tensor] = []
+    classifier.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    logits = outputs(head)[0]
+    (features,) = calls
+    torch.testing.assert_close(logits, nn.functional.conv2d(features, classifier.weight, classifier.bias))
 
 
 @pytest.mark.parametrize('start', ['similar', 'attributed', 'pretuned'])
