@@ -138,8 +138,8 @@ def test_stage_variables_reach_any_place(shapes_cfg: Callable[..., Config]) -> N
     cfg = shapes_cfg('sats', crop_size=32)
     cfg.note = dict(words=[f'${name}' for name in STAGE_VARIABLES])
     notes = [c.note['words'] for c in stage_configs(cfg)]
-    assert notes[0] == [0, 4, 1, (128, 32), (32, 32)]
-    assert notes[3] == [3, 7, 6, (128, 32), (32, 32)]
+    assert notes[0] == [0, 4, 1, 3, (128, 32), (32, 32)]
+    assert notes[3] == [3, 7, 6, 0, (128, 32), (32, 32)]
 
 
 def test_initial_and_later_stages_are_merged_where_they_belong(shapes_cfg: Callable[..., Config]) -> None:

@@ -6,6 +6,7 @@ from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,
     FiniteHook,
+    NewRowsHook,
     ProgressHook,
     PrototypeHook,
     PseudoLabelThresholdHook,
@@ -20,6 +21,7 @@ __all__ = [
     'FiniteHook',
     'GroupedOptimWrapperConstructor',
     'IncrementalRunner',
+    'NewRowsHook',
     'ProgressHook',
     'PrototypeHook',
     'PseudoLabelThresholdHook',

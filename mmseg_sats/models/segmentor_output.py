@@ -2,7 +2,7 @@
 """The output of a segmentor for a batch, which the losses and pseudo-labelers get."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import torch
@@ -42,6 +42,7 @@ class SegmentorOutput:
         align_corners: how the head's logits are resized.
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
         prototypes: the classes' mean features, or None if the model does not compute them.
+        future: (B, F, h, w), logits of the rows that wait for classes of later stages, or None if there are none.
         more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
     """
 
@@ -51,13 +52,15 @@ class SegmentorOutput:
     align_corners: bool = False
     unknown: Tensor | None = None
     prototypes: ClassPrototypes | None = None
+    future: Tensor | None = None
     more: tuple[Tensor, ...] = ()
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def trained_logits(self) -> Tensor:
-        """All logits that the segmentation loss gets: (B, K, h, w), or K + 1 channels with the unknown class last."""
-        return self.logits if self.unknown is None else torch.cat([self.logits, self.unknown], 1)
+        """All logits that the segmentation loss gets: (B, K, h, w), and behind them the unknown or future classes."""
+        beside = [logits for logits in (self.unknown, self.future) if logits is not None]
+        return torch.cat([self.logits, *beside], 1) if beside else self.logits
 
     @property
     def head_output(self) -> Tensor | tuple[Tensor, ...]:
@@ -111,7 +114,7 @@ def labelling_chunks(
     """
     size = labels.shape[1:]
     logits = [
-        ResizedLogits(output.trained_logits.detach(), size, output.align_corners)
+        ResizedLogits(replace(output, future=None).trained_logits.detach(), size, output.align_corners)
         for output in outputs
     ]
     largest = max(logits, key=lambda own: own.channels)

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmseg.registry import MODELS
 
+from mmseg_sats.models.heads.new_rows import hooks_of_start
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
 from mmseg_sats.utils.user_modules import add_imports, import_modules
 
@@ -73,7 +74,7 @@ def hooks_of_parts(model: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     labelers = [model.get('pseudo_labeler'), model.get('outside_labeler')]
     others = [model.get('prototypes'), *(model.get('distillation') or {}).values()]
-    hooks = []
+    hooks = [dict(hook) for hook in hooks_of_start(model.get('classifier_init'))]
     for base, parts in ((PseudoLabeler, labelers), (DistillationPart, others)):
         for part in parts:
             kind = part.get('type') if isinstance(part, Mapping) else None

@@ -73,7 +73,10 @@ def build_stage_config(
         merged.merge_from_dict(parts[owner + part])
     set_length(merged)
     variables = config_variables(merged) | dict(
-        stage=stage.index, num_channels=stage.num_channels, num_old=stage.num_old
+        stage=stage.index,
+        num_channels=stage.num_channels,
+        num_old=stage.num_old,
+        num_future=len(stage.future),
     )
     result = StageConfig(resolve_variables(merged._cfg_dict.to_dict(), variables))
     for key in names(scope='runner'):

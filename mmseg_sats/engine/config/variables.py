@@ -20,6 +20,7 @@ STAGE_VARIABLES = {
     'stage': 'index of the stage',
     'num_channels': "channels of the stage's model, background included",
     'num_old': 'channels of the old model, background included (1 in stage 0)',
+    'num_future': 'classes of later stages',
     'crop_scale': "mmseg's image scale whose short side is the crop, (4 w, h)",
     'crop_wh': 'the crop as (w, h), which CenterCrop wants',
 }
@@ -27,7 +28,7 @@ STAGE_VARIABLES = {
 RENAMED_VARIABLES = {'num_classes': 'num_channels', 'num_old_classes': 'num_old'}
 _VARIABLE = re.compile(r'^\$(\w+)$')
 # Hooks that show the model the training images with the test_pipeline, before or after a training.
-_PASSES = ('PseudoLabelThresholdHook', 'PrototypeHook')
+_PASSES = ('PseudoLabelThresholdHook', 'PrototypeHook', 'NewRowsHook')
 
 
 def config_variables(cfg: Config) -> dict[str, Any]:

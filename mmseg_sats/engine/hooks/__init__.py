@@ -4,6 +4,7 @@
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook
 from mmseg_sats.engine.hooks.finite_hook import FiniteHook
+from mmseg_sats.engine.hooks.new_rows_hook import NewRowsHook
 from mmseg_sats.engine.hooks.one_rank_logger_hook import OneRankLoggerHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
 from mmseg_sats.engine.hooks.prototype_hook import PrototypeHook
@@ -13,6 +14,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'BestEpochHook',
     'FiniteHook',
+    'NewRowsHook',
     'OneRankLoggerHook',
     'ProgressHook',
     'PrototypeHook',

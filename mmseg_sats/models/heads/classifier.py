@@ -13,13 +13,19 @@ from collections.abc import Callable, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
+from mmseg_sats.functional.new_rows import align_norms
 from mmseg_sats.models.heads.unknown import SplitClassifier
 from mmseg_sats.utils.spelling import check_choice
 
 Rows = tuple[Tensor, Tensor]
 
 
-def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def balanced_bias(bias: Tensor, num_new: int) -> Tensor:
+    """The bias with which background and N new classes of the same weight share background's probability."""
+    return bias - math.log(num_new + 1)
+
+
+def _balanced(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """MiB's balanced initialisation (Cermelli et al., CVPR 2020, eq. (9) and (10)).
 
     New classes take over the background's weight, and background and new classes share its
@@ -28,12 +34,12 @@ def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     """
     weight, bias = (rows.clone() for rows in old)
     num_new = fresh[0].shape[0] - weight.shape[0]
-    bias[0] -= math.log(num_new + 1)
+    bias[0] = balanced_bias(bias[0], num_new)
     new_weight = weight[:1].expand(num_new, *weight.shape[1:])
     return torch.cat([weight, new_weight]), torch.cat([bias, bias[:1].expand(num_new)])
 
 
-def _keep_background(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _keep_background(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New classes take over the background's weight and bias, and background keeps its own bias (MBS).
 
     The balanced initialisation lowers the background's bias by ``log(n + 1)`` at every stage, against the old
@@ -43,23 +49,35 @@ def _keep_background(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     return tuple(torch.cat([rows, rows[:1].expand(num_new, *rows.shape[1:])]) for rows in old)
 
 
-def _random(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _random(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New rows keep the head's own initial values."""
     weight, bias = (rows.clone() for rows in fresh)
     weight[: old[0].shape[0]], bias[: old[1].shape[0]] = old
     return weight, bias
 
 
-def _from_unknown(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _from_unknown(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New classes start as copies of the unknown class, which they were a part of so far (SSUL, section 3.2)."""
-    if unknown is None:
+    if spare is None:
         raise ValueError("classifier_init='unknown' needs a checkpoint with an unknown class")
     num_new = fresh[0].shape[0] - old[0].shape[0]
-    return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, unknown, strict=True))
+    return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, spare, strict=True))
+
+
+def _from_future(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
+    """New classes take over the rows that have waited for them since stage 0 (DFT*)."""
+    num_new = fresh[0].shape[0] - old[0].shape[0]
+    if spare is None or len(spare[0]) < num_new:
+        raise ValueError(
+            f"classifier_init='future' needs a checkpoint with rows for {num_new} future classes, found "
+            f'{0 if spare is None else len(spare[0])}: expected future_classes of the model in every stage'
+        )
+    return tuple(torch.cat([rows, rest[:num_new]]) for rows, rest in zip(old, spare, strict=True))
 
 
 CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
     'balanced': _balanced,
+    'future': _from_future,
     'keep_background': _keep_background,
     'random': _random,
     'unknown': _from_unknown,
@@ -75,6 +93,7 @@ def grow_head(
     tensors: Mapping[str, int],
     num_old: int,
     init: str,
+    align: bool = False,
 ) -> None:
     """Adds rows for the new classes to the tensors of a head in a checkpoint, in place.
 
@@ -90,11 +109,13 @@ def grow_head(
         tensors: those with a row for each class, see :func:`class_tensors`.
         num_old: channels of the old model, background included.
         init: ``'balanced'`` (MiB), ``'keep_background'`` (background's row, whose own bias is left),
-            ``'random'`` (the head's own initial values) or ``'unknown'`` (SSUL: the rows
-            ``{prefix}conv_seg.unknown.*`` of the checkpoint).
+            ``'random'`` (the head's own initial values), ``'unknown'`` (SSUL: the rows
+            ``{prefix}conv_seg.unknown.*`` of the checkpoint) or ``'future'`` (DFT*: the first of the rows
+            ``{prefix}conv_seg.future.*``, which are taken out of the checkpoint).
+        align: whether the new rows of classifiers are scaled to the norms of the old ones.
 
     Raises:
-        ValueError: ``init`` is unknown, or it needs an unknown class that the checkpoint does not have.
+        ValueError: ``init`` is unknown, or it needs rows that the checkpoint does not have.
     """
     check_choice('classifier_init', init, CLASSIFIER_INITS)
     fresh = {key: value.detach() for key, value in head.state_dict().items()}
@@ -109,7 +130,7 @@ def grow_head(
             new = [old.narrow(dim, 0, 1)] * num_new if init in _FROM_BACKGROUND else [own.narrow(dim, num_old, num_new)]
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
-            _grow_classifier(state_dict, prefix + module, fresh, module, init)
+            _grow_classifier(state_dict, prefix + module, fresh, module, init, align)
 
 
 def _is_classifier(part: nn.Module) -> bool:
@@ -118,16 +139,29 @@ def _is_classifier(part: nn.Module) -> bool:
 
 
 def _grow_classifier(
-    state_dict: MutableMapping[str, Tensor], name: str, fresh: Mapping[str, Tensor], own_name: str, init: str
+    state_dict: MutableMapping[str, Tensor],
+    name: str,
+    fresh: Mapping[str, Tensor],
+    own_name: str,
+    init: str,
+    align: bool,
 ) -> None:
-    keys = [f'{name}.{kind}' for kind in ('weight', 'bias')]
+    keys, spare_keys = ([f'{part}.{kind}' for kind in ('weight', 'bias')] for part in (name, f'{name}.{init}'))
     if keys[1] not in state_dict:
         return
     old = tuple(state_dict[key] for key in keys)
     own = tuple(fresh[f'{own_name}.{kind}'].to(old[0].device) for kind in ('weight', 'bias'))
-    unknown_keys = [f'{name}.unknown.{kind}' for kind in ('weight', 'bias')]
-    unknown = tuple(state_dict[key] for key in unknown_keys if key in state_dict) or None
-    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, own, unknown)
+    spare = tuple(state_dict[key] for key in spare_keys if key in state_dict) or None
+    weight, bias = CLASSIFIER_INITS[init](old, own, spare)
+    if align:
+        flat, bias = align_norms(weight.flatten(1), bias, old[0].flatten(1), old[1])
+        weight = flat.view_as(weight)
+    state_dict[keys[0]], state_dict[keys[1]] = weight, bias
+    if init == 'future':
+        for key in spare_keys:
+            state_dict[key] = state_dict[key][len(weight) - len(old[0]) :]
+            if not len(state_dict[key]):
+                del state_dict[key]
 
 
 def add_background(state_dict: MutableMapping[str, Tensor], prefix: str, tensors: Mapping[str, int]) -> None:

@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""SSUL's unknown class, and a classifier of separate parts, each of which can be frozen or trained.
+"""A classifier of separate parts, each of which can be frozen or trained, and rows beside the classes' channels.
 
-Cha et al., "SSUL: Semantic Segmentation with Unknown Label for Exemplar-based Class-Incremental
-Learning", NeurIPS 2021, sections 3.2 and 3.3.
+These are SSUL's unknown class (Cha et al., "SSUL: Semantic Segmentation with Unknown Label for Exemplar-based
+Class-Incremental Learning", NeurIPS 2021, sections 3.2 and 3.3), and the rows that wait for future classes.
 """
 
 from collections.abc import Iterable, MutableMapping
@@ -11,39 +11,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What an option of the segmentor asks of a head, for the message of one that cannot have it.
+_SPLIT = dict(
+    unknown='an unknown class', future_classes='rows for future classes', split_classifier='a classifier in parts'
+)
+
 
 class SplitClassifier(nn.Module):
-    """``conv_seg`` in four parts: background, old classes, new classes, and the unknown class.
+    """``conv_seg`` in parts: background, old classes, new classes, and rows that are no channels of the stage.
 
     Each part is a 1x1 convolution with its own parameters. So a part can be frozen, in which case
     momentum and weight decay do not change it either, or have its own learning rate. This is not
     possible for rows of a single tensor.
 
     The ``state_dict`` is that of mmseg's ``conv_seg``, one ``weight`` and ``bias`` with a row per
-    channel, plus ``unknown.weight`` and ``unknown.bias``. So a snapshot can be loaded into mmseg's own
-    heads, and into a classifier with other parts. (An EMA with ``update_buffers=True`` averages the
-    tensors of ``state_dict``, which are copies here: keep mmengine's default, False.)
+    channel, plus ``unknown.weight``, ``future.weight`` and their biases, if there are such rows. So a snapshot can be
+    loaded into mmseg's own heads, and into a classifier with other parts. (An EMA with ``update_buffers=True``
+    averages the tensors of ``state_dict``, which are copies here: keep mmengine's default, False.)
 
     Args:
         in_channels: channels of the features.
-        num_channels: K, background included, without the unknown class.
+        num_channels: K, background included, without the rows beside them.
         num_old: channels of the old model, background included; 1 in stage 0.
+        unknown: whether there is a row for the unknown class.
+        future: how many rows there are for classes of later stages.
+
+    Attributes:
+        sizes: the parts of the K channels, by name, and their rows.
+        extra: the same of the rows beside them.
     """
 
-    def __init__(self, in_channels: int, num_channels: int, num_old: int) -> None:
+    def __init__(
+        self, in_channels: int, num_channels: int, num_old: int, unknown: bool = True, future: int = 0
+    ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = num_channels
         sizes = dict(background=1, old=num_old - 1, new=num_channels - num_old)
         self.sizes = {name: size for name, size in sizes.items() if size}
-        for name, size in self.sizes.items():
+        self.extra = {name: size for name, size in dict(unknown=int(unknown), future=future).items() if size}
+        for name, size in (self.sizes | self.extra).items():
             self.add_module(name, nn.Conv2d(in_channels, size, 1))
-        self.unknown = nn.Conv2d(in_channels, 1, 1)
         self._register_state_dict_hook(_join_parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K + 1, h, w) of features (B, in_channels, h, w); the unknown class is the last."""
-        pieces = [self.get_submodule(name) for name in (*self.sizes, 'unknown')]
+        """Logits (B, K + E, h, w) of features (B, in_channels, h, w); those of the E rows of ``extra`` are the last."""
+        pieces = [self.get_submodule(name) for name in (*self.sizes, *self.extra)]
         weight = torch.cat([piece.weight for piece in pieces])
         return nn.functional.conv2d(x, weight, torch.cat([piece.bias for piece in pieces]))
 
@@ -69,21 +82,24 @@ def _join_parts(
         state_dict[f'{prefix}{kind}'] = torch.cat(rows)
 
 
-def split_classifier(head: nn.Module, num_old: int) -> None:
+def split_classifier(head: nn.Module, num_old: int, unknown: bool = True, future: int = 0) -> None:
     """Replaces the ``conv_seg`` of an mmseg head by a :class:`SplitClassifier`.
 
     Args:
-        head: a head on ``BaseDecodeHead``. Its output then has one more channel, for the unknown class.
+        head: a head on ``BaseDecodeHead``. Its output then has more channels, for the rows beside the K channels.
         num_old: channels of the old model, background included; 1 in stage 0.
+        unknown: whether there is a row for the unknown class.
+        future: how many rows there are for classes of later stages.
     """
     conv_seg = head.conv_seg
-    head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old)
+    head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old, unknown, future)
 
 
-def check_unknown(name: str, head: nn.Module, tensors: Iterable[str]) -> None:
-    """Raises TypeError if a head cannot have an unknown class, since more than ``conv_seg`` depends on its classes.
+def check_split(option: str, name: str, head: nn.Module, tensors: Iterable[str]) -> None:
+    """Raises TypeError if a head's classifier cannot be split, since more than ``conv_seg`` depends on its classes.
 
     Args:
+        option: the option that asks for it, for the message.
         name: the head's name in the segmentor, for the message.
         head: a decode or auxiliary head.
         tensors: the names of those with a row for each class.
@@ -91,8 +107,8 @@ def check_unknown(name: str, head: nn.Module, tensors: Iterable[str]) -> None:
     others = [key for key in tensors if not key.startswith('conv_seg.')]
     if others or not isinstance(getattr(head, 'conv_seg', None), nn.Conv2d):
         raise TypeError(
-            f'unknown=True: {name} ({type(head).__name__}) cannot have an unknown class: expected a head in which the '
-            f'classifier conv_seg alone has a row for each class, found {", ".join(others)}'
+            f'{option}: {name} ({type(head).__name__}) cannot have {_SPLIT[option.partition("=")[0]]}: expected a head '
+            f'in which the classifier conv_seg alone has a row for each class, found {", ".join(others)}'
         )
 
 

@@ -3,7 +3,7 @@
 
 Some losses cannot be computed here and are left to the caller: those of a head with its own
 ``loss_by_feat`` or with a pixel sampler, those whose ``loss_decode`` is not known to be a mean over pixels,
-and all losses of a model with an unknown class.
+and all losses of a model with rows beside its channels.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def shared_losses(
     distilled = {
         name: part for name, part in parts.items() if isinstance(part, PixelwiseDistillationLoss)
     }
-    if student.unknown is not None or not (own or distilled):
+    if student.trained_logits is not student.logits or not (own or distilled):
         return {}
     for loss in own:
         loss.check(student.logits.shape[1])

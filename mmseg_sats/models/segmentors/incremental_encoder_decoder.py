@@ -14,9 +14,10 @@ from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
-from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
+from mmseg_sats.models.heads.classifier import grow_head, shape_mismatches
 from mmseg_sats.models.heads.losses import head_losses
-from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
+from mmseg_sats.models.heads.new_rows import NewRows, measured_classifier
+from mmseg_sats.models.heads.unknown import check_split, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images
@@ -27,7 +28,7 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.utils.spelling import check_choice, near_match, one_slip, warn_renamed
+from mmseg_sats.utils.spelling import near_match, one_slip, warn_renamed
 
 
 @MODELS.register_module()
@@ -55,10 +56,17 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         distillation: name to config of a :class:`DistillationPart`, or of another module that is called
             in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
             child config can remove a part.
-        classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB),
-            ``'keep_background'``, ``'random'`` or ``'unknown'`` (SSUL).
+        classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB), ``'keep_background'``,
+            ``'random'``, ``'unknown'`` (SSUL) or ``'future'`` (DFT*); or ``'similar'`` (SELECT), ``'attributed'`` (AWT)
+            or ``'pretuned'`` (NeST), for which a run looks at the stage's images first. A dict adds options, see
+            :class:`NewRows`.
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
+        future_classes: how many rows the heads have beside their channels for the classes of later stages. For the
+            heads' losses they are additional last classes, which no pixel is labelled as; they are not predicted.
+        split_classifier: whether ``conv_seg`` of the heads has its rows in parts ``background``, ``old`` and ``new``,
+            which ``frozen`` can name, e.g. ``'decode_head.conv_seg.old'``. So it is with ``unknown`` and
+            ``future_classes`` too.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
@@ -67,10 +75,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             ``pretrained`` and ``init_cfg`` of ``EncoderDecoder``; other arguments raise an error.
 
     Raises:
-        TypeError: a head cannot grow.
-        ValueError: a part needs attention maps that the backbone cannot compute, or has an unknown flag
-            ``needs_...``; ``frozen`` matches nothing in the model; or with ``unknown``, a class or
-            ``ignore_index`` is ``UNKNOWN_LABEL``.
+        TypeError: a head cannot grow, or not as an option asks for.
+        ValueError: options do not go together; a part needs attention maps that the backbone cannot compute, or
+            has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; or with ``unknown``, a class
+            or ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -82,17 +90,16 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         pseudo_labeler: dict[str, Any] | None = None,
         outside_labeler: dict[str, Any] | None = None,
         distillation: dict[str, dict[str, Any] | None] | None = None,
-        classifier_init: str = 'balanced',
+        classifier_init: str | Mapping[str, Any] = 'balanced',
         unknown: bool = False,
+        future_classes: int = 0,
+        split_classifier: bool = False,
         prototypes: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        check_choice('classifier_init', classifier_init, CLASSIFIER_INITS)
-        if classifier_init == 'unknown' and not unknown:
-            raise ValueError(
-                "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
-            )
+        new_rows = NewRows(classifier_init)
+        new_rows.check(unknown, future_classes)
         _check_left_out(distillation or {})
         old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
@@ -104,7 +111,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for name, cfg in head_cfgs.items():
             check_kind(name, cfg)
         super().__init__(backbone=backbone, decode_head=decode_head, **kwargs)
-        self.classifier_init = classifier_init
+        self.new_rows = new_rows
         self.pseudo_labeler = MODELS.build(pseudo_labeler) if pseudo_labeler else None
         self.outside_labeler = MODELS.build(outside_labeler) if outside_labeler else None
         parts = {name: cfg for name, cfg in (distillation or {}).items() if cfg is not None}
@@ -118,7 +125,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
         )
         self.prototypes = self._build_prototypes(prototypes)
-        self.unknown = unknown
+        self.unknown, self.future_classes = unknown, future_classes
         if unknown and UNKNOWN_LABEL in (*range(self.num_classes), self.decode_head.ignore_index):
             raise ValueError(
                 f'unknown=True: label {UNKNOWN_LABEL} stands for the unknown class, expected at most '
@@ -127,12 +134,21 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             )
         # By head, the tensors with a row for each class.
         self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
-        for name, head in self._named_heads() if unknown else ():
-            check_unknown(name, head, self.class_tensors[name])
-            split_classifier(head, old_model['num_old'] if old_model else 1)
+        self.measured_classifier = None
+        if new_rows.measured is not None:
+            tensors = self.class_tensors['decode_head']
+            self.measured_classifier = measured_classifier('decode_head', self.decode_head, tensors)
+        self._split_classifiers(split_classifier, old_model['num_old'] if old_model else 1)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
+
+    def _split_classifiers(self, asked: bool, num_old: int) -> None:
+        options = dict(unknown=self.unknown, future_classes=self.future_classes, split_classifier=asked)
+        option = next((f'{name}={value}' for name, value in options.items() if value), None)
+        for name, head in self._named_heads() if option else ():
+            check_split(option, name, head, self.class_tensors[name])
+            split_classifier(head, num_old, self.unknown, self.future_classes)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
         """As in ``nn.Module``, but frozen parts stay in eval mode."""
@@ -255,10 +271,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Logits (B, K, H, W) at the images' size; with an unknown class, the scores of ``fold_unknown`` instead."""
         logits = super().encode_decode(inputs, batch_img_metas)
-        return fold_unknown(logits) if self.unknown else logits
+        return fold_unknown(logits) if self.unknown else logits[:, : self.out_channels]
 
     def _forward(self, inputs: Tensor, data_samples: SampleList | None = None) -> Tensor:
-        """Logits (B, K, h, w) of the classes as in mmseg, without the unknown class."""
+        """Logits (B, K, h, w) of the classes as in mmseg, without an unknown class and future ones."""
         output = super()._forward(inputs, data_samples)
         logits = output[0] if isinstance(output, tuple) else output  # some heads return more, e.g. EncHead
         return logits[:, : self.out_channels]
@@ -286,13 +302,16 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     ) -> None:
         if self._old_model_cfg is not None:
             for name, head in self._named_heads():
+                measured = name == 'decode_head' and self.new_rows.measured is not None
                 grow_head(
                     state_dict,
                     f'{prefix}{name}.',
                     head,
                     self.class_tensors[name],
                     self._old_model_cfg['num_old'],
-                    self.classifier_init,
+                    self.new_rows.grows_by(measured),
+                    # Rows that are still to be made are scaled behind that.
+                    self.new_rows.align_norms and not measured,
                 )
         wrong = shape_mismatches(state_dict, self, prefix)
         if wrong:

@@ -44,13 +44,14 @@ def run_segmentor(
     head_inputs = model.neck(features) if model.with_neck else features
     output = model.decode_head(head_inputs)
     logits, *more = output if isinstance(output, tuple) else (output,)
-    unknown = None
+    beside = {}
     if logits.shape[1] > model.out_channels:  # see split_classifier
-        logits, unknown = logits[:, : model.out_channels], logits[:, model.out_channels :]
+        logits, extra = logits[:, : model.out_channels], logits[:, model.out_channels :]
+        beside = dict.fromkeys(model.decode_head.conv_seg.extra, extra)  # of one kind alone
     # Some backbones, e.g. DDRNet, return a single map outside of training.
     features = (features,) if isinstance(features, Tensor) else tuple(features)
     return SegmentorOutput(
-        logits, features, attentions, model.align_corners, unknown, more=tuple(more)
+        logits, features, attentions, model.align_corners, **beside, more=tuple(more)
     ), head_inputs
 
 
@@ -169,6 +170,39 @@ class OldModel:
     def __deepcopy__(self, memo: dict) -> 'OldModel':
         # EMA copies the student; a frozen model needs no second copy.
         return self
+
+
+class ClassifierInputs:
+    """The inputs of the old model's classifier, at the head's resolution.
+
+    Args:
+        old_model: the old model.
+        classifier: the classifier's name in its decode head.
+    """
+
+    def __init__(self, old_model: OldModel, classifier: str) -> None:
+        self.old_model = old_model
+        self.classifier = old_model.model.decode_head.get_submodule(classifier)
+
+    @property
+    def weight(self) -> Tensor:
+        """(K_o, d), the classifier's, on the device of the last images."""
+        return self.classifier.weight.flatten(1)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(B, d, h, w) of preprocessed images (B, 3, H, W)."""
+        seen: list[Tensor] = []
+        handle = self.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self.old_model(inputs)
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise RuntimeError(
+                f'{type(self.old_model.model.decode_head).__name__} calls its classifier {len(seen)} times for an '
+                'image: expected once, so that its inputs can be measured'
+            )
+        return seen[0].detach()
 
 
 class _Windows:
