@@ -161,6 +161,7 @@ PARTS = {
     'sigmoid': dict(type='SigmoidDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
+    'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),
     'entropy': dict(type='SelfEntropyLoss'),
     'matching': dict(type='PrototypeMatchingLoss'),
     'attraction': dict(type='PrototypeAttractionLoss'),

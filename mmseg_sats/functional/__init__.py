@@ -14,6 +14,7 @@ from mmseg_sats.functional.attention.windows import Windows
 from mmseg_sats.functional.features.crp_loss import crp_loss
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
+from mmseg_sats.functional.features.pooled_cube import pooled_cube
 from mmseg_sats.functional.features.prototypes import (
     prototype_attraction,
     prototype_matching,
@@ -72,6 +73,7 @@ __all__ = [
     'old_labels',
     'one_vs_rest',
     'per_pixel_losses',
+    'pooled_cube',
     'prototype_attraction',
     'prototype_matching',
     'repulsion',

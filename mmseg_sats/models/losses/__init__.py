@@ -3,6 +3,7 @@
 
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import local_pod
+from mmseg_sats.functional.features.pooled_cube import pooled_cube
 from mmseg_sats.functional.features.prototypes import (
     prototype_attraction,
     prototype_matching,
@@ -21,7 +22,11 @@ from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbias
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
-from mmseg_sats.models.losses.features import FeatureMSELoss, LocalPODLoss
+from mmseg_sats.models.losses.features import (
+    FeatureMSELoss,
+    LocalPODLoss,
+    PooledCubeDistillationLoss,
+)
 from mmseg_sats.models.losses.pixelwise import (
     KnowledgeDistillationLoss,
     LabelGuidedDistillationLoss,
@@ -59,6 +64,8 @@ __all__ = [
     'SelfEntropyLoss',
     'self_entropy',
     'OneVsRestLoss',
+    'PooledCubeDistillationLoss',
+    'pooled_cube',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
     'RepulsionLoss',
