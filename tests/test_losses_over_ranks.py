@@ -159,6 +159,7 @@ PARTS = {
     'knowledge': dict(type='KnowledgeDistillationLoss'),
     'label_guided': dict(type='LabelGuidedDistillationLoss', old_weight=2.0),
     'sigmoid': dict(type='SigmoidDistillationLoss'),
+    'class_similarity': dict(type='ClassSimilarityDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
     'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),

@@ -22,6 +22,10 @@ from mmseg_sats.functional.features.prototypes import (
     sparsity,
 )
 from mmseg_sats.functional.over_ranks import sum_over_ranks
+from mmseg_sats.functional.pixels.class_similarity import (
+    class_similarities,
+    class_similarity_distillation,
+)
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
 from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
 from mmseg_sats.functional.pixels.means import mean_over_labels, mean_over_pixels
@@ -54,6 +58,8 @@ __all__ = [
     'WindowAttentionMap',
     'Windows',
     'attend_with_map',
+    'class_similarities',
+    'class_similarity_distillation',
     'confident_share',
     'count_entropies',
     'crp_loss',

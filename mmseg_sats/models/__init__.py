@@ -13,6 +13,7 @@ from mmseg_sats.models.backbones import (
 )
 from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
+    ClassSimilarityDistillationLoss,
     CRPDistillationLoss,
     FeatureMSELoss,
     KnowledgeDistillationLoss,
@@ -49,6 +50,7 @@ __all__ = [
     'CRPDistillationLoss',
     'CascadeHead',
     'ClassPrototypes',
+    'ClassSimilarityDistillationLoss',
     'DistillationPart',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',

@@ -10,6 +10,10 @@ from mmseg_sats.functional.features.prototypes import (
     repulsion,
     sparsity,
 )
+from mmseg_sats.functional.pixels.class_similarity import (
+    class_similarities,
+    class_similarity_distillation,
+)
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
 from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
 from mmseg_sats.functional.pixels.self_entropy import self_entropy
@@ -21,6 +25,7 @@ from mmseg_sats.functional.pixels.sigmoid import (
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
+from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.features import (
     FeatureMSELoss,
@@ -46,6 +51,7 @@ from mmseg_sats.models.losses.sdr_loss import (
 
 __all__ = [
     'CRPDistillationLoss',
+    'ClassSimilarityDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
@@ -54,6 +60,8 @@ __all__ = [
     'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'class_similarities',
+    'class_similarity_distillation',
     'crp_loss',
     'feature_mse',
     'knowledge_distillation',
