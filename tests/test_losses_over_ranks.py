@@ -18,6 +18,7 @@ from mmseg_sats.datasets import SharedBatchSampler
 from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
 from mmseg_sats.functional import over_ranks as module
+from mmseg_sats.functional.over_ranks import gather_over_ranks
 from mmseg_sats.models import prototypes
 from mmseg_sats.models.losses import over_ranks as losses
 from mmseg_sats.models.losses.over_ranks import (
@@ -48,6 +49,7 @@ class Group:
         self._given: list[Tensor] = [torch.empty(0)] * world_size
         for one in (module, prototypes):
             patch.setattr(one, 'all_reduce', self.all_reduce)
+        patch.setattr(module, 'get_rank', lambda: self._rank.value)
         for one in (module, losses):
             patch.setattr(one, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
 
@@ -123,6 +125,16 @@ def test_a_mean_over_nothing_counts_for_nothing(monkeypatch: pytest.MonkeyPatch)
         assert result == dict(a=2.0, b=0.0)
 
 
+def test_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(0, 2), torch.tensor([[5.0, 6.0]])]
+    for (rows, first), expected in zip(
+        Group(monkeypatch, 3).run(lambda rank: gather_over_ranks(given[rank])), (0, 2, 2), strict=True
+    ):
+        assert torch.equal(rows, torch.cat(given))
+        assert first == expected
+    assert gather_over_ranks(given[0]) == (given[0], 0)
+
+
 def test_labels_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [torch.tensor([[3, 255]]), torch.tensor([[0, 3]])]
     assert Group(monkeypatch, 2).run(lambda rank: labels_over_ranks(labels[rank])) == [[0, 3, 255]] * 2
@@ -160,6 +172,7 @@ PARTS = {
     'label_guided': dict(type='LabelGuidedDistillationLoss', old_weight=2.0),
     'sigmoid': dict(type='SigmoidDistillationLoss'),
     'class_similarity': dict(type='ClassSimilarityDistillationLoss'),
+    'contrastive': dict(type='ContrastiveDistillationLoss', block=1, temperature=0.5),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
     'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),

@@ -11,6 +11,7 @@ from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.attention.projections import attend_with_map, map_of_qkv
 from mmseg_sats.functional.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.functional.attention.windows import Windows
+from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.crp_loss import crp_loss
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
@@ -61,6 +62,7 @@ __all__ = [
     'class_similarities',
     'class_similarity_distillation',
     'confident_share',
+    'contrastive_distillation',
     'count_entropies',
     'crp_loss',
     'entropy_labels',

@@ -14,6 +14,7 @@ from mmseg_sats.models.backbones import (
 from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
     ClassSimilarityDistillationLoss,
+    ContrastiveDistillationLoss,
     CRPDistillationLoss,
     FeatureMSELoss,
     KnowledgeDistillationLoss,
@@ -51,6 +52,7 @@ __all__ = [
     'CascadeHead',
     'ClassPrototypes',
     'ClassSimilarityDistillationLoss',
+    'ContrastiveDistillationLoss',
     'DistillationPart',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Losses: the registered modules, and the pure functions of ``mmseg_sats.functional`` that they call."""
 
+from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import local_pod
 from mmseg_sats.functional.features.pooled_cube import pooled_cube
@@ -26,6 +27,7 @@ from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbias
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
+from mmseg_sats.models.losses.contrastive import ContrastiveDistillationLoss
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.features import (
     FeatureMSELoss,
@@ -52,6 +54,7 @@ from mmseg_sats.models.losses.sdr_loss import (
 __all__ = [
     'CRPDistillationLoss',
     'ClassSimilarityDistillationLoss',
+    'ContrastiveDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
@@ -62,6 +65,7 @@ __all__ = [
     'UnbiasedDistillationLoss',
     'class_similarities',
     'class_similarity_distillation',
+    'contrastive_distillation',
     'crp_loss',
     'feature_mse',
     'knowledge_distillation',
