@@ -165,6 +165,7 @@ HEADS = {
 PARTS = {
     'attention': dict(type='CRPDistillationLoss'),
     'attention_paper': dict(type='CRPDistillationLoss', distance='squared_l2', normalisation='paper'),
+    'attention_masked': dict(type='CRPDistillationLoss', distance='cosine', mask_new=True),
     'attention_global': dict(type='CRPDistillationLoss', pooling='global', source='both'),
     'attention_none': dict(type='CRPDistillationLoss', pooling='none', source='both'),
     'unbiased': dict(type='UnbiasedDistillationLoss'),
