@@ -186,6 +186,9 @@ PARTS = {
 CASES = {
     **{f'head_{name}': dict(loss=loss) for name, loss in HEADS.items()},
     **{name: dict(loss=CE, distillation={name: part}) for name, part in PARTS.items()},
+    'pixel_weights': dict(
+        loss=CE, pixel_weights=dict(type='UncertaintyBalanceWeights', limit=0.99), pseudo_labeler=LABELLER
+    ),
     'labelled': dict(loss=CE, distillation=dict(a=PARTS['attention'], b=PARTS['unbiased']), pseudo_labeler=LABELLER),
 }
 

@@ -46,6 +46,10 @@ from mmseg_sats.functional.pseudo_labels.entropy import (
     no_entropies,
 )
 from mmseg_sats.functional.pseudo_labels.old_model import fill_background, fused_labels, old_labels
+from mmseg_sats.functional.pseudo_labels.pixel_weights import (
+    certainty_weights,
+    class_balance_weights,
+)
 from mmseg_sats.functional.pseudo_labels.selective import selective_labels
 from mmseg_sats.functional.pseudo_labels.sigmoid import sigmoid_labels
 from mmseg_sats.protocol import Protocol, Stage
@@ -59,6 +63,8 @@ __all__ = [
     'WindowAttentionMap',
     'Windows',
     'attend_with_map',
+    'certainty_weights',
+    'class_balance_weights',
     'class_similarities',
     'class_similarity_distillation',
     'confident_share',

@@ -36,6 +36,7 @@ from mmseg_sats.models.parts import DistillationPart, PseudoLabeler
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
+from mmseg_sats.models.pseudo_labels.pixel_weights import UncertaintyBalanceWeights
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -77,6 +78,7 @@ __all__ = [
     'SparsityLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'UncertaintyBalanceWeights',
     'WindowAttentionMap',
     'check_attention',
 ]

@@ -72,7 +72,7 @@ def hooks_of_parts(model: Mapping[str, Any]) -> list[dict[str, Any]]:
         model: config of an ``IncrementalEncoderDecoder``.
     """
     labelers = [model.get('pseudo_labeler'), model.get('outside_labeler')]
-    others = [model.get('prototypes'), *(model.get('distillation') or {}).values()]
+    others = [model.get('prototypes'), model.get('pixel_weights'), *(model.get('distillation') or {}).values()]
     hooks = []
     for base, parts in ((PseudoLabeler, labelers), (DistillationPart, others)):
         for part in parts:

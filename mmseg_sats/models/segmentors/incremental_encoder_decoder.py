@@ -19,7 +19,7 @@ from mmseg_sats.models.heads.losses import head_losses
 from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
-from mmseg_sats.models.pixel_losses.image_weights import weighted_images
+from mmseg_sats.models.pixel_losses.image_weights import weighted_images, weights_of_pixels
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
@@ -61,6 +61,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
+        pixel_weights: config of the weights of pixels in the heads' losses, e.g.
+            :class:`UncertaintyBalanceWeights`, from stage 1 on; or None. They multiply the labelers' weights of images.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
             e.g. ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
@@ -85,6 +87,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         classifier_init: str = 'balanced',
         unknown: bool = False,
         prototypes: dict[str, Any] | None = None,
+        pixel_weights: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -118,6 +121,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
         )
         self.prototypes = self._build_prototypes(prototypes)
+        self.pixel_weights = (
+            MODELS.build(dict(pixel_weights, num_channels=self.num_classes)) if pixel_weights else None
+        )
         self.unknown = unknown
         if unknown and UNKNOWN_LABEL in (*range(self.num_classes), self.decode_head.ignore_index):
             raise ValueError(
@@ -200,7 +206,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         labels, unknown = self.without_unknown(labels)
         # The old model is neither read nor run in stage 0 or by methods that do not use it.
         taught = self._old_model_cfg is not None and (
-            len(self.distillation) > 0 or len(self._labelers) > 0
+            len(self.distillation) > 0 or len(self._labelers) > 0 or self.pixel_weights is not None
         )
         parts = {
             name: part
@@ -215,9 +221,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             outputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
+            given = labels
             labels, weights = complete_labels(
                 labels, data_samples, self._labelers, outputs and outputs[0], teacher
             )
+            if self.pixel_weights is not None:
+                own = self.pixel_weights(given, labels, teacher)
+                weights = own if weights is None else own * weights_of_pixels(weights, labels)
         # Unknown pixels that the labelers gave a class, or ignored as unsure, are no longer unknown.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
         # Everything that must wait for results of the GPU is done here, while the GPU has little queued work.
