@@ -174,6 +174,7 @@ PARTS = {
     'sigmoid': dict(type='SigmoidDistillationLoss'),
     'class_similarity': dict(type='ClassSimilarityDistillationLoss'),
     'contrastive': dict(type='ContrastiveDistillationLoss', block=1, temperature=0.5),
+    'all_stages': dict(type='AccumulativeDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
     'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),
@@ -203,7 +204,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(snapshot: str, loss: Any, **options: Any) -> nn.Module:
     auxiliary = dict(auxiliary_head_cfg(NEW), norm_cfg=NORM, loss_decode=loss)
     cfg = model_cfg(
-        NEW, old_model=dict(checkpoint=snapshot, num_old=OLD), auxiliary_head=[auxiliary],
+        NEW, old_model=dict(checkpoint=snapshot, num_old=OLD, earlier=[]), auxiliary_head=[auxiliary],
         prototypes=PROTOTYPES, **options,
     )  # fmt: skip
     cfg['decode_head'].update(norm_cfg=NORM, loss_decode=loss)

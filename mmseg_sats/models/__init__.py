@@ -13,6 +13,7 @@ from mmseg_sats.models.backbones import (
 )
 from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
+    AccumulativeDistillationLoss,
     ClassSimilarityDistillationLoss,
     ContrastiveDistillationLoss,
     CRPDistillationLoss,
@@ -43,6 +44,7 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
 
 __all__ = [
+    'AccumulativeDistillationLoss',
     'AttentionMap',
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',

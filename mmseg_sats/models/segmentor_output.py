@@ -42,6 +42,8 @@ class SegmentorOutput:
         align_corners: how the head's logits are resized.
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
         prototypes: the classes' mean features, or None if the model does not compute them.
+        earlier: of an old model's output, those of the models of all stages before it, the first stage's first. Empty
+            if no part requested them.
         more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
     """
 
@@ -52,6 +54,7 @@ class SegmentorOutput:
     unknown: Tensor | None = None
     prototypes: ClassPrototypes | None = None
     more: tuple[Tensor, ...] = ()
+    earlier: 'tuple[SegmentorOutput, ...]' = ()
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property

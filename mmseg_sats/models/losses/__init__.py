@@ -26,6 +26,7 @@ from mmseg_sats.functional.pixels.sigmoid import (
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
+from mmseg_sats.models.losses.all_stages import AccumulativeDistillationLoss
 from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
 from mmseg_sats.models.losses.contrastive import ContrastiveDistillationLoss
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
@@ -52,6 +53,7 @@ from mmseg_sats.models.losses.sdr_loss import (
 )
 
 __all__ = [
+    'AccumulativeDistillationLoss',
     'CRPDistillationLoss',
     'ClassSimilarityDistillationLoss',
     'ContrastiveDistillationLoss',

@@ -47,7 +47,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         decode_head: as in ``EncoderDecoder``, a head on ``BaseDecodeHead``.
         old_model: ``dict(checkpoint=path, num_old=channels with background)`` of the previous
             stage's snapshot, or None in stage 0. It is read when a loss needs it for the first time, so a
-            trained stage can be used for inference without it.
+            trained stage can be used for inference without it. If a part needs all teachers, ``earlier`` has the same
+            of the stages before, the first stage's first.
         pseudo_labeler: config of a :class:`PseudoLabeler`, or of an object that is called in the same way;
             or None. It labels only the stage's own images: exemplars keep their labels.
         outside_labeler: the same for images from outside the data set, whose labels are all
@@ -116,6 +117,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(name, labeler, PseudoLabeler)
         for name, part in self.distillation.items():
             check_flags(f'distillation.{name}', part, DistillationPart)
+        _check_teachers(self.distillation, old_model)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
@@ -216,6 +218,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         with_attention = _need_attention(parts.values())
         # The old model runs first: its temporary memory is free again before the student keeps its activations.
         teacher = self.old_model(inputs, with_attention) if taught else None
+        if teacher is not None:
+            teacher.earlier = tuple(model(inputs) for model in self.old_model.earlier)
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, with_attention)
@@ -314,6 +318,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
 def _need_attention(parts: Iterable[nn.Module]) -> bool:
     return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
+
+
+def _check_teachers(parts: Mapping[str, nn.Module], old_model: Mapping[str, Any] | None) -> None:
+    for name, part in parts.items():
+        if old_model and 'earlier' not in old_model and flag(part, 'needs_all_teachers', DistillationPart):
+            raise ValueError(
+                f'distillation.{name}: {type(part).__name__} needs the models of all stages; expected '
+                'old_model.earlier, a list of dict(checkpoint=..., num_old=...) for the stages before the old model'
+            )
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
