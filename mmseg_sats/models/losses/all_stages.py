@@ -26,7 +26,7 @@ class AccumulativeDistillationLoss(DistillationPart):
     Background is distilled from the last model: to an earlier one, later classes were background too.
 
     Args:
-        loss_weight: factor of the loss.
+        loss_weight: factor of the loss. No published value was found.
     """
 
     needs_all_teachers: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
-from mmseg_sats.functional.precision import full_precision
+from mmseg_sats.functional.precision import full_precision, working_dtype
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
@@ -23,8 +23,8 @@ class ContrastiveDistillationLoss(DistillationPart):
     label, are left out.
 
     Args:
-        loss_weight: factor of the loss.
-        temperature: T, 0.07 published.
+        loss_weight: factor of the loss, 0.01 in the released code.
+        temperature: T, 0.07 in the released code.
         block: index of the encoder's block whose features are used; -1 is the last.
         max_pixels: how many pixels of a process are used at most, drawn by torch's global generator. The loss needs
             arrays of ``max_pixels`` times up to twice as many, and that again for each further process.
@@ -53,7 +53,7 @@ class ContrastiveDistillationLoss(DistillationPart):
         new, old = student.features[self.block], teacher.features[self.block]
         logits = teacher.labelling_logits(new.shape[2:])
         with full_precision(logits):
-            probabilities = logits.float().softmax(1)
+            probabilities = logits.to(working_dtype(logits)).softmax(1)
         labels = labels_on_grid(labels, new.shape[2:])
         labels = torch.where(labels == 0, logits.argmax(1), labels)
         chosen = self._choose((labels > 0) & (labels < student.logits.shape[1]))
