@@ -21,7 +21,9 @@ GRIDS = ((7, 9), (5, 4), (2, 3))
 HEADS = (1, 4, 2)
 KEYS = ((2, 3), (2, 2), (1, 3))
 OPTIONS = list(
-    itertools.product(('class', 'global', 'none'), ('l2', 'squared_l2'), ('per_block', 'paper'))
+    itertools.product(
+        ('class', 'global', 'none'), ('l2', 'squared_l2', 'cosine'), ('per_block', 'paper')
+    )
 )
 
 
@@ -78,6 +80,8 @@ def vectors(block: AttentionMap | Tensor) -> Tensor:
 
 
 def distance_of(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    if distance == 'cosine':
+        return 1 - (a * b).sum() / ((a**2).sum() * (b**2).sum()).sqrt()
     squared = ((a - b) ** 2).sum()
     return squared if distance == 'squared_l2' else squared.sqrt()
 
@@ -362,6 +366,47 @@ def test_unknown_options_are_refused(options: dict[str, str], message: str) -> N
         crp_loss(make_attentions(0), make_attentions(1), make_labels(), **options)
     with pytest.raises(ValueError, match=message):
         CRPDistillationLoss(**options)
+
+
+@pytest.mark.parametrize('source', ['attention', 'feature'])
+def test_cosine_does_not_see_the_length_and_bears_a_vector_of_zeros(source: str) -> None:
+    student = MAKERS[source](0, torch.float32)
+    if source == 'feature':
+        scaled = [3 * block for block in student]
+        assert crp_loss(scaled, student, make_labels(), distance='cosine').item() == pytest.approx(0, abs=1e-6)
+        with torch.no_grad():
+            for block in student:
+                block.zero_()
+    loss = crp_loss(student, MAKERS[source](1, torch.float32), make_labels(), distance='cosine')
+    loss.backward()
+    assert 0 < loss.item() <= 2
+    assert all(leaf.grad.isfinite().all() for leaf in leaves(student))
+    assert max(float(leaf.grad.abs().max()) for leaf in leaves(student)) < 10
+
+
+@pytest.mark.parametrize('source', ['attention', 'feature'])
+def test_masked_new_classes_are_as_ignored(source: str) -> None:
+    student, teacher, labels = make_output(0), make_output(1, logits=torch.zeros(4, 5, 7, 9)), make_labels()
+    masked = torch.where(labels >= 5, 255, labels)
+    assert not torch.equal(masked, labels)
+    blocks = [output.attentions if source == 'attention' else output.features for output in (student, teacher)]
+    expected = brute_force(*blocks, masked, 'class', 'l2', 'per_block')
+    torch.testing.assert_close(crp_loss(*blocks, labels, num_old=5), expected, atol=1e-9, rtol=1e-9)
+    module = CRPDistillationLoss(source=source, blocks=(0, 1, 2), mask_new=True)
+    unprepared = module(student, teacher, labels)
+    module.prepare(teacher, labels, 21)
+    for loss in (unprepared, module(student, teacher, labels)):
+        torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    # With all classes left out there is nothing to transfer.
+    assert crp_loss(*blocks, labels, num_old=1).item() == 0
+
+
+def test_new_classes_cannot_be_left_out_where_there_are_no_regions() -> None:
+    message = r"new classes can be left out with pooling='class' alone, got pooling='global'"
+    with pytest.raises(ValueError, match=message):
+        CRPDistillationLoss(pooling='global', mask_new=True)
+    with pytest.raises(ValueError, match=message):
+        crp_loss(make_attentions(0), make_attentions(1), make_labels(), pooling='global', num_old=5)
 
 
 def test_blocks_that_cannot_be_compared_are_refused() -> None:

@@ -18,6 +18,7 @@ from mmseg_sats.datasets import SharedBatchSampler
 from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
 from mmseg_sats.functional import over_ranks as module
+from mmseg_sats.functional.over_ranks import gather_over_ranks
 from mmseg_sats.models import prototypes
 from mmseg_sats.models.losses import over_ranks as losses
 from mmseg_sats.models.losses.over_ranks import (
@@ -48,6 +49,7 @@ class Group:
         self._given: list[Tensor] = [torch.empty(0)] * world_size
         for one in (module, prototypes):
             patch.setattr(one, 'all_reduce', self.all_reduce)
+        patch.setattr(module, 'get_rank', lambda: self._rank.value)
         for one in (module, losses):
             patch.setattr(one, 'get_world_size', lambda: getattr(self._rank, 'size', 1))
 
@@ -123,6 +125,16 @@ def test_a_mean_over_nothing_counts_for_nothing(monkeypatch: pytest.MonkeyPatch)
         assert result == dict(a=2.0, b=0.0)
 
 
+def test_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(0, 2), torch.tensor([[5.0, 6.0]])]
+    for (rows, first), expected in zip(
+        Group(monkeypatch, 3).run(lambda rank: gather_over_ranks(given[rank])), (0, 2, 2), strict=True
+    ):
+        assert torch.equal(rows, torch.cat(given))
+        assert first == expected
+    assert gather_over_ranks(given[0]) == (given[0], 0)
+
+
 def test_labels_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [torch.tensor([[3, 255]]), torch.tensor([[0, 3]])]
     assert Group(monkeypatch, 2).run(lambda rank: labels_over_ranks(labels[rank])) == [[0, 3, 255]] * 2
@@ -153,14 +165,19 @@ HEADS = {
 PARTS = {
     'attention': dict(type='CRPDistillationLoss'),
     'attention_paper': dict(type='CRPDistillationLoss', distance='squared_l2', normalisation='paper'),
+    'attention_masked': dict(type='CRPDistillationLoss', distance='cosine', mask_new=True),
     'attention_global': dict(type='CRPDistillationLoss', pooling='global', source='both'),
     'attention_none': dict(type='CRPDistillationLoss', pooling='none', source='both'),
     'unbiased': dict(type='UnbiasedDistillationLoss'),
     'knowledge': dict(type='KnowledgeDistillationLoss'),
     'label_guided': dict(type='LabelGuidedDistillationLoss', old_weight=2.0),
     'sigmoid': dict(type='SigmoidDistillationLoss'),
+    'class_similarity': dict(type='ClassSimilarityDistillationLoss'),
+    'contrastive': dict(type='ContrastiveDistillationLoss', block=1, temperature=0.5),
+    'all_stages': dict(type='AccumulativeDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
+    'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),
     'entropy': dict(type='SelfEntropyLoss'),
     'matching': dict(type='PrototypeMatchingLoss'),
     'attraction': dict(type='PrototypeAttractionLoss'),
@@ -170,6 +187,9 @@ PARTS = {
 CASES = {
     **{f'head_{name}': dict(loss=loss) for name, loss in HEADS.items()},
     **{name: dict(loss=CE, distillation={name: part}) for name, part in PARTS.items()},
+    'pixel_weights': dict(
+        loss=CE, pixel_weights=dict(type='UncertaintyBalanceWeights', limit=0.99), pseudo_labeler=LABELLER
+    ),
     'labelled': dict(loss=CE, distillation=dict(a=PARTS['attention'], b=PARTS['unbiased']), pseudo_labeler=LABELLER),
 }
 
@@ -184,7 +204,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(snapshot: str, loss: Any, **options: Any) -> nn.Module:
     auxiliary = dict(auxiliary_head_cfg(NEW), norm_cfg=NORM, loss_decode=loss)
     cfg = model_cfg(
-        NEW, old_model=dict(checkpoint=snapshot, num_old=OLD), auxiliary_head=[auxiliary],
+        NEW, old_model=dict(checkpoint=snapshot, num_old=OLD, earlier=[]), auxiliary_head=[auxiliary],
         prototypes=PROTOTYPES, **options,
     )  # fmt: skip
     cfg['decode_head'].update(norm_cfg=NORM, loss_decode=loss)

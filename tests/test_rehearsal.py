@@ -270,7 +270,7 @@ def test_it_is_left_out_where_a_run_goes_on_unchanged(
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize('method', ['dft', 'nest', 'sdr', 'ssul'])
+@pytest.mark.parametrize('method', ['cit', 'dft', 'nest', 'sdr', 'ssul'])
 def test_what_a_stage_needs_is_handed_on_to_the_last(method: str, shapes_cfg: Callable[..., Config]) -> None:
     cfg = shapes_cfg(method, protocol='1-1', train_images=40, rehearsal={}, memory=6)
     runner = RUNNERS.build(cfg)

@@ -11,9 +11,11 @@ from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.attention.projections import attend_with_map, map_of_qkv
 from mmseg_sats.functional.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.functional.attention.windows import Windows
+from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.crp_loss import crp_loss
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
+from mmseg_sats.functional.features.pooled_cube import pooled_cube
 from mmseg_sats.functional.features.prototypes import (
     prototype_attraction,
     prototype_matching,
@@ -21,6 +23,10 @@ from mmseg_sats.functional.features.prototypes import (
     sparsity,
 )
 from mmseg_sats.functional.over_ranks import sum_over_ranks
+from mmseg_sats.functional.pixels.class_similarity import (
+    class_similarities,
+    class_similarity_distillation,
+)
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
 from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
 from mmseg_sats.functional.pixels.means import mean_over_labels, mean_over_pixels
@@ -40,6 +46,10 @@ from mmseg_sats.functional.pseudo_labels.entropy import (
     no_entropies,
 )
 from mmseg_sats.functional.pseudo_labels.old_model import fill_background, fused_labels, old_labels
+from mmseg_sats.functional.pseudo_labels.pixel_weights import (
+    certainty_weights,
+    class_balance_weights,
+)
 from mmseg_sats.functional.pseudo_labels.selective import selective_labels
 from mmseg_sats.functional.pseudo_labels.sigmoid import sigmoid_labels
 from mmseg_sats.protocol import Protocol, Stage
@@ -53,7 +63,12 @@ __all__ = [
     'WindowAttentionMap',
     'Windows',
     'attend_with_map',
+    'certainty_weights',
+    'class_balance_weights',
+    'class_similarities',
+    'class_similarity_distillation',
     'confident_share',
+    'contrastive_distillation',
     'count_entropies',
     'crp_loss',
     'entropy_labels',
@@ -72,6 +87,7 @@ __all__ = [
     'old_labels',
     'one_vs_rest',
     'per_pixel_losses',
+    'pooled_cube',
     'prototype_attraction',
     'prototype_matching',
     'repulsion',

@@ -24,6 +24,11 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def get_rank() -> int:
+    """The number of this process among them, from 0 on."""
+    return dist.get_rank() if get_world_size() > 1 else 0
+
+
 def all_reduce(value: Tensor, op: str = 'sum') -> None:
     """Replaces the processes' tensors by their sum or, with ``'max'``, by their element-wise maximum."""
     if get_world_size() > 1:
@@ -71,6 +76,23 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def max_over_ranks(value: Tensor) -> Tensor:
     """The element-wise maximum of the processes' tensors; the gradient goes to the processes that have it."""
     return value if get_world_size() == 1 else _Max.apply(value)
+
+
+def gather_over_ranks(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes' tensors (n, d), in the order of the processes, and the place of the own first row.
+
+    The numbers n may differ. The result has no gradient on several processes.
+    """
+    if get_world_size() == 1:
+        return rows, 0
+    numbers = torch.zeros(get_world_size(), dtype=torch.long, device=rows.device)
+    numbers[get_rank()] = len(rows)
+    all_reduce(numbers)
+    first = int(numbers[: get_rank()].sum())
+    result = rows.new_zeros(int(numbers.sum()), rows.shape[1])
+    result[first : first + len(rows)] = rows.detach()
+    all_reduce(result)
+    return result, first
 
 
 def labels_over_ranks(labels: Tensor) -> list[int]:

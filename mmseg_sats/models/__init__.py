@@ -13,12 +13,16 @@ from mmseg_sats.models.backbones import (
 )
 from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
+    AccumulativeDistillationLoss,
+    ClassSimilarityDistillationLoss,
+    ContrastiveDistillationLoss,
     CRPDistillationLoss,
     FeatureMSELoss,
     KnowledgeDistillationLoss,
     LabelGuidedDistillationLoss,
     LocalPODLoss,
     OneVsRestLoss,
+    PooledCubeDistillationLoss,
     PrototypeAttractionLoss,
     PrototypeMatchingLoss,
     RepulsionLoss,
@@ -33,12 +37,14 @@ from mmseg_sats.models.parts import DistillationPart, PseudoLabeler
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
+from mmseg_sats.models.pseudo_labels.pixel_weights import UncertaintyBalanceWeights
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
 
 __all__ = [
+    'AccumulativeDistillationLoss',
     'AttentionMap',
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',
@@ -48,6 +54,8 @@ __all__ = [
     'CRPDistillationLoss',
     'CascadeHead',
     'ClassPrototypes',
+    'ClassSimilarityDistillationLoss',
+    'ContrastiveDistillationLoss',
     'DistillationPart',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',
@@ -63,6 +71,7 @@ __all__ = [
     'SelectivePseudoLabeler',
     'SelfEntropyLoss',
     'OneVsRestLoss',
+    'PooledCubeDistillationLoss',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
     'PseudoLabeler',
@@ -71,6 +80,7 @@ __all__ = [
     'SparsityLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'UncertaintyBalanceWeights',
     'WindowAttentionMap',
     'check_attention',
 ]

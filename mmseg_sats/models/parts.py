@@ -24,6 +24,10 @@ class DistillationPart(nn.Module):
     needs_teacher: ClassVar[bool] = True
     """Whether the part needs an old model. If False, it is used in stage 0 too, where ``teacher`` is None."""
 
+    needs_all_teachers: ClassVar[bool] = False
+    """Whether the part needs ``teacher.earlier``, the outputs of the models of the stages before the previous one. They
+    are kept in memory and run in every iteration."""
+
     needs_prototypes: ClassVar[bool] = False
     """Whether the part needs ``student.prototypes``, which the segmentor computes if its ``prototypes`` is set."""
 

@@ -43,6 +43,8 @@ class SegmentorOutput:
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
         prototypes: the classes' mean features, or None if the model does not compute them.
         future: (B, F, h, w), logits of the rows that wait for classes of later stages, or None if there are none.
+        earlier: of an old model's output, those of the models of all stages before it, the first stage's first. Empty
+            if no part requested them.
         more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
     """
 
@@ -54,6 +56,7 @@ class SegmentorOutput:
     prototypes: ClassPrototypes | None = None
     future: Tensor | None = None
     more: tuple[Tensor, ...] = ()
+    earlier: 'tuple[SegmentorOutput, ...]' = ()
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property

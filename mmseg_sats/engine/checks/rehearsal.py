@@ -66,6 +66,10 @@ class Rehearsal(StageWork):
         _shorten(cfg, cfg.rehearsal.iterations)
         if on_cpu and cfg.train_dataloader.get('batch_size'):
             cfg.train_dataloader.batch_size = _small_batch(cfg, self._fewest(cfg))
+        # Of the stages between the second and the last, the rehearsal has the one before the last alone.
+        old = cfg.model.get('old_model') or {}
+        if 'earlier' in old:
+            old.earlier = [own for own in old.earlier if Path(own.checkpoint).is_file()]
         # The text of this config is never read by anyone, so it is not laid out.
         return Config(cfg._cfg_dict.to_dict(), filename=cfg.filename, format_python_code=False)
 

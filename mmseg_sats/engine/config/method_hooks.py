@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What a method needs besides its losses: modules to import, and hooks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -73,12 +73,24 @@ def hooks_of_parts(model: Mapping[str, Any]) -> list[dict[str, Any]]:
         model: config of an ``IncrementalEncoderDecoder``.
     """
     labelers = [model.get('pseudo_labeler'), model.get('outside_labeler')]
-    others = [model.get('prototypes'), *(model.get('distillation') or {}).values()]
+    others = [model.get('prototypes'), model.get('pixel_weights'), *(model.get('distillation') or {}).values()]
     hooks = [dict(hook) for hook in hooks_of_start(model.get('classifier_init'))]
     for base, parts in ((PseudoLabeler, labelers), (DistillationPart, others)):
-        for part in parts:
-            kind = part.get('type') if isinstance(part, Mapping) else None
-            kind = MODELS.get(kind) if isinstance(kind, str) else kind
-            if kind is not None:
-                hooks += [dict(hook) for hook in flag(kind, 'hooks', base)]
+        for kind in _classes(parts):
+            hooks += [dict(hook) for hook in flag(kind, 'hooks', base)]
     return hooks
+
+
+def needs_all_teachers(model: Mapping[str, Any]) -> bool:
+    """Whether a part of a model, an ``IncrementalEncoderDecoder``'s config, needs the models of all earlier stages."""
+    parts = (model.get('distillation') or {}).values()
+    return any(flag(kind, 'needs_all_teachers', DistillationPart) for kind in _classes(parts))
+
+
+def _classes(parts: Iterable[Any]) -> Iterator[type]:
+    """The classes of those parts' configs whose class is known."""
+    for part in parts:
+        kind = part.get('type') if isinstance(part, Mapping) else None
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if kind is not None:
+            yield kind

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from mmseg_sats.engine.config.config_text import StageConfig
 from mmseg_sats.engine.config.defaults import own_hooks
 from mmseg_sats.engine.config.held_out import add_held_out
-from mmseg_sats.engine.config.method_hooks import add_method_hooks, hook_class, import_method
+from mmseg_sats.engine.config.method_hooks import (
+    add_method_hooks,
+    hook_class,
+    import_method,
+    needs_all_teachers,
+)
 from mmseg_sats.engine.config.per_class import cut_to_stage
 from mmseg_sats.engine.config.replay import add_replay
 from mmseg_sats.engine.config.stage_length import prefer_length, set_length
@@ -90,7 +95,7 @@ def build_stage_config(
     # The run's --resume does not apply to each stage: a stage without checkpoints starts from its beginning.
     result.resume = False
     _set_pipeline(result)
-    _set_model(result.model, stage, work_dir)
+    _set_model(result.model, stage, protocol, work_dir)
     cut_to_stage(
         _named_heads(result.model),
         stage,
@@ -118,7 +123,7 @@ def _set_pipeline(cfg: Config) -> None:
         wrapper.pipeline = copy.deepcopy(inner.pipeline)
 
 
-def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
+def _set_model(model: ConfigDict, stage: Stage, protocol: Protocol, work_dir: str | Path) -> None:
     heads = _named_heads(model)
     for head in heads.values():
         head.num_classes = stage.num_channels
@@ -138,8 +143,13 @@ def _set_model(model: ConfigDict, stage: Stage, work_dir: str | Path) -> None:
     if stage.index > 0:
         for part in (model, model.backbone):
             part.pop('pretrained', None)
-        snapshot = stage_dir(work_dir, stage.index - 1) / 'snapshot.pth'
-        model.old_model = dict(checkpoint=str(snapshot), num_old=stage.num_old)
+        *earlier, old = (_old_model(done, work_dir) for done in protocol.stages[: stage.index])
+        model.old_model = dict(old, earlier=earlier) if needs_all_teachers(model) else old
+
+
+def _old_model(stage: Stage, work_dir: str | Path) -> dict[str, Any]:
+    """What a later stage needs to know of the model that this stage leaves."""
+    return dict(checkpoint=str(stage_dir(work_dir, stage.index) / 'snapshot.pth'), num_old=stage.num_channels)
 
 
 def _become_one_channel_a_class(head: ConfigDict, channels: int) -> None:

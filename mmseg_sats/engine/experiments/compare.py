@@ -28,7 +28,7 @@ TRAINING = names(compared='training')
 EVALUATION = names(compared='evaluation')
 VALIDATION = names(compared='validation')
 # What the segmentor does not use without an old model, except losses that need none.
-LATER_PARTS = ('pseudo_labeler', 'classifier_init', 'old_model')
+LATER_PARTS = ('pseudo_labeler', 'pixel_weights', 'classifier_init', 'old_model')
 # Arguments of an IncrementalDataset that the classes of the stage already determine.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
 # Workers, and the type of the loop, which max_epochs or max_iters already determines.

@@ -6,6 +6,7 @@ from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook
 from mmseg_sats.engine.hooks.finite_hook import FiniteHook
 from mmseg_sats.engine.hooks.new_rows_hook import NewRowsHook
 from mmseg_sats.engine.hooks.one_rank_logger_hook import OneRankLoggerHook
+from mmseg_sats.engine.hooks.pixel_weight_hook import PixelWeightHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
 from mmseg_sats.engine.hooks.prototype_hook import PrototypeHook
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import PseudoLabelThresholdHook
@@ -16,6 +17,7 @@ __all__ = [
     'FiniteHook',
     'NewRowsHook',
     'OneRankLoggerHook',
+    'PixelWeightHook',
     'ProgressHook',
     'PrototypeHook',
     'PseudoLabelThresholdHook',

@@ -99,14 +99,14 @@ class AttentionMap(BaseAttentionMap):
         return _RegionMean.apply(self.query, self.key, self.scale, regions)
 
     def mean_row_distance(self, other: 'AttentionMap', measure: Measure) -> Tensor:
-        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads).
+        """Computes, for each row, ``measure`` of the two maps, and its mean over all rows: (B, heads).
 
         Rows are computed in chunks, and computed again in the backward pass.
         """
 
         def row_distance(new: Tensor, old: Tensor) -> Tensor:
             rows = attend(new, self.key, self.scale)
-            return measure(rows - attend(old, other.key, other.scale)).sum(2)
+            return measure(rows, attend(old, other.key, other.scale)).sum(2)
 
         batch, heads, length, keys = self.shape
         size = max(1, chunk_elements(self.query) // max(1, batch * heads * keys))

@@ -9,8 +9,8 @@ from torch import Tensor
 from mmseg_sats.functional.attention.class_regions import ClassRegions, Grid, find_regions
 from mmseg_sats.functional.precision import full_precision, working_dtype
 
-# A function from differences (..., S) to distances (...). Entries that are 0 must not contribute.
-Measure = Callable[[Tensor], Tensor]
+# A function from two tensors (..., S) to distances (...). Entries that are 0 in both must not contribute.
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class BaseAttentionMap(ABC):
@@ -55,7 +55,7 @@ class BaseAttentionMap(ABC):
 
     @abstractmethod
     def mean_row_distance(self, other: 'BaseAttentionMap', measure: Measure) -> Tensor:
-        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads)."""
+        """Computes, for each row, ``measure`` of the two maps, and its mean over all rows: (B, heads)."""
 
     @property
     def num_heads(self) -> int:

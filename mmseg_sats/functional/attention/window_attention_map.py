@@ -138,7 +138,7 @@ class WindowAttentionMap(BaseAttentionMap):
             return by_window.index_select(3, windows.slots(device))
 
     def mean_row_distance(self, other: 'WindowAttentionMap', measure: Measure) -> Tensor:
-        """Computes, for each row, ``measure`` of the two maps' difference, and its mean over all rows: (B, heads).
+        """Computes, for each row, ``measure`` of the two maps, and its mean over all rows: (B, heads).
 
         Windows are computed in chunks, and computed again in the backward pass.
 
@@ -152,9 +152,8 @@ class WindowAttentionMap(BaseAttentionMap):
         placed = self.windows.keys(self.query.device) >= self.extra_keys
 
         def distances(*own: Tensor) -> Tensor:
-            difference = attend(*own[:2], self.scale, own[2])
-            difference = difference - attend(*own[3:5], other.scale, own[5])
-            return torch.where(own[6].unsqueeze(1), measure(difference), 0).sum((1, 3))
+            rows = measure(attend(*own[:2], self.scale, own[2]), attend(*own[3:5], other.scale, own[5]))
+            return torch.where(own[6].unsqueeze(1), rows, 0).sum((1, 3))
 
         with full_precision(self.query):
             parts = self._by_chunks(distances, *self._split(), *other._split(), self._chunks(placed, 0))

@@ -42,6 +42,7 @@ def crp_loss(
     normalisation: str = 'per_block',
     ignore_index: int = 255,
     num_labels: int | None = None,
+    num_old: int | None = None,
 ) -> Tensor:
     """Distance between two models' class-region pooled attention or features, SATS eq. (1), (2).
 
@@ -57,12 +58,15 @@ def crp_loss(
         pooling: ``'class'``: the mean over each class region; ``'global'``: over all positions,
             background and ignore included; ``'none'``: no pooling, the mean over all positions of
             the distance.
-        distance: ``'l2'``, whose gradient at 0 is taken as 0, or ``'squared_l2'``.
+        distance: ``'l2'``, whose gradient at 0 is taken as 0, ``'squared_l2'``, or ``'cosine'``, 1 minus
+            the cosine of the two vectors.
         normalisation: ``'per_block'`` or ``'paper'``, see above; with ``'global'`` and ``'none'``
             an image counts as one class.
         ignore_index: the label that belongs to no class.
         num_labels: a number that all labels are below, if known. It saves one wait for the GPU; labels
             that are not used on any block's grid are then not checked.
+        num_old: K_o. If given, labels from K_o on belong to no class, so that only the regions of old classes
+            are compared; possible with ``pooling='class'`` alone.
 
     Returns:
         The loss, a scalar.
@@ -72,8 +76,22 @@ def crp_loss(
             block differs in kind or shape, the labels have another shape or type, or a label is negative
             or not below ``num_labels``.
     """
+    if num_old is not None:
+        check_masking(pooling)
+        labels = without_new_classes(labels, num_old, ignore_index)
     grids = LabelGrids(labels, ignore_index, num_labels, [grid_of(block) for block in student])
     return crp_loss_of_grids(student, teacher, grids, pooling, distance, normalisation)
+
+
+def check_masking(pooling: str) -> None:
+    """Raises ValueError if new classes cannot be left out because there are no class regions."""
+    if pooling != 'class':
+        raise ValueError(f"new classes can be left out with pooling='class' alone, got pooling={pooling!r}")
+
+
+def without_new_classes(labels: Tensor, num_old: int, ignore_index: int) -> Tensor:
+    """Labels in which those from ``num_old`` on are ``ignore_index``."""
+    return labels.masked_fill(labels >= num_old, ignore_index)
 
 
 def crp_loss_of_grids(

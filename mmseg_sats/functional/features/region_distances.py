@@ -18,16 +18,27 @@ from mmseg_sats.functional.precision import working_dtype
 Block = BaseAttentionMap | Tensor
 
 
-def _squared_l2(difference: Tensor) -> Tensor:
-    return difference.square().sum(-1)
+def _squared_l2(new: Tensor, old: Tensor) -> Tensor:
+    return (new - old).square().sum(-1)
 
 
-def _l2(difference: Tensor) -> Tensor:
+def _l2(new: Tensor, old: Tensor) -> Tensor:
     # The derivative of vector_norm at 0 is 0, where sqrt(sum of squares) would give NaN.
-    return torch.linalg.vector_norm(difference, dim=-1)
+    return torch.linalg.vector_norm(new - old, dim=-1)
 
 
-DISTANCES: dict[str, Measure] = {'l2': _l2, 'squared_l2': _squared_l2}
+def _cosine(new: Tensor, old: Tensor) -> Tensor:
+    # 1 - cos of two directions, without cancellation where they are close. It is 0 for two zero vectors, which
+    # stand for regions that an image does not have.
+    return _squared_l2(_direction(new), _direction(old)) / 2
+
+
+def _direction(vector: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return vector / torch.where(length > 0, length, 1)
+
+
+DISTANCES: dict[str, Measure] = {'l2': _l2, 'squared_l2': _squared_l2, 'cosine': _cosine}
 
 
 def grid_of(block: Block) -> Grid:
@@ -90,7 +101,7 @@ def _region_distances(
 ) -> BlockDistances:
     with torch.no_grad():
         old = _region_means(teacher, regions)
-    return BlockDistances(distance(_region_means(student, regions) - old), regions.presence)
+    return BlockDistances(distance(_region_means(student, regions), old), regions.presence)
 
 
 def _region_means(block: Block, regions: ClassRegions) -> Tensor:
@@ -111,8 +122,8 @@ def _position_distances(
         values = student.mean_row_distance(teacher.detach(), distance)
     else:
         dtype = working_dtype(student, teacher)
-        difference = (student.to(dtype) - teacher.detach().to(dtype)).flatten(2).mT
-        values = distance(difference).mean(1, keepdim=True)
+        new, old = (features.to(dtype).flatten(2).mT for features in (student, teacher.detach()))
+        values = distance(new, old).mean(1, keepdim=True)
     return BlockDistances(values.unsqueeze(2), torch.ones(len(values), 1, dtype=torch.bool))
 
 

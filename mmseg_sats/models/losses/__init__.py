@@ -1,13 +1,19 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Losses: the registered modules, and the pure functions of ``mmseg_sats.functional`` that they call."""
 
+from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import local_pod
+from mmseg_sats.functional.features.pooled_cube import pooled_cube
 from mmseg_sats.functional.features.prototypes import (
     prototype_attraction,
     prototype_matching,
     repulsion,
     sparsity,
+)
+from mmseg_sats.functional.pixels.class_similarity import (
+    class_similarities,
+    class_similarity_distillation,
 )
 from mmseg_sats.functional.pixels.knowledge_distillation import knowledge_distillation
 from mmseg_sats.functional.pixels.label_guided import label_guided_distillation
@@ -20,8 +26,15 @@ from mmseg_sats.functional.pixels.sigmoid import (
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
+from mmseg_sats.models.losses.all_stages import AccumulativeDistillationLoss
+from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
+from mmseg_sats.models.losses.contrastive import ContrastiveDistillationLoss
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
-from mmseg_sats.models.losses.features import FeatureMSELoss, LocalPODLoss
+from mmseg_sats.models.losses.features import (
+    FeatureMSELoss,
+    LocalPODLoss,
+    PooledCubeDistillationLoss,
+)
 from mmseg_sats.models.losses.pixelwise import (
     KnowledgeDistillationLoss,
     LabelGuidedDistillationLoss,
@@ -40,7 +53,10 @@ from mmseg_sats.models.losses.sdr_loss import (
 )
 
 __all__ = [
+    'AccumulativeDistillationLoss',
     'CRPDistillationLoss',
+    'ClassSimilarityDistillationLoss',
+    'ContrastiveDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
@@ -49,6 +65,9 @@ __all__ = [
     'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
+    'class_similarities',
+    'class_similarity_distillation',
+    'contrastive_distillation',
     'crp_loss',
     'feature_mse',
     'knowledge_distillation',
@@ -59,6 +78,8 @@ __all__ = [
     'SelfEntropyLoss',
     'self_entropy',
     'OneVsRestLoss',
+    'PooledCubeDistillationLoss',
+    'pooled_cube',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
     'RepulsionLoss',

@@ -6,7 +6,13 @@ from collections.abc import Iterable, Sequence
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.functional.features.crp_loss import NORMALISATIONS, crp_loss, crp_loss_of_grids
+from mmseg_sats.functional.features.crp_loss import (
+    NORMALISATIONS,
+    check_masking,
+    crp_loss,
+    crp_loss_of_grids,
+    without_new_classes,
+)
 from mmseg_sats.functional.features.region_distances import (
     DISTANCES,
     POOLINGS,
@@ -57,14 +63,16 @@ class CRPDistillationLoss(DistillationPart):
             the sum of the two losses.
         blocks: indices of the backbone's attention maps or features. They are blocks, or layers if the
             backbone returns the maps of all layers (``attention_layers='all'``).
-        distance: ``'l2'`` or ``'squared_l2'``.
+        distance: ``'l2'``, ``'squared_l2'`` or ``'cosine'``.
         normalisation: ``'per_block'`` or ``'paper'``.
         loss_weight: the factor of the loss, lambda_a.
         ignore_index: the label that belongs to no class.
+        mask_new: whether the regions of new classes are left out, so that only the relations inside of old
+            classes are transferred.
 
     Raises:
-        ValueError: an argument's choice is unknown, or ``blocks`` is empty or has negative or repeated
-            indices.
+        ValueError: an argument's choice is unknown, ``blocks`` is empty or has negative or repeated
+            indices, or ``mask_new`` is True and ``pooling`` is not ``'class'``.
     """
 
     def __init__(
@@ -76,11 +84,14 @@ class CRPDistillationLoss(DistillationPart):
         normalisation: str = 'per_block',
         loss_weight: float = 1.0,
         ignore_index: int = 255,
+        mask_new: bool = False,
     ) -> None:
         super().__init__()
         choose('pooling', pooling, POOLINGS)
         choose('distance', distance, DISTANCES)
         choose('normalisation', normalisation, NORMALISATIONS)
+        if mask_new:
+            check_masking(pooling)
         self._sources = choose('source', source, SOURCES)
         self.blocks = block_indices(blocks)
         self.pooling = pooling
@@ -89,7 +100,8 @@ class CRPDistillationLoss(DistillationPart):
         self.normalisation = normalisation
         self.loss_weight = loss_weight
         self.ignore_index = ignore_index
-        self._prepared: LabelGrids | None = None
+        self.mask_new = mask_new
+        self._prepared: tuple[Tensor, LabelGrids] | None = None
 
     @property
     def needs_attention(self) -> bool:
@@ -102,9 +114,10 @@ class CRPDistillationLoss(DistillationPart):
         This must wait for the GPU, which has less queued work before the student's forward pass than
         after it.
         """
-        self._prepared = self._grids(teacher, 'teacher', labels, num_channels)
+        grids = self._grids(teacher, 'teacher', labels, num_channels, teacher.logits.shape[1])
         if self.pooling == 'class':
-            self._prepared.by_class  # noqa: B018  a cached property, computed here
+            grids.by_class  # noqa: B018  a cached property, computed here
+        self._prepared = labels, grids
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels are (B, H, W).
@@ -113,9 +126,11 @@ class CRPDistillationLoss(DistillationPart):
             ValueError: the attention maps are missing, a block is out of range, or one of the errors of
                 ``crp_loss``.
         """
-        grids, self._prepared = self._prepared, None
-        if grids is None or grids.labels is not labels:
-            grids = self._grids(student, 'student', labels, student.logits.shape[1])
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is labels:
+            grids = prepared[1]
+        else:
+            grids = self._grids(student, 'student', labels, student.logits.shape[1], teacher.logits.shape[1])
         losses: Iterable[Tensor] = (
             crp_loss_of_grids(
                 pick_blocks(blocks_of(student), self.blocks, 'student'),
@@ -130,7 +145,7 @@ class CRPDistillationLoss(DistillationPart):
         return self.loss_weight * sum(losses)
 
     def _grids(
-        self, output: SegmentorOutput, owner: str, labels: Tensor, num_channels: int
+        self, output: SegmentorOutput, owner: str, labels: Tensor, num_channels: int, num_old: int
     ) -> LabelGrids:
         blocks = [
             block
@@ -138,4 +153,6 @@ class CRPDistillationLoss(DistillationPart):
             for block in pick_blocks(blocks_of(output), self.blocks, owner)
         ]
         num_labels = max(BYTE_LABELS, num_channels)
+        if self.mask_new:
+            labels = without_new_classes(labels, num_old, self.ignore_index)
         return LabelGrids(labels, self.ignore_index, num_labels, [grid_of(block) for block in blocks])

@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Weights of images in the losses of mmseg's heads.
+"""Weights of pixels, or of whole images, in the losses of mmseg's heads.
 
 A head gets a weight for every pixel from its pixel sampler and passes it to its ``loss_decode``. While the
-losses of a batch are computed, the sampler is replaced by one that returns the images' weights.
+losses of a batch are computed, the sampler is replaced by one that returns the weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,16 @@ from mmseg.structures import BasePixelSampler
 from torch import Tensor
 
 
+def weights_of_pixels(weights: Tensor, labels: Tensor) -> Tensor:
+    """Weights (B, H, W) of the pixels of labels (B, H, W), from those or from weights (B,) of the images."""
+    return weights if weights.dim() == 3 else weights[:, None, None].expand_as(labels)
+
+
 class ImageWeightSampler(BasePixelSampler):
-    """Gives every pixel the weight of its image, times its weight from the head's own sampler.
+    """Gives every pixel its own weight or that of its image, times its weight from the head's own sampler.
 
     Args:
-        weights: (B,), the weights of the images.
+        weights: (B, H, W), the weights of the pixels, or (B,), those of the images.
         sampler: the head's own sampler, or None.
     """
 
@@ -29,7 +34,7 @@ class ImageWeightSampler(BasePixelSampler):
     def sample(self, seg_logit: Tensor, seg_label: Tensor) -> Tensor:
         """The weights (B, H, W) for logits (B, K, H, W) and labels (B, 1, H, W)."""
         self.asked = True
-        weights = self.weights[:, None, None].expand_as(seg_label[:, 0])
+        weights = weights_of_pixels(self.weights, seg_label[:, 0])
         if self.sampler is None:
             return weights
         return weights * self.sampler.sample(seg_logit, seg_label)
@@ -37,11 +42,11 @@ class ImageWeightSampler(BasePixelSampler):
 
 @contextmanager
 def weighted_images(heads: Iterable[BaseDecodeHead], weights: Tensor | None) -> Iterator[None]:
-    """A context in which the heads' losses weight the images; the divisor is still the number of all pixels.
+    """A context in which the heads' losses weight pixels or images; the divisor is still the number of all pixels.
 
     Args:
         heads: decode and auxiliary heads.
-        weights: (B,), or None to leave the losses unweighted.
+        weights: (B, H, W) or (B,), or None to leave the losses unweighted.
 
     Raises:
         TypeError: a head has computed its loss without using the weights.
@@ -63,5 +68,6 @@ def weighted_images(heads: Iterable[BaseDecodeHead], weights: Tensor | None) -> 
         if not sampler.asked:
             raise TypeError(
                 f"{type(head).__name__} does not weigh pixels in its loss, so images cannot be weighed: expected a "
-                "head with BaseDecodeHead's loss_by_feat, or a pseudo-labeler with scale_images=False"
+                "head with BaseDecodeHead's loss_by_feat, or a pseudo-labeler with scale_images=False and "
+                'pixel_weights=None'
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmseg_sats.functional.pixels.means import check_channels, check_label_values
 from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, PixelwiseSegmentationLoss
+from mmseg_sats.models.pixel_losses.image_weights import weights_of_pixels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
@@ -44,7 +45,7 @@ def shared_losses(
         student: the student's output; its logits may have any resolution.
         teacher: the old model's output, or None if there is no old model.
         labels: (B, H, W) long, which have passed ``check_targets``.
-        weights: (B,), factors of the images in the head's losses, or None.
+        weights: factors in the head's losses, (B, H, W) of the pixels or (B,) of the images, or None.
 
     Returns:
         The losses by the names that a segmentor gives them, ``decode.NAME`` and ``loss_NAME``. There are no
@@ -73,10 +74,10 @@ def shared_losses(
         ignore_index=head.ignore_index,
     )
     losses: dict[str, Tensor] = {}
-    image_weights = None if weights is None else weights[:, None, None].expand_as(labels)
+    factors = None if weights is None else weights_of_pixels(weights, labels)
     for loss, values in zip(own, maps[len(observed) :], strict=False):
         name = f'decode.{loss.loss_name}'
-        value = loss.reduce(values, labels, image_weights, ignore_index=head.ignore_index)
+        value = loss.reduce(values, labels, factors, ignore_index=head.ignore_index)
         losses[name] = losses[name] + value if name in losses else value
     if own:
         losses['decode.acc_seg'] = _accuracy(maps[0].detach(), labels, head.ignore_index)

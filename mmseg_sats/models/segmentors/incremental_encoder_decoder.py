@@ -20,7 +20,7 @@ from mmseg_sats.models.heads.new_rows import NewRows, measured_classifier
 from mmseg_sats.models.heads.unknown import check_split, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
-from mmseg_sats.models.pixel_losses.image_weights import weighted_images
+from mmseg_sats.models.pixel_losses.image_weights import weighted_images, weights_of_pixels
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
@@ -48,7 +48,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         decode_head: as in ``EncoderDecoder``, a head on ``BaseDecodeHead``.
         old_model: ``dict(checkpoint=path, num_old=channels with background)`` of the previous
             stage's snapshot, or None in stage 0. It is read when a loss needs it for the first time, so a
-            trained stage can be used for inference without it.
+            trained stage can be used for inference without it. If a part needs all teachers, ``earlier`` has the same
+            of the stages before, the first stage's first.
         pseudo_labeler: config of a :class:`PseudoLabeler`, or of an object that is called in the same way;
             or None. It labels only the stage's own images: exemplars keep their labels.
         outside_labeler: the same for images from outside the data set, whose labels are all
@@ -69,6 +70,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             ``future_classes`` too.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
+        pixel_weights: config of the weights of pixels in the heads' losses, e.g.
+            :class:`UncertaintyBalanceWeights`, from stage 1 on; or None. They multiply the labelers' weights of images.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
             e.g. ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
@@ -95,6 +98,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         future_classes: int = 0,
         split_classifier: bool = False,
         prototypes: dict[str, Any] | None = None,
+        pixel_weights: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -120,11 +124,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(name, labeler, PseudoLabeler)
         for name, part in self.distillation.items():
             check_flags(f'distillation.{name}', part, DistillationPart)
+        _check_teachers(self.distillation, old_model)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
         )
         self.prototypes = self._build_prototypes(prototypes)
+        self.pixel_weights = (
+            MODELS.build(dict(pixel_weights, num_channels=self.num_classes)) if pixel_weights else None
+        )
         self.unknown, self.future_classes = unknown, future_classes
         if unknown and UNKNOWN_LABEL in (*range(self.num_classes), self.decode_head.ignore_index):
             raise ValueError(
@@ -216,7 +224,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         labels, unknown = self.without_unknown(labels)
         # The old model is neither read nor run in stage 0 or by methods that do not use it.
         taught = self._old_model_cfg is not None and (
-            len(self.distillation) > 0 or len(self._labelers) > 0
+            len(self.distillation) > 0 or len(self._labelers) > 0 or self.pixel_weights is not None
         )
         parts = {
             name: part
@@ -226,14 +234,20 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         with_attention = _need_attention(parts.values())
         # The old model runs first: its temporary memory is free again before the student keeps its activations.
         teacher = self.old_model(inputs, with_attention) if taught else None
+        if teacher is not None:
+            teacher.earlier = tuple(model(inputs) for model in self.old_model.earlier)
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, with_attention)
         weights = None
         if teacher is not None:
+            given = labels
             labels, weights = complete_labels(
                 labels, data_samples, self._labelers, outputs and outputs[0], teacher
             )
+            if self.pixel_weights is not None:
+                own = self.pixel_weights(given, labels, teacher)
+                weights = own if weights is None else own * weights_of_pixels(weights, labels)
         # Unknown pixels that the labelers gave a class, or ignored as unsure, are no longer unknown.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
         # Everything that must wait for results of the GPU is done here, while the GPU has little queued work.
@@ -323,6 +337,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
 def _need_attention(parts: Iterable[nn.Module]) -> bool:
     return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
+
+
+def _check_teachers(parts: Mapping[str, nn.Module], old_model: Mapping[str, Any] | None) -> None:
+    for name, part in parts.items():
+        if old_model and 'earlier' not in old_model and flag(part, 'needs_all_teachers', DistillationPart):
+            raise ValueError(
+                f'distillation.{name}: {type(part).__name__} needs the models of all stages; expected '
+                'old_model.earlier, a list of dict(checkpoint=..., num_old=...) for the stages before the old model'
+            )
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:

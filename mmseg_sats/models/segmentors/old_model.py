@@ -2,7 +2,7 @@
 """The frozen old model of a stage, and the function that runs a segmentor for all losses at once."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,15 +67,22 @@ class OldModel:
 
     Args:
         model: the old segmentor; it is put in eval mode and frozen.
+        earlier: those of the stages before it, the first stage's first, if a part needs them.
     """
 
-    def __init__(self, model: EncoderDecoder) -> None:
+    def __init__(self, model: EncoderDecoder, earlier: 'Sequence[OldModel]' = ()) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.earlier = tuple(earlier)
         self._cast: dict[tuple[torch.device, torch.dtype], EncoderDecoder] = {}
 
     @classmethod
     def from_checkpoint(
-        cls, model_cfg: dict[str, Any], num_old: int, checkpoint: str, unknown: bool = False
+        cls,
+        model_cfg: dict[str, Any],
+        num_old: int,
+        checkpoint: str,
+        unknown: bool = False,
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -84,10 +91,12 @@ class OldModel:
             num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
             unknown: whether the model has an unknown class.
+            earlier: ``num_old`` and ``checkpoint`` of the models of the stages before.
 
         Raises:
             ValueError: the snapshot lacks tensors or has some of another shape.
         """
+        before = [cls.from_checkpoint(model_cfg, unknown=unknown, **own) for own in earlier]
         model_cfg = copy.deepcopy(model_cfg)
         head = model_cfg['decode_head']
         # Assigned by key, because mmengine's ConfigDict.update would merge the arguments of both losses.
@@ -108,7 +117,7 @@ class OldModel:
             )
         # Only the old model's tensors are loaded: the snapshot also has auxiliary heads, which it does not need.
         model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
-        return cls(model)
+        return cls(model, before)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
