@@ -2,8 +2,8 @@
 """Every config under configs/: its words reach every stage, every stage's model and data set build.
 
 Of a long protocol the first stage, the second and the last are looked at: the others differ from the second by
-the number of classes alone. Of configs whose files differ by the protocol alone one is built, and of every data
-set one with every protocol. What two of them share is made once.
+the number of classes alone. Every method is built with one recipe, and every recipe with one method, for a method's
+file and a recipe's are the same in all configs. What two of them share is made once.
 """
 
 import ast
@@ -44,23 +44,20 @@ def protocol_of(cfg: Config) -> Protocol:
     return Protocol(cfg.protocol, NUM_CLASSES[cfg.dataset], cfg.class_order, cfg.split)
 
 
-def without_protocol(path: Path) -> tuple[str, ...]:
-    """What a config is beside its protocol: folder, recipe, setting, and what its file says."""
-    recipe, _, ending = re.split(r'_(\d+-\d+)', path.stem)
-    said = [ast.dump(node) for node in ast.parse(path.read_text()).body[1:]]
-    return path.parent.name, recipe, ending, *(part for part in said if "'protocol'" not in part)
+def said(path: Path) -> tuple[str, ...]:
+    """What a config's file says beside its bases, protocol, setting and memory."""
+    lines = [ast.unparse(node) for node in ast.parse(path.read_text()).body[1:]]
+    return tuple(line for line in lines if not re.match('protocol|split|setting|memory', line))
 
 
 def one_of_each_kind() -> list[Path]:
-    """A config of every kind, and one of every name: a data set with a protocol."""
-    kinds: dict[tuple[str, ...], Path] = {}
-    names: dict[str, Path] = {}
-    for path in FILES:
-        if path.stem not in names:
-            names[path.stem] = kinds[without_protocol(path)] = path
-    for path in FILES:
-        kinds.setdefault(without_protocol(path), path)
-    return sorted({*kinds.values(), *names.values()})
+    """Every method, every recipe, every data set with every protocol, and every config that says more."""
+    kinds: dict[Any, Path] = {}
+    for path in sorted(FILES, key=lambda path: path.parent.name != 'sats'):
+        recipe, _, ending = re.split(r'_(\d+-\d+)', path.stem)
+        for kind in (path.stem, (recipe, ending), (path.parent.name, recipe, said(path)) if said(path) else path.stem):
+            kinds.setdefault(kind, path)
+    return sorted({*kinds.values(), *(path for path in FILES if path.stem == 'segformer_b2_voc_15-1')})
 
 
 BUILT = one_of_each_kind()
@@ -218,23 +215,20 @@ def test_configs_inherit_over_at_most_three_levels_and_name_their_method(folder:
         assert method.resolve() in [parent.resolve() for parent in parents_of(path)], path
 
 
-def test_the_file_name_tells_the_protocol() -> None:
+def test_the_file_name_tells_the_protocol_setting_and_memory() -> None:
     for path in FILES:
-        assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
-        said = {node.targets[0].id: node.value for node in assigned}
-        protocol = ast.literal_eval(said['split' if 'split' in said else 'protocol'])
-        assert re.search(rf'_{protocol}(_disjoint)?(_m)?(_poly)?$', path.stem), path
+        lines = [node for node in ast.parse(path.read_text()).body if isinstance(node.value, ast.Constant)]
+        own = {node.targets[0].id: node.value.value for node in lines if isinstance(node, ast.Assign)}
+        named = re.search(r'_(\d+-\d+)(_disjoint)?(_m)?(_poly)?$', path.stem)
+        assert named[1] == (own.get('split') if own['protocol'] == 'joint' else own['protocol']), path
+        assert own.get('setting', 'overlapped') == ('disjoint' if named[2] else 'overlapped'), path
+        assert bool(own.get('memory')) == bool(named[3]), path
+        assert (own['protocol'] == 'joint') == (path.parent.name == 'joint'), path
 
 
 @pytest.mark.parametrize('path', BUILT, ids=short)
-def test_the_file_name_tells_the_data_set_setting_and_memory(path: Path) -> None:
-    cfg = read(path)
-    named = re.search(r'_(\d+-\d+)(_disjoint)?(_m)?(_poly)?$', path.stem)
-    assert named[1] == (cfg.split if cfg.protocol == 'joint' else cfg.protocol)
-    assert cfg.setting == ('disjoint' if named[2] else 'overlapped')
-    assert bool(cfg.memory) == bool(named[3])
-    assert f'_{cfg.dataset}_' in path.stem
-    assert (cfg.protocol == 'joint') == (path.parent.name == 'joint')
+def test_the_file_name_tells_the_data_set(path: Path) -> None:
+    assert f'_{read(path).dataset}_' in path.stem
 
 
 def test_every_method_folder_has_its_method_file_and_configs() -> None:
