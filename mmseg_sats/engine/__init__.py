@@ -5,10 +5,12 @@ import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mm
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,
+    ClassifierAligningHook,
     FiniteHook,
     ProgressHook,
     PrototypeHook,
     PseudoLabelThresholdHook,
+    WeightFusionHook,
 )
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
 from mmseg_sats.engine.training.optim_groups import GroupedOptimWrapperConstructor
@@ -17,6 +19,7 @@ from mmseg_sats.engine.training.train_loop import ResumableTrainLoop
 
 __all__ = [
     'AtomicCheckpointHook',
+    'ClassifierAligningHook',
     'FiniteHook',
     'GroupedOptimWrapperConstructor',
     'IncrementalRunner',
@@ -25,5 +28,6 @@ __all__ = [
     'PseudoLabelThresholdHook',
     'ResumableTrainLoop',
     'StageRunner',
+    'WeightFusionHook',
     'unwrap',
 ]
