@@ -53,7 +53,7 @@ KEYS = (
     Key('dataset', 'package', "the data set's name", 'run', 'value'),
     Key('protocol', 'package', 'classes of the stages: m-n, or joint', 'run', 'value'),
     Key('split', 'package', 'with joint: the protocol whose base and new classes are reported', 'run', 'value'),
-    Key('setting', 'package', 'overlapped, disjoint or sequential', identity='value'),
+    Key('setting', 'package', 'overlapped, disjoint, sequential or partitioned', identity='value'),
     Key('class_order', 'package', 'a permutation of the foreground ids', 'run', 'unlabelled'),
     Key('seed', 'package', 'the seed of everything random', identity='named', least=0, or_none=True),
     # Keys that set how a stage is trained, evaluated and validated.
