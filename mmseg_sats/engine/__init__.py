@@ -6,6 +6,7 @@ from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,
     ClassifierAligningHook,
+    ClosedFormHook,
     FiniteHook,
     ProgressHook,
     PrototypeHook,
@@ -20,6 +21,7 @@ from mmseg_sats.engine.training.train_loop import ResumableTrainLoop
 __all__ = [
     'AtomicCheckpointHook',
     'ClassifierAligningHook',
+    'ClosedFormHook',
     'FiniteHook',
     'GroupedOptimWrapperConstructor',
     'IncrementalRunner',

@@ -141,6 +141,7 @@ KEYS = (
     Key('eval_future', 'config', 'what classes not seen yet count as: background or ignore', evaluates=True),
     Key('eval_images', 'config', 'images to evaluate on: seen or all', evaluates=True),
     Key('eval_pipeline', 'config', 'transforms of the evaluation', evaluates=True),
+    Key('expansion_width', 'config', 'channels of the random expansion that a closed-form classifier sees'),
     Key('head_lr_mult', 'config', "the head's learning rate, as a multiple of lr"),
     Key('ignore_values', 'config', 'mask values that are ignored'),
     Key('image_size', 'config', 'pixels of a side of the shapes'),

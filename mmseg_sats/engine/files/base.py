@@ -65,6 +65,8 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
             logger='current',
             level=logging.WARNING,
         )
+    for key in model.computed_tensors:
+        state_dict.setdefault(key, own[key])
     problems = [f'{key}: missing' for key in own if key not in state_dict]
     # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
     # module that it has: then it would be another model.

@@ -4,6 +4,7 @@
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook
 from mmseg_sats.engine.hooks.classifier_aligning_hook import ClassifierAligningHook
+from mmseg_sats.engine.hooks.closed_form_hook import ClosedFormHook
 from mmseg_sats.engine.hooks.finite_hook import FiniteHook
 from mmseg_sats.engine.hooks.one_rank_logger_hook import OneRankLoggerHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
@@ -15,6 +16,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'BestEpochHook',
     'ClassifierAligningHook',
+    'ClosedFormHook',
     'FiniteHook',
     'OneRankLoggerHook',
     'ProgressHook',

@@ -80,10 +80,11 @@ def split_classifier(head: nn.Module, num_old: int) -> None:
     head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old)
 
 
-def check_unknown(name: str, head: nn.Module, tensors: Iterable[str]) -> None:
-    """Raises TypeError if a head cannot have an unknown class, since more than ``conv_seg`` depends on its classes.
+def check_only_conv_seg(option: str, name: str, head: nn.Module, tensors: Iterable[str]) -> None:
+    """Raises TypeError if a head's classifier cannot be replaced, since more than ``conv_seg`` depends on its classes.
 
     Args:
+        option: that asks for another classifier, for the message.
         name: the head's name in the segmentor, for the message.
         head: a decode or auxiliary head.
         tensors: the names of those with a row for each class.
@@ -91,7 +92,7 @@ def check_unknown(name: str, head: nn.Module, tensors: Iterable[str]) -> None:
     others = [key for key in tensors if not key.startswith('conv_seg.')]
     if others or not isinstance(getattr(head, 'conv_seg', None), nn.Conv2d):
         raise TypeError(
-            f'unknown=True: {name} ({type(head).__name__}) cannot have an unknown class: expected a head in which the '
+            f'{option}: {name} ({type(head).__name__}) cannot have another classifier: expected a head in which the '
             f'classifier conv_seg alone has a row for each class, found {", ".join(others)}'
         )
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
+from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS, expand_classifier
 from mmseg_sats.models.heads.losses import head_losses
-from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
+from mmseg_sats.models.heads.unknown import check_only_conv_seg, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images
@@ -59,6 +60,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             ``'keep_background'``, ``'random'`` or ``'unknown'`` (SSUL).
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
+        closed_form: ``width`` and ``seed`` of a :class:`ClosedFormClassifier` as the decode head's ``conv_seg``,
+            whose rows a ``ClosedFormHook`` computes; or None.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
@@ -84,6 +87,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         distillation: dict[str, dict[str, Any] | None] | None = None,
         classifier_init: str = 'balanced',
         unknown: bool = False,
+        closed_form: dict[str, Any] | None = None,
         prototypes: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
@@ -93,6 +97,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             raise ValueError(
                 "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
             )
+        if closed_form and unknown:
+            raise ValueError('closed_form and unknown=True each replace the classifier: expected one of them')
         _check_left_out(distillation or {})
         old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
@@ -115,7 +121,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(f'distillation.{name}', part, DistillationPart)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
-            dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
+            dict(old_model, model_cfg=self_cfg, unknown=unknown, closed_form=closed_form) if old_model else None
         )
         self.prototypes = self._build_prototypes(prototypes)
         self.unknown = unknown
@@ -128,8 +134,15 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         # By head, the tensors with a row for each class.
         self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
         for name, head in self._named_heads() if unknown else ():
-            check_unknown(name, head, self.class_tensors[name])
+            check_only_conv_seg('unknown=True', name, head, self.class_tensors[name])
             split_classifier(head, old_model['num_old'] if old_model else 1)
+        # Those that a checkpoint of another method lacks, and that are not trained.
+        self.computed_tensors: tuple[str, ...] = ()
+        if closed_form:
+            check_only_conv_seg('closed_form', 'decode_head', self.decode_head, self.class_tensors['decode_head'])
+            expand_classifier(self.decode_head, **closed_form)
+            self.class_tensors['decode_head'][f'conv_seg.{ROWS}'] = 0
+            self.computed_tensors = tuple(f'decode_head.conv_seg.{name}' for name in (ROWS, EXPANSION))
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
