@@ -15,6 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, RUNNERS
 from torch import Tensor, nn
 
+from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.hooks import closed_form_hook as module
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
@@ -143,7 +144,7 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             for seed, label in zip(seeds, labels, strict=True)
         ]
         monkeypatch.setattr(module, 'training_images_once', lambda _: batches)
-        HOOKS.build(dict(type='ClosedFormHook', **options)).before_snapshot(runner, stage)
+        HOOKS.build(dict(dict(type='ClosedFormHook', stride=4), **options)).before_snapshot(runner, stage)
 
     return call
 
@@ -169,7 +170,7 @@ def test_the_hook_by_hand_and_later_stages_by_sums(fit: Callable, tmp_path: Path
     protocol = Protocol('2-1', num_classes=3)
     first = label_maps((0, 1, 2, 255), 3, 0)
     runner = runner_of(build(crls_cfg(3)), tmp_path / 'stage_0')
-    fit(runner, protocol.stages[0], first, [10, 11, 12], every=3)
+    fit(runner, protocol.stages[0], first, [10, 11, 12], stride=12)
     # By hand: the classifier's input, at every third row and column of the features, with the nearest label.
     inputs: list[Tensor] = []
     watch = runner.model.decode_head.conv_seg.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -193,7 +194,7 @@ def test_the_hook_by_hand_and_later_stages_by_sums(fit: Callable, tmp_path: Path
     model, path = next_model(runner, 4, 3)
     assert not model.decode_head.conv_seg.closed_form[3:].any()
     later = runner_of(model, tmp_path / 'stage_1', path)
-    fit(later, protocol.stages[1], label_maps((0, 3), 2, 1), [20, 21], every=3)
+    fit(later, protocol.stages[1], label_maps((0, 3), 2, 1), [20, 21], stride=12)
     with np.load(tmp_path / 'stage_0/closed_form.npz') as one, np.load(tmp_path / 'stage_1/closed_form.npz') as both:
         np.testing.assert_allclose(one['gram'] + np.eye(WIDTH), gram.numpy())
         assert both['cross'].shape == (4, WIDTH)
@@ -272,7 +273,10 @@ def test_the_labeler_completes_labels_by_the_scores_so_far(fit: Callable, tmp_pa
 
 @pytest.mark.parametrize(
     ('options', 'message'),
-    [(dict(gamma=0), 'gamma=0, expected a number above 0'), (dict(every=0), 'every=0, expected a whole number from 1')],
+    [
+        (dict(gamma=0), 'gamma=0, expected a number above 0'),
+        (dict(stride=0), 'stride=0, expected a whole number from 1'),
+    ],
 )
 def test_impossible_numbers_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f'ClosedFormHook: {message}'):
@@ -350,3 +354,16 @@ def test_runs_with_other_stages_and_one_that_is_killed(
     torch.testing.assert_close(one[rows], other[rows][[0, 1, 2, 3, 5, 4]])
     for key, value in one.items():  # nothing else was trained; the ordinary classifier has rows that no one uses
         assert key == rows or '.conv_seg.' in key or torch.equal(value, start[key]), key
+
+
+def test_a_base_is_taken_from_other_methods_and_by_them(tmp_path: Path) -> None:
+    names = ['background', 'a', 'b']
+    ordinary, fitted = build(model_cfg(3), seed=1), build(crls_cfg(3), seed=2)
+    fitted.decode_head.conv_seg.set_rows(torch.randn(3, WIDTH))
+    files = [Path(save_weights(model, tmp_path / f'{number}.pth')) for number, model in enumerate((ordinary, fitted))]
+    into = build(crls_cfg(3), seed=3)
+    into.load_state_dict(adopt_base(into, files[0], names))
+    assert not into.decode_head.conv_seg.fitted
+    assert torch.equal(into.decode_head.conv_seg.weight, ordinary.decode_head.conv_seg.weight)
+    ordinary.load_state_dict(adopt_base(ordinary, files[1], names))
+    assert torch.equal(ordinary.decode_head.conv_seg.weight, fitted.decode_head.conv_seg.weight)

@@ -102,5 +102,5 @@ def test_two_iterations_of_every_stage_on_photographs(
     results = two_iterations_a_stage(cfg, epochs=2)
     assert results['dataset'] == 'voc_mini'
     assert len(results['stages']) == (1 if cfg.protocol == 'joint' else 6)
-    for stage in range(len(results['stages'])):
+    for stage in range(1 if method in TRAINED_ONCE else len(results['stages'])):
         check_stage(stage, tmp_path / f'run/stage_{stage}')

@@ -9,6 +9,6 @@ distillation = dict()
 classifier_init = 'random'
 
 expansion_width = 8192
-method_hooks = [dict(type='ClosedFormHook', gamma=1.0)]
+method_hooks = [dict(type='ClosedFormHook', gamma=1.0, stride=16)]
 method_initial_stage = dict(model=dict(closed_form=dict(width='$expansion_width')))
 method_later_stages = dict(model=dict(closed_form=dict(width='$expansion_width')))

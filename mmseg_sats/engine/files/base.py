@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches, split_binary
+from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
-# Tensors that only some versions of torch and mmseg save, and that need not be loaded.
-_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')
+# Tensors that only some versions of torch and mmseg save, or C-RLS alone, and that need not be loaded.
+_COMPUTED = tuple(f'.conv_seg.{name}' for name in (ROWS, EXPANSION))
+_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index', *_COMPUTED)
 _THRESHOLD = 0.3  # mmseg's, where the config of a head with one channel for two classes gives none
 
 

@@ -43,20 +43,21 @@ class ClosedFormHook(Hook):
 
     Args:
         gamma: the weight of ``|W|^2``, above 0.
-        every: use every n-th row and column of the features' positions.
+        stride: pixels of the image from one position to the next that is used, in each direction; where the features'
+            positions are further apart, all are used. The paper's network has one position every 16 pixels.
         file_name: name of the file with the sums.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, gamma: float = 1.0, every: int = 1, file_name: str = 'closed_form.npz') -> None:
+    def __init__(self, gamma: float = 1.0, stride: int = 16, file_name: str = 'closed_form.npz') -> None:
         if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not gamma > 0:
             raise ValueError(f'ClosedFormHook: gamma={gamma!r}, expected a number above 0')
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f'ClosedFormHook: every={every!r}, expected a whole number from 1')
+        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+            raise ValueError(f'ClosedFormHook: stride={stride!r}, expected a whole number from 1')
         self.gamma = gamma
-        self.every = every
+        self.stride = stride
         self.file_name = file_name
 
     def before_run(self, runner: Runner) -> None:
@@ -115,11 +116,11 @@ class ClosedFormHook(Hook):
         watch = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             for batch in runner.build_dataloader(training_images_once(runner)):
-                labels = _completed_labels(model, batch, stage)
+                labels, height = _completed_labels(model, batch, stage)
                 features = seen.pop()
                 labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode='nearest')[:, 0].long()
-                features = features[..., :: self.every, :: self.every]
-                labels = labels[..., :: self.every, :: self.every]
+                step = max(1, round(self.stride * features.shape[2] / height))
+                features, labels = (maps[..., ::step, ::step] for maps in (features, labels))
                 pixels = classifier.expand(features).movedim(1, -1).flatten(0, 2)
                 for total, part in zip((gram, cross), ridge_sums(pixels, labels.flatten(), len(cross)), strict=True):
                     total += part
@@ -128,8 +129,8 @@ class ClosedFormHook(Hook):
         return gram, cross
 
 
-def _completed_labels(model: nn.Module, batch: dict[str, Any], stage: Stage) -> Tensor:
-    """Runs the model, and returns the labels (B, H, W) that cover the padded images."""
+def _completed_labels(model: nn.Module, batch: dict[str, Any], stage: Stage) -> tuple[Tensor, int]:
+    """Runs the model; returns the labels (B, H, W) that cover the padded images, and the height of these."""
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
     labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long().to(inputs.device)
@@ -139,7 +140,7 @@ def _completed_labels(model: nn.Module, batch: dict[str, Any], stage: Stage) -> 
         old = dataclasses.replace(output, logits=output.logits[:, : stage.num_old])
         old = without_padding(old, samples, inputs.shape[-2:])
         labels, _ = complete_labels(labels, samples, dict(stage=model.pseudo_labeler), None, old)
-    return with_padding(labels, samples, inputs.shape[-2:])
+    return with_padding(labels, samples, inputs.shape[-2:]), inputs.shape[-2]
 
 
 def _read(path: Path, width: int, num_old: int) -> tuple[Tensor, Tensor]:
