@@ -37,9 +37,9 @@ class ClosedFormClassifier(nn.Conv2d):
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise ValueError(f'closed_form.width={width!r}: expected a whole number from 1')
         super().__init__(in_channels, num_channels, 1)
-        generator = torch.Generator().manual_seed(seed)
-        expansion = torch.randn(width, in_channels, generator=generator) / math.sqrt(in_channels)
-        self.register_buffer(EXPANSION, expansion)
+        generator = torch.Generator('cpu').manual_seed(seed)
+        expansion = torch.randn(width, in_channels, generator=generator, device='cpu') / math.sqrt(in_channels)
+        self.register_buffer(EXPANSION, expansion.to(self.weight.device))
         self.register_buffer(ROWS, torch.zeros(num_channels, width))
         self.fitted = False
 
@@ -63,7 +63,7 @@ class ClosedFormClassifier(nn.Conv2d):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.fitted = bool(self.closed_form.any())
+        self.fitted = not self.closed_form.is_meta and bool(self.closed_form.any())
 
 
 def expand_classifier(head: nn.Module, width: int = 8192, seed: int = 0) -> None:
@@ -71,4 +71,4 @@ def expand_classifier(head: nn.Module, width: int = 8192, seed: int = 0) -> None
     conv_seg = head.conv_seg
     with torch.random.fork_rng(devices=[]):  # the run's random numbers are those of a run without it
         head.conv_seg = ClosedFormClassifier(conv_seg.in_channels, conv_seg.out_channels, width, seed)
-    nn.Module.load_state_dict(head.conv_seg, conv_seg.state_dict(), strict=False)
+    head.conv_seg.weight, head.conv_seg.bias = conv_seg.weight, conv_seg.bias
