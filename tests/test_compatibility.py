@@ -73,6 +73,7 @@ NOT_LISTED = re.compile(
 SOMETIMES = {
     'stage_k/held_out.json': 'engine/hooks/best_epoch_hook.py',
     'stage_k/new_rows.npz': 'engine/hooks/new_rows_hook.py',
+    'stage_k/closed_form.npz': 'engine/hooks/closed_form_hook.py',
     'stage_k/prototypes.npz': 'engine/hooks/prototype_hook.py',
     'rehearsal.log': 'engine/checks/rehearsal.py',
 }

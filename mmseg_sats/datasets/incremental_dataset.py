@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from mmseg_sats.datasets.checks.image_sizes import check_sizes
 from mmseg_sats.datasets.checks.label_lines import Shown
+from mmseg_sats.datasets.class_index.deal import deal
 from mmseg_sats.datasets.class_index.index import (
     EVAL_IMAGES,
     SETTINGS,
@@ -81,7 +82,9 @@ class IncrementalDataset(Dataset):
         protocol: ``'15-1'``, ``'joint'`` and so on.
         stage: Number of the stage.
         split: Only with ``'joint'``: the protocol whose base classes are reported.
-        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; matters in training.
+        setting: ``'overlapped'``, ``'disjoint'``, ``'sequential'`` or ``'partitioned'``; matters in
+            training, see :func:`select_train`. The last deals all images of the list, before held-out
+            ones are left out.
         class_order: Permutation of the foreground ids; ascending by default.
         mode: ``'train'``, ``'eval'``, or ``'memory'``: the exemplars, with the true labels of all
             seen classes.
@@ -200,6 +203,7 @@ class IncrementalDataset(Dataset):
         class_index, self._first = once(key, self._read_class_index)
         self._class_index = class_index
         self._usable = self._usable_rows()
+        self._dealt = self._deal() if self.mode == 'train' and self.setting == 'partitioned' else None
         if self.mode == 'memory':
             rows = exemplar_rows(self.exemplars, self.dataset, self.class_names)
             indices = np.array(rows, dtype=np.int64)
@@ -251,12 +255,20 @@ class IncrementalDataset(Dataset):
             usable[usable] = held_out(paths, self.held_out) == (self.mode == 'eval')
         return usable
 
+    def _deal(self) -> np.ndarray:
+        """(N,) the class that each row of the wrapped dataset was dealt to, 0 for none."""
+        rows = np.flatnonzero(self._first)
+        classes = self.protocol.class_order
+        dealt = np.zeros(len(self._first), dtype=np.int64)
+        dealt[rows] = deal(self._class_index.presence[rows], self._paths(rows.tolist()), classes)
+        return dealt
+
     def _select(self, stage: Stage) -> np.ndarray:
         presence = self._class_index.presence
         if self.mode == 'eval':
             rows = select_eval(presence, stage, self.eval_images)
         else:
-            rows = select_train(presence, stage, self.setting)
+            rows = select_train(presence, stage, self.setting, self._dealt)
         rows = rows[self._usable[rows]]
         if self.mode == 'train' and isinstance(self.dataset, JoinedDataset):
             rows = np.repeat(rows, self.dataset.repeats[rows])

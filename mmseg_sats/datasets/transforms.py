@@ -34,7 +34,8 @@ def relabel_table(
         protocol: The protocol.
         stage_index: Number of the stage.
         mode: ``'train'``, ``'eval'`` or ``'memory'``.
-        setting: ``'overlapped'``, ``'disjoint'`` or ``'sequential'``; only matters in training.
+        setting: ``'overlapped'``, ``'disjoint'``, ``'sequential'`` or ``'partitioned'``; only matters in
+            training.
         eval_future: What future classes become in evaluation, ``'background'`` or ``'ignore'``.
         ignore_index: The ignored label, which stays as it is.
 

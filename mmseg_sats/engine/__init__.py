@@ -5,11 +5,14 @@ import mmseg_sats.utils.stock_messages  # noqa: F401  before all that imports mm
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks import (
     AtomicCheckpointHook,
+    ClassifierAligningHook,
+    ClosedFormHook,
     FiniteHook,
     NewRowsHook,
     ProgressHook,
     PrototypeHook,
     PseudoLabelThresholdHook,
+    WeightFusionHook,
 )
 from mmseg_sats.engine.incremental_runner import IncrementalRunner
 from mmseg_sats.engine.training.optim_groups import GroupedOptimWrapperConstructor
@@ -18,6 +21,8 @@ from mmseg_sats.engine.training.train_loop import ResumableTrainLoop
 
 __all__ = [
     'AtomicCheckpointHook',
+    'ClassifierAligningHook',
+    'ClosedFormHook',
     'FiniteHook',
     'GroupedOptimWrapperConstructor',
     'IncrementalRunner',
@@ -27,5 +32,6 @@ __all__ = [
     'PseudoLabelThresholdHook',
     'ResumableTrainLoop',
     'StageRunner',
+    'WeightFusionHook',
     'unwrap',
 ]

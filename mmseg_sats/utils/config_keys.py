@@ -53,7 +53,7 @@ KEYS = (
     Key('dataset', 'package', "the data set's name", 'run', 'value'),
     Key('protocol', 'package', 'classes of the stages: m-n, or joint', 'run', 'value'),
     Key('split', 'package', 'with joint: the protocol whose base and new classes are reported', 'run', 'value'),
-    Key('setting', 'package', 'overlapped, disjoint or sequential', identity='value'),
+    Key('setting', 'package', 'overlapped, disjoint, sequential or partitioned', identity='value'),
     Key('class_order', 'package', 'a permutation of the foreground ids', 'run', 'unlabelled'),
     Key('seed', 'package', 'the seed of everything random', identity='named', least=0, or_none=True),
     # Keys that set how a stage is trained, evaluated and validated.
@@ -141,6 +141,7 @@ KEYS = (
     Key('eval_future', 'config', 'what classes not seen yet count as: background or ignore', evaluates=True),
     Key('eval_images', 'config', 'images to evaluate on: seen or all', evaluates=True),
     Key('eval_pipeline', 'config', 'transforms of the evaluation', evaluates=True),
+    Key('expansion_width', 'config', 'channels of the random expansion that a closed-form classifier sees'),
     Key('head_lr_mult', 'config', "the head's learning rate, as a multiple of lr"),
     Key('ignore_values', 'config', 'mask values that are ignored'),
     Key('image_size', 'config', 'pixels of a side of the shapes'),

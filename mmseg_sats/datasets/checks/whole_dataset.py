@@ -4,7 +4,7 @@
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_decodes
+from mmseg_sats.datasets.class_index.deal import deal
 from mmseg_sats.datasets.class_index.index import (
     available_cores,
     may_fork,
@@ -45,6 +46,7 @@ class Examination:
     images: list[str]
     counts: np.ndarray
     faults: list[str]
+    _dealt: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def rows(self, stage: Stage, mode: str, setting: str = 'overlapped') -> np.ndarray:
         """The rows of the images that a stage trains with or is evaluated on.
@@ -55,7 +57,11 @@ class Examination:
             setting: as in ``IncrementalDataset``.
         """
         presence = self.counts > 0
-        return select_train(presence, stage, setting) if mode == 'train' else select_eval(presence, stage)
+        if mode != 'train':
+            return select_eval(presence, stage)
+        if setting == 'partitioned' and self._dealt is None:
+            self._dealt = deal(presence, self.images, (*stage.seen, *stage.future))
+        return select_train(presence, stage, setting, self._dealt)
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         """(256,) int64: pixels per class id over some rows."""

@@ -41,7 +41,7 @@ __all__ = [
     'select_train',
 ]
 
-SETTINGS = ('overlapped', 'disjoint', 'sequential')
+SETTINGS = ('overlapped', 'disjoint', 'sequential', 'partitioned')
 EVAL_IMAGES = ('seen', 'all')
 
 _FORMAT = 'mmseg_sats class index 1'
@@ -171,22 +171,29 @@ def index_by_class(
     return ClassIndex(class_index.files, np.packbits(presence, axis=1))
 
 
-def select_train(presence: np.ndarray, stage: Stage, setting: str = 'overlapped') -> np.ndarray:
+def select_train(
+    presence: np.ndarray, stage: Stage, setting: str = 'overlapped', dealt: np.ndarray | None = None
+) -> np.ndarray:
     """Training images of a stage.
 
     Args:
         presence: (N, L) bool, column = label; L must exceed every class id of the stage.
         stage: The stage.
         setting: ``'overlapped'``: images with a new class. ``'disjoint'``: of these, the images
-            without a future class. ``'sequential'``: the images of ``'disjoint'``. Background and
-            ignored pixels count nowhere.
+            without a future class. ``'sequential'``: the images of ``'disjoint'``. ``'partitioned'``:
+            the images that were dealt to a new class. Background and ignored pixels count nowhere.
+        dealt: (N,) the class of each image, see :func:`deal`; needed by ``'partitioned'``.
 
     Returns:
         (M,) int64, ascending rows of ``presence``.
     """
     check_choice('setting', setting, SETTINGS)
     keep = _has_any(presence, stage.new)
-    if setting != 'overlapped':
+    if setting == 'partitioned':
+        if dealt is None:
+            raise ValueError("setting='partitioned' needs dealt, the class that each image was dealt to")
+        keep &= np.isin(dealt, stage.new)
+    elif setting != 'overlapped':
         keep &= ~_has_any(presence, stage.future)
     return np.flatnonzero(keep).astype(np.int64)
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches, split_binary
+from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
-# Tensors that only some versions of torch and mmseg save, and that need not be loaded.
-_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')
+# Tensors that only some versions of torch and mmseg save, or C-RLS alone, and that need not be loaded.
+_COMPUTED = tuple(f'.conv_seg.{name}' for name in (ROWS, EXPANSION))
+_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index', *_COMPUTED)
 _THRESHOLD = 0.3  # mmseg's, where the config of a head with one channel for two classes gives none
 
 
@@ -67,6 +69,8 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
         )
     # Rows that wait for future classes, which no other model has, stay as they were drawn.
     state_dict |= {key: own[key] for key in own if '.future.' in key and key not in state_dict}
+    for key in model.computed_tensors:
+        state_dict.setdefault(key, own[key])
     problems = [f'{key}: missing' for key in own if key not in state_dict]
     # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
     # module that it has: then it would be another model.

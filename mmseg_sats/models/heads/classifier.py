@@ -98,7 +98,8 @@ def grow_head(
     """Adds rows for the new classes to the tensors of a head in a checkpoint, in place.
 
     A classifier of pixels, which is a convolution with a bias, grows by ``init``. In other tensors, the new rows are
-    copies of the background's with ``'balanced'`` and ``'keep_background'``, else the head's own initial values.
+    copies of the background's with ``'balanced'`` and ``'keep_background'``, else the head's own initial values, as
+    always in other tensors of a classifier.
     Rows of old classes never change, except the background's bias in a balanced classifier. Tensors that already
     have the head's size are not changed.
 
@@ -124,10 +125,12 @@ def grow_head(
         if old is None or old.shape[dim : dim + 1] != (num_old,) or fresh[key].shape[dim] == num_old:
             continue
         module, _, kind = key.rpartition('.')
-        if not _is_classifier(head.get_submodule(module)):
+        classifier = _is_classifier(head.get_submodule(module))
+        if not classifier or kind not in ('weight', 'bias'):
             own = fresh[key].to(old.device)
             num_new = own.shape[dim] - num_old
-            new = [old.narrow(dim, 0, 1)] * num_new if init in _FROM_BACKGROUND else [own.narrow(dim, num_old, num_new)]
+            copied = init in _FROM_BACKGROUND and not classifier
+            new = [old.narrow(dim, 0, 1)] * num_new if copied else [own.narrow(dim, num_old, num_new)]
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
             _grow_classifier(state_dict, prefix + module, fresh, module, init, align)

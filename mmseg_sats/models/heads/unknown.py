@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What an option of the segmentor asks of a head, for the message of one that cannot have it.
-_SPLIT = dict(
-    unknown='an unknown class', future_classes='rows for future classes', split_classifier='a classifier in parts'
-)
-
-
 class SplitClassifier(nn.Module):
     """``conv_seg`` in parts: background, old classes, new classes, and rows that are no channels of the stage.
 
@@ -95,11 +89,11 @@ def split_classifier(head: nn.Module, num_old: int, unknown: bool = True, future
     head.conv_seg = SplitClassifier(conv_seg.in_channels, conv_seg.out_channels, num_old, unknown, future)
 
 
-def check_split(option: str, name: str, head: nn.Module, tensors: Iterable[str]) -> None:
-    """Raises TypeError if a head's classifier cannot be split, since more than ``conv_seg`` depends on its classes.
+def check_only_conv_seg(option: str, name: str, head: nn.Module, tensors: Iterable[str]) -> None:
+    """Raises TypeError if a head's classifier cannot be replaced, since more than ``conv_seg`` depends on its classes.
 
     Args:
-        option: the option that asks for it, for the message.
+        option: that asks for another classifier, for the message.
         name: the head's name in the segmentor, for the message.
         head: a decode or auxiliary head.
         tensors: the names of those with a row for each class.
@@ -107,8 +101,8 @@ def check_split(option: str, name: str, head: nn.Module, tensors: Iterable[str])
     others = [key for key in tensors if not key.startswith('conv_seg.')]
     if others or not isinstance(getattr(head, 'conv_seg', None), nn.Conv2d):
         raise TypeError(
-            f'{option}: {name} ({type(head).__name__}) cannot have {_SPLIT[option.partition("=")[0]]}: expected a head '
-            f'in which the classifier conv_seg alone has a row for each class, found {", ".join(others)}'
+            f'{option}: {name} ({type(head).__name__}) cannot have another classifier: expected a head in which the '
+            f'classifier conv_seg alone has a row for each class, found {", ".join(others)}'
         )
 
 

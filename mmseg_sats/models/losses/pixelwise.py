@@ -146,7 +146,7 @@ class UnbiasedCrossEntropyLoss(PixelwiseSegmentationLoss):
     Only label 0 may be any old class. If a pixel is labelled as an old class (in the ``sequential``
     setting, in exemplars, by pseudo-labels), its loss is plain cross-entropy. MiB's released code first
     turns such labels into background, so that they mean no more than "some old class". Without such
-    labels, in ``overlapped`` and ``disjoint``, both are the same.
+    labels, in the other settings, both are the same.
 
     Args:
         num_old: K_o, the old model's channels, background included.

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import grow_head, shape_mismatches
+from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS, expand_classifier
 from mmseg_sats.models.heads.losses import head_losses
 from mmseg_sats.models.heads.new_rows import NewRows, measured_classifier
-from mmseg_sats.models.heads.unknown import check_split, fold_unknown, split_classifier
+from mmseg_sats.models.heads.unknown import check_only_conv_seg, fold_unknown, split_classifier
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images, weights_of_pixels
@@ -68,6 +69,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         split_classifier: whether ``conv_seg`` of the heads has its rows in parts ``background``, ``old`` and ``new``,
             which ``frozen`` can name, e.g. ``'decode_head.conv_seg.old'``. So it is with ``unknown`` and
             ``future_classes`` too.
+        closed_form: ``width`` and ``seed`` of a :class:`ClosedFormClassifier` as the decode head's ``conv_seg``,
+            whose rows a ``ClosedFormHook`` computes; or None.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
         pixel_weights: config of the weights of pixels in the heads' losses, e.g.
@@ -97,6 +100,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         unknown: bool = False,
         future_classes: int = 0,
         split_classifier: bool = False,
+        closed_form: dict[str, Any] | None = None,
         prototypes: dict[str, Any] | None = None,
         pixel_weights: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
@@ -104,6 +108,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     ) -> None:
         new_rows = NewRows(classifier_init)
         new_rows.check(unknown, future_classes)
+        if closed_form and (unknown or future_classes or split_classifier):
+            raise ValueError(
+                'closed_form replaces the classifier, and so do unknown, future_classes and split_classifier: '
+                'expected one of them'
+            )
         _check_left_out(distillation or {})
         old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
@@ -127,7 +136,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         _check_teachers(self.distillation, old_model)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
-            dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
+            dict(old_model, model_cfg=self_cfg, unknown=unknown, closed_form=closed_form) if old_model else None
         )
         self.prototypes = self._build_prototypes(prototypes)
         self.pixel_weights = (
@@ -147,6 +156,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             tensors = self.class_tensors['decode_head']
             self.measured_classifier = measured_classifier('decode_head', self.decode_head, tensors)
         self._split_classifiers(split_classifier, old_model['num_old'] if old_model else 1)
+        # Those that a checkpoint of another method lacks, and that are not trained.
+        self.computed_tensors: tuple[str, ...] = ()
+        if closed_form:
+            check_only_conv_seg('closed_form', 'decode_head', self.decode_head, self.class_tensors['decode_head'])
+            expand_classifier(self.decode_head, **closed_form)
+            self.class_tensors['decode_head'][f'conv_seg.{ROWS}'] = 0
+            self.computed_tensors = tuple(f'decode_head.conv_seg.{name}' for name in (ROWS, EXPANSION))
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
@@ -155,7 +171,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         options = dict(unknown=self.unknown, future_classes=self.future_classes, split_classifier=asked)
         option = next((f'{name}={value}' for name, value in options.items() if value), None)
         for name, head in self._named_heads() if option else ():
-            check_split(option, name, head, self.class_tensors[name])
+            check_only_conv_seg(option, name, head, self.class_tensors[name])
             split_classifier(head, num_old, self.unknown, self.future_classes)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':

@@ -14,6 +14,7 @@ from mmseg.models import EncoderDecoder
 from torch import Tensor
 
 from mmseg_sats.models.heads.classifier import shape_mismatches
+from mmseg_sats.models.heads.closed_form import expand_classifier
 from mmseg_sats.models.heads.unknown import SplitClassifier, split_classifier
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
@@ -83,6 +84,7 @@ class OldModel:
         checkpoint: str,
         unknown: bool = False,
         earlier: Sequence[Mapping[str, Any]] = (),
+        closed_form: dict[str, Any] | None = None,
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -92,6 +94,7 @@ class OldModel:
             checkpoint: path of the snapshot.
             unknown: whether the model has an unknown class.
             earlier: ``num_old`` and ``checkpoint`` of the models of the stages before.
+            closed_form: the options of its closed-form classifier, if it has one.
 
         Raises:
             ValueError: the snapshot lacks tensors or has some of another shape.
@@ -107,6 +110,8 @@ class OldModel:
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
         if unknown:
             split_classifier(model.decode_head, num_old)
+        if closed_form:
+            expand_classifier(model.decode_head, **closed_form)
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]
         wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
