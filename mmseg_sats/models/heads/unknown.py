@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+
 class SplitClassifier(nn.Module):
     """``conv_seg`` in parts: background, old classes, new classes, and rows that are no channels of the stage.
 
