@@ -12,6 +12,7 @@ from mmseg_sats.functional.attention.projections import attend_with_map, map_of_
 from mmseg_sats.functional.attention.window_attention_map import WindowAttentionMap
 from mmseg_sats.functional.attention.windows import Windows
 from mmseg_sats.functional.features.crp_loss import crp_loss
+from mmseg_sats.functional.features.decomposed import decomposed_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
 from mmseg_sats.functional.features.prototypes import (
@@ -56,6 +57,7 @@ __all__ = [
     'confident_share',
     'count_entropies',
     'crp_loss',
+    'decomposed_distillation',
     'entropy_labels',
     'entropy_thresholds',
     'feature_mse',

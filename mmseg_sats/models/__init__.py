@@ -13,7 +13,9 @@ from mmseg_sats.models.backbones import (
 )
 from mmseg_sats.models.heads.cascade import CascadeHead
 from mmseg_sats.models.losses import (
+    AuxiliaryClassifierLoss,
     CRPDistillationLoss,
+    DecomposedDistillationLoss,
     FeatureMSELoss,
     KnowledgeDistillationLoss,
     LabelGuidedDistillationLoss,
@@ -45,9 +47,11 @@ __all__ = [
     'AttentionSVT',
     'AttentionSwinTransformer',
     'AttentionVisionTransformer',
+    'AuxiliaryClassifierLoss',
     'CRPDistillationLoss',
     'CascadeHead',
     'ClassPrototypes',
+    'DecomposedDistillationLoss',
     'DistillationPart',
     'EntropyPseudoLabeler',
     'FeatureMSELoss',

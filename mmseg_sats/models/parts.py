@@ -27,6 +27,12 @@ class DistillationPart(nn.Module):
     needs_prototypes: ClassVar[bool] = False
     """Whether the part needs ``student.prototypes``, which the segmentor computes if its ``prototypes`` is set."""
 
+    needs_classifier: ClassVar[bool] = False
+    """Whether the part needs ``classifier`` of student and old model: the features before it, and its rows."""
+
+    needs_auxiliary: ClassVar[bool] = False
+    """Whether the part trains ``student.classifier.auxiliary``, which ``classifier_init='auxiliary'`` adds."""
+
     reduces_over_ranks: ClassVar[bool] = False
     """Whether the loss already is that of the whole batch in a distributed run. If False, it is taken to be
     a mean over the pixels or images of one process, and is averaged over the processes."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.precision import full_precision
 from mmseg_sats.functional.resizing import ResizedLogits
+from mmseg_sats.models.heads.linear_classifier import LinearClassifier
 from mmseg_sats.models.prototypes import ClassPrototypes
 
 
@@ -43,6 +44,7 @@ class SegmentorOutput:
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
         prototypes: the classes' mean features, or None if the model does not compute them.
         more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
+        last_layer: the head's classifier and its input, or None if no part requested it; see ``classifier``.
     """
 
     logits: Tensor
@@ -52,7 +54,22 @@ class SegmentorOutput:
     unknown: Tensor | None = None
     prototypes: ClassPrototypes | None = None
     more: tuple[Tensor, ...] = ()
+    last_layer: LinearClassifier | None = None
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def classifier(self) -> LinearClassifier:
+        """The head's classifier and the features that it gets.
+
+        Raises:
+            RuntimeError: no part of the segmentor requested it.
+        """
+        if self.last_layer is None:
+            raise RuntimeError(
+                'the classifier was not asked for: a part that reads `classifier` needs the class attribute '
+                '`needs_classifier = True` (DistillationPart in mmseg_sats.models.parts lists all of them)'
+            )
+        return self.last_layer
 
     @property
     def trained_logits(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches, split_binary
+from mmseg_sats.models.heads.split_classifier import is_auxiliary
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 # Tensors that only some versions of torch and mmseg save, and that need not be loaded.
@@ -65,6 +66,15 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
             logger='current',
             level=logging.WARNING,
         )
+    untrained = [key for key in own if is_auxiliary(key) and key not in state_dict]
+    if untrained:
+        print_log(
+            f'base {checkpoint} has no auxiliary classifier: that of stage 0, from which the classes of stage 1 start, '
+            'stays as it was initialised',
+            logger='current',
+            level=logging.WARNING,
+        )
+        state_dict |= {key: own[key] for key in untrained}
     problems = [f'{key}: missing' for key in own if key not in state_dict]
     # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
     # module that it has: then it would be another model.

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 import torch
 from torch import Tensor, nn
 
-from mmseg_sats.models.heads.unknown import SplitClassifier
+from mmseg_sats.models.heads.split_classifier import AUXILIARY, UNKNOWN, SplitClassifier
 from mmseg_sats.utils.spelling import check_choice
 
 Rows = tuple[Tensor, Tensor]
 
 
-def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _balanced(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """MiB's balanced initialisation (Cermelli et al., CVPR 2020, eq. (9) and (10)).
 
     New classes take over the background's weight, and background and new classes share its
@@ -33,7 +33,7 @@ def _balanced(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     return torch.cat([weight, new_weight]), torch.cat([bias, bias[:1].expand(num_new)])
 
 
-def _keep_background(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _keep_background(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New classes take over the background's weight and bias, and background keeps its own bias (MBS).
 
     The balanced initialisation lowers the background's bias by ``log(n + 1)`` at every stage, against the old
@@ -43,29 +43,32 @@ def _keep_background(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
     return tuple(torch.cat([rows, rows[:1].expand(num_new, *rows.shape[1:])]) for rows in old)
 
 
-def _random(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
+def _random(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New rows keep the head's own initial values."""
     weight, bias = (rows.clone() for rows in fresh)
     weight[: old[0].shape[0]], bias[: old[1].shape[0]] = old
     return weight, bias
 
 
-def _from_unknown(old: Rows, fresh: Rows, unknown: Rows | None) -> Rows:
-    """New classes start as copies of the unknown class, which they were a part of so far (SSUL, section 3.2)."""
-    if unknown is None:
-        raise ValueError("classifier_init='unknown' needs a checkpoint with an unknown class")
+def _from_spare(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
+    """New classes start as copies of the row that was trained for them.
+
+    This is the unknown class, which they were a part of so far (SSUL, section 3.2), or the auxiliary classifier, which
+    has learned to reject what every stage so far showed (DKD, section 3.3).
+    """
     num_new = fresh[0].shape[0] - old[0].shape[0]
-    return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, unknown, strict=True))
+    return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, spare, strict=True))
 
 
 CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
     'balanced': _balanced,
     'keep_background': _keep_background,
     'random': _random,
-    'unknown': _from_unknown,
+    UNKNOWN: _from_spare,
+    AUXILIARY: _from_spare,
 }
 # Those whose new rows are background's, also in tensors that are no classifier of pixels.
-_FROM_BACKGROUND = ('balanced', 'keep_background')
+FROM_BACKGROUND = ('balanced', 'keep_background')
 
 
 def grow_head(
@@ -90,11 +93,11 @@ def grow_head(
         tensors: those with a row for each class, see :func:`class_tensors`.
         num_old: channels of the old model, background included.
         init: ``'balanced'`` (MiB), ``'keep_background'`` (background's row, whose own bias is left),
-            ``'random'`` (the head's own initial values) or ``'unknown'`` (SSUL: the rows
-            ``{prefix}conv_seg.unknown.*`` of the checkpoint).
+            ``'random'`` (the head's own initial values), ``'unknown'`` (SSUL) or ``'auxiliary'`` (DKD: the row
+            ``{prefix}conv_seg.auxiliary.*`` of the checkpoint).
 
     Raises:
-        ValueError: ``init`` is unknown, or it needs an unknown class that the checkpoint does not have.
+        ValueError: ``init`` is unknown, or it needs a row that the checkpoint does not have.
     """
     check_choice('classifier_init', init, CLASSIFIER_INITS)
     fresh = {key: value.detach() for key, value in head.state_dict().items()}
@@ -106,7 +109,7 @@ def grow_head(
         if not _is_classifier(head.get_submodule(module)):
             own = fresh[key].to(old.device)
             num_new = own.shape[dim] - num_old
-            new = [old.narrow(dim, 0, 1)] * num_new if init in _FROM_BACKGROUND else [own.narrow(dim, num_old, num_new)]
+            new = [old.narrow(dim, 0, 1)] * num_new if init in FROM_BACKGROUND else [own.narrow(dim, num_old, num_new)]
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
             _grow_classifier(state_dict, prefix + module, fresh, module, init)
@@ -125,9 +128,11 @@ def _grow_classifier(
         return
     old = tuple(state_dict[key] for key in keys)
     own = tuple(fresh[f'{own_name}.{kind}'].to(old[0].device) for kind in ('weight', 'bias'))
-    unknown_keys = [f'{name}.unknown.{kind}' for kind in ('weight', 'bias')]
-    unknown = tuple(state_dict[key] for key in unknown_keys if key in state_dict) or None
-    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, own, unknown)
+    spare_keys = [f'{name}.{init}.{kind}' for kind in ('weight', 'bias')]
+    spare = tuple(state_dict[key] for key in spare_keys if key in state_dict) or None
+    if init in (UNKNOWN, AUXILIARY) and spare is None:
+        raise ValueError(f'classifier_init={init!r} needs a checkpoint with an {init} classifier, {name}.{init}')
+    state_dict[keys[0]], state_dict[keys[1]] = CLASSIFIER_INITS[init](old, own, spare)
 
 
 def add_background(state_dict: MutableMapping[str, Tensor], prefix: str, tensors: Mapping[str, int]) -> None:

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Losses: the registered modules, and the pure functions of ``mmseg_sats.functional`` that they call."""
 
+from mmseg_sats.functional.features.decomposed import decomposed_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import local_pod
 from mmseg_sats.functional.features.prototypes import (
@@ -18,6 +19,7 @@ from mmseg_sats.functional.pixels.sigmoid import (
     sigmoid_distillation,
 )
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
+from mmseg_sats.models.losses.classifier import AuxiliaryClassifierLoss, DecomposedDistillationLoss
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
@@ -40,7 +42,9 @@ from mmseg_sats.models.losses.sdr_loss import (
 )
 
 __all__ = [
+    'AuxiliaryClassifierLoss',
     'CRPDistillationLoss',
+    'DecomposedDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
@@ -50,6 +54,7 @@ __all__ = [
     'UnbiasedCrossEntropyLoss',
     'UnbiasedDistillationLoss',
     'crp_loss',
+    'decomposed_distillation',
     'feature_mse',
     'knowledge_distillation',
     'label_guided_distillation',

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
 from mmseg_sats.models.heads.losses import head_losses
-from mmseg_sats.models.heads.unknown import check_unknown, fold_unknown, split_classifier
+from mmseg_sats.models.heads.split_classifier import (
+    AUXILIARY,
+    UNKNOWN,
+    check_one_classifier,
+    split_classifier,
+)
+from mmseg_sats.models.heads.unknown import fold_unknown
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images
@@ -24,6 +30,11 @@ from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.checks import (
+    check_background,
+    check_linear_classifier,
+    check_spare,
+)
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
@@ -56,9 +67,13 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
             child config can remove a part.
         classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB),
-            ``'keep_background'``, ``'random'`` or ``'unknown'`` (SSUL).
+            ``'keep_background'``, ``'random'``, ``'unknown'`` (SSUL) or ``'auxiliary'`` (DKD), which adds an
+            auxiliary classifier of one channel to the decode head.
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
+        background_logit: background's logit in all heads, a constant (DKD, STAR): the prediction is background where
+            no class's logit exceeds it, so 0.0 stands for a threshold of 0.5 on the classes' sigmoids. The
+            heads' losses must leave channel 0 out. None for a background that is trained.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them; or None.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
@@ -69,8 +84,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     Raises:
         TypeError: a head cannot grow.
         ValueError: a part needs attention maps that the backbone cannot compute, or has an unknown flag
-            ``needs_...``; ``frozen`` matches nothing in the model; or with ``unknown``, a class or
-            ``ignore_index`` is ``UNKNOWN_LABEL``.
+            ``needs_...``; ``frozen`` matches nothing in the model; losses and start of new classes do not fit
+            ``background_logit``; or with ``unknown``, a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -84,15 +99,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         distillation: dict[str, dict[str, Any] | None] | None = None,
         classifier_init: str = 'balanced',
         unknown: bool = False,
+        background_logit: float | None = None,
         prototypes: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         check_choice('classifier_init', classifier_init, CLASSIFIER_INITS)
-        if classifier_init == 'unknown' and not unknown:
-            raise ValueError(
-                "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
-            )
         _check_left_out(distillation or {})
         old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
@@ -113,6 +125,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(name, labeler, PseudoLabeler)
         for name, part in self.distillation.items():
             check_flags(f'distillation.{name}', part, DistillationPart)
+        check_spare(classifier_init, unknown, self.distillation)
+        check_background(background_logit, classifier_init, unknown, self._named_heads())
+        check_linear_classifier(self.decode_head, self.distillation)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
             dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
@@ -127,12 +142,23 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             )
         # By head, the tensors with a row for each class.
         self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
-        for name, head in self._named_heads() if unknown else ():
-            check_unknown(name, head, self.class_tensors[name])
-            split_classifier(head, old_model['num_old'] if old_model else 1)
+        self._split_classifiers(background_logit)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
+
+    def _split_classifiers(self, background_logit: float | None) -> None:
+        """Gives the heads classifiers of parts where the unknown class, the auxiliary row or background needs it."""
+        num_old = self._old_model_cfg['num_old'] if self._old_model_cfg else 1
+        for name, head in self._named_heads():
+            spare = UNKNOWN if self.unknown else None
+            if self.classifier_init == AUXILIARY and name == 'decode_head':
+                spare = AUXILIARY
+            if spare is None and background_logit is None:
+                continue
+            option = f'the {spare} class' if spare else f'background_logit={background_logit}'
+            check_one_classifier(option, name, head, self.class_tensors[name])
+            split_classifier(head, num_old, spare, background_logit)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
         """As in ``nn.Module``, but frozen parts stay in eval mode."""
@@ -141,7 +167,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         return self
 
     def _check_attention(self) -> None:
-        if _need_attention(self.distillation.values()) and not hasattr(self.backbone, 'forward_with_attention'):
+        if _need('attention', self.distillation.values()) and not hasattr(self.backbone, 'forward_with_attention'):
             raise ValueError(
                 f'distillation asks for self-attention, which backbone {type(self.backbone).__name__} does not give: '
                 'expected a backbone with forward_with_attention (e.g. AttentionMixVisionTransformer), '
@@ -207,12 +233,12 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             for name, part in self.distillation.items()
             if taught or not flag(part, 'needs_teacher', DistillationPart)
         }
-        with_attention = _need_attention(parts.values())
+        asked = {f'with_{name}': _need(name, parts.values()) for name in ('attention', 'classifier')}
         # The old model runs first: its temporary memory is free again before the student keeps its activations.
-        teacher = self.old_model(inputs, with_attention) if taught else None
+        teacher = self.old_model(inputs, **asked) if taught else None
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
-            outputs = run_segmentor(self, inputs, with_attention)
+            outputs = run_segmentor(self, inputs, **asked)
         weights = None
         if teacher is not None:
             labels, weights = complete_labels(
@@ -225,7 +251,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for part in parts.values():
             if hasattr(part, 'prepare'):  # a module that is no DistillationPart may lack it
                 part.prepare(teacher, labels, self.num_classes)
-        student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
+        student, head_inputs = outputs or run_segmentor(self, inputs, **asked)
         if teacher is not None:  # DDRNet has a further map in training, before the one that it always has
             student.features = student.features[-len(teacher.features) :]
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
@@ -285,15 +311,11 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: Any
     ) -> None:
         if self._old_model_cfg is not None:
+            num_old = self._old_model_cfg['num_old']
             for name, head in self._named_heads():
-                grow_head(
-                    state_dict,
-                    f'{prefix}{name}.',
-                    head,
-                    self.class_tensors[name],
-                    self._old_model_cfg['num_old'],
-                    self.classifier_init,
-                )
+                no_row = self.classifier_init == AUXILIARY and name != 'decode_head'
+                init = 'random' if no_row else self.classifier_init
+                grow_head(state_dict, f'{prefix}{name}.', head, self.class_tensors[name], num_old, init)
         wrong = shape_mismatches(state_dict, self, prefix)
         if wrong:
             raise ValueError(
@@ -302,8 +324,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _need_attention(parts: Iterable[nn.Module]) -> bool:
-    return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
+def _need(name: str, parts: Iterable[nn.Module]) -> bool:
+    return any(flag(part, f'needs_{name}', DistillationPart) for part in parts)
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
