@@ -9,4 +9,5 @@ distillation = dict(
 classifier_init = 'auxiliary'
 
 method_initial_stage = dict(model=dict(background_logit=0.0), segmentation_loss=dict(pos_weight=2.0))
-method_later_stages = dict(model=dict(background_logit=0.0))
+# Both models' features are compared without the noise of dropout.
+method_later_stages = dict(model=dict(background_logit=0.0, decode_head=dict(dropout_ratio=0.0)))

@@ -23,6 +23,9 @@ from mmseg_sats.models.losses import (
     OneVsRestLoss,
     PrototypeAttractionLoss,
     PrototypeMatchingLoss,
+    PrototypeReplayLoss,
+    PrototypeSeparationLoss,
+    PseudoLabelFeatureLoss,
     RepulsionLoss,
     SelfEntropyLoss,
     SigmoidCrossEntropyLoss,
@@ -32,7 +35,7 @@ from mmseg_sats.models.losses import (
     UnbiasedDistillationLoss,
 )
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler
-from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.old_model import FusedPseudoLabeler, OldModelPseudoLabeler
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
@@ -69,7 +72,11 @@ __all__ = [
     'OneVsRestLoss',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
+    'PrototypeReplayLoss',
+    'PrototypeSeparationLoss',
+    'PseudoLabelFeatureLoss',
     'PseudoLabeler',
+    'ReplayPrototypes',
     'RepulsionLoss',
     'SigmoidPseudoLabeler',
     'SparsityLoss',

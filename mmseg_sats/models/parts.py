@@ -51,6 +51,15 @@ class DistillationPart(nn.Module):
             num_channels: the student's channels, background included.
         """
 
+    def image_weights(
+        self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor
+    ) -> Tensor | None:
+        """Returns factors (B,) of the images in the segmentation loss, or None to leave it unweighted.
+
+        Called after the student's forward pass, with the arguments of :meth:`forward`. It must return factors, or None,
+        on all processes of a distributed run.
+        """
+
     @abstractmethod
     def forward(
         self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor

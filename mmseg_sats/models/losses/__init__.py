@@ -34,6 +34,11 @@ from mmseg_sats.models.losses.pixelwise import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.losses.prototype_replay import (
+    PrototypeReplayLoss,
+    PrototypeSeparationLoss,
+    PseudoLabelFeatureLoss,
+)
 from mmseg_sats.models.losses.sdr_loss import (
     PrototypeAttractionLoss,
     PrototypeMatchingLoss,
@@ -66,6 +71,9 @@ __all__ = [
     'OneVsRestLoss',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
+    'PrototypeReplayLoss',
+    'PrototypeSeparationLoss',
+    'PseudoLabelFeatureLoss',
     'RepulsionLoss',
     'SparsityLoss',
     'one_vs_rest',

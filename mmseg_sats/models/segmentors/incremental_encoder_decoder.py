@@ -75,7 +75,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             no class's logit exceeds it, so 0.0 stands for a threshold of 0.5 on the classes' sigmoids. The
             heads' losses must leave channel 0 out. None for a background that is trained.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
-            that need them; or None.
+            that need them, or of the :class:`ReplayPrototypes` that are gathered at the end of a stage; or None.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
             e.g. ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
@@ -254,6 +254,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         student, head_inputs = outputs or run_segmentor(self, inputs, **asked)
         if teacher is not None:  # DDRNet has a further map in training, before the one that it always has
             student.features = student.features[-len(teacher.features) :]
+        if self.prototypes is not None:
+            self.prototypes.update(student.features, labels)
+            student.prototypes = self.prototypes
+        for part in parts.values():
+            # A module that is no DistillationPart may lack it.
+            own = part.image_weights(student, teacher, labels) if hasattr(part, 'image_weights') else None
+            if own is not None:
+                weights = own if weights is None else weights * own
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
@@ -261,9 +269,6 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             del heads['decode_head']
         with weighted_images(heads.values(), weights):
             losses.update(self._segmentation_losses(heads, student, head_inputs, targets))
-        if self.prototypes is not None:
-            self.prototypes.update(student.features, labels)
-            student.prototypes = self.prototypes
         for name, part in parts.items():
             key = f'loss_{name}'
             losses[key] = shared[key] if key in shared else part(student, teacher, labels)
