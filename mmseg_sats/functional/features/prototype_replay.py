@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmseg_sats.functional.features.prototypes import pixels_of
-from mmseg_sats.functional.over_ranks import get_world_size, labels_over_ranks, sum_over_ranks
+from mmseg_sats.functional.over_ranks import labels_over_ranks, sum_over_ranks
 from mmseg_sats.functional.precision import full_precision, working_dtype
 
 
@@ -111,7 +111,8 @@ def replayed(
     for index, number in enumerate((numbers * scale).ceil().long().tolist()):
         if number:
             loss = loss + shares[index] * rejection(statistics.drawn(index, number), weight, bias).mean()
-    return sum_over_ranks(loss) / get_world_size()
+    total, processes = sum_over_ranks(torch.stack([loss, torch.ones_like(loss)])).unbind()
+    return total / processes
 
 
 def rejected_background(features: Tensor, background: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
