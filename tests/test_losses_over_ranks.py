@@ -175,11 +175,17 @@ REPLAY = {
     'old_features': dict(type='PseudoLabelFeatureLoss'),
     'separation': dict(type='PrototypeSeparationLoss'),
 }
+RESIDUAL = {
+    'residual': dict(type='BackgroundResidualLoss'),
+    'background_features': dict(type='BackgroundFeatureLoss'),
+    'old_outputs': dict(type='OldOutputDistillationLoss'),
+}
 CASES = {
     **{f'head_{name}': dict(loss=loss) for name, loss in HEADS.items()},
     **{name: dict(loss=CE, distillation={name: part}) for name, part in PARTS.items()},
     'auxiliary': dict(
         loss=CE, classifier_init='auxiliary', distillation=dict(auxiliary=dict(type='AuxiliaryClassifierLoss'))),
+    'residual': dict(loss=CE, background_residuals=1, distillation=RESIDUAL),
     'replay': dict(loss=CE, prototypes=dict(type='ReplayPrototypes'), distillation=REPLAY),
     'labelled': dict(loss=CE, distillation=dict(a=PARTS['attention'], b=PARTS['unbiased']), pseudo_labeler=LABELLER),
 }

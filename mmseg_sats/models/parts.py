@@ -33,6 +33,9 @@ class DistillationPart(nn.Module):
     needs_auxiliary: ClassVar[bool] = False
     """Whether the part trains ``student.classifier.auxiliary``, which ``classifier_init='auxiliary'`` adds."""
 
+    needs_residuals: ClassVar[bool] = False
+    """Whether the part needs ``student.classifier.residual``, which ``background_residuals`` of the model adds."""
+
     reduces_over_ranks: ClassVar[bool] = False
     """Whether the loss already is that of the whole batch in a distributed run. If False, it is taken to be
     a mean over the pixels or images of one process, and is averaged over the processes."""

@@ -43,6 +43,11 @@ def export_stage(stage_dir: Path, out: Path, safetensors: bool = False) -> tuple
         ValueError: the model cannot do without this package, or does not compute the same without.
     """
     cfg, model = load_for_export(stage_dir)
+    if residuals := cfg.model.get('background_residuals'):
+        raise ValueError(
+            f'{stage_dir} cannot be exported: its background is r_0 + sum_k min(r_k, 0), with {residuals} residuals '
+            'r_k (background_residuals), which no convolution of a stock head computes'
+        )
     stock = stock_config(cfg, model.dataset_meta)
     # No prediction reads an auxiliary classifier.
     weights = {key: value for key, value in model.state_dict().items() if not is_auxiliary(key)}

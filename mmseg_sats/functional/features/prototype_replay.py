@@ -130,13 +130,16 @@ def rejected_background(features: Tensor, background: Tensor, weight: Tensor, bi
     return total / positions, (number / positions).detach()
 
 
-def masked_feature_mse(features: Tensor, old_features: Tensor, where: Tensor) -> Tensor:
+def masked_feature_mse(
+    features: Tensor, old_features: Tensor, where: Tensor, *, over_all: bool = False
+) -> Tensor:
     """The mean squared error of the features at some positions, a mean over these and the channels; 0 without any.
 
     Args:
         features: (B, C, h, w).
         old_features: (B, C, h, w), the old model's; they get no gradient.
         where: (B, h, w) bool.
+        over_all: whether to divide by the number of all positions, and not of these.
 
     Raises:
         ValueError: the shapes disagree.
@@ -149,7 +152,8 @@ def masked_feature_mse(features: Tensor, old_features: Tensor, where: Tensor) ->
     dtype = working_dtype(features)
     new, old = (pixels_of(value, where).to(dtype) for value in (features, old_features.detach()))
     squares = (new - old).square().sum()
-    total, number = sum_over_ranks(torch.stack([squares, squares.new_tensor(new.numel())])).unbind()
+    divisor = squares.new_tensor((features if over_all else new).numel())
+    total, number = sum_over_ranks(torch.stack([squares, divisor])).unbind()
     return total / number.clamp(min=1)
 
 

@@ -113,6 +113,10 @@ def grow_head(
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
             _grow_classifier(state_dict, prefix + module, fresh, module, init)
+    for key in (key for key in fresh if '.residual.' in key and prefix + key in state_dict):
+        # BARM's residual of the new stage.
+        old = state_dict[prefix + key]
+        state_dict[prefix + key] = torch.cat([old, fresh[key][len(old) :].to(old.device)])
 
 
 def _is_classifier(part: nn.Module) -> bool:

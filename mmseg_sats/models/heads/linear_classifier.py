@@ -19,12 +19,15 @@ class LinearClassifier:
         weight: (K, C).
         bias: (K,).
         auxiliary: the auxiliary classifier of one channel, which maps features to (B, 1, h, w), or None.
+        residual: maps features to the residuals of background (B, R, h, w), or None. Background is then not the first
+            logit, see :class:`ResidualClassifier`.
     """
 
     features: Tensor
     weight: Tensor
     bias: Tensor
     auxiliary: nn.Module | None = None
+    residual: nn.Conv2d | None = None
 
 
 def has_linear_classifier(head: nn.Module) -> bool:
@@ -39,7 +42,8 @@ def seen_classifier(head: nn.Module) -> Iterator[list[LinearClassifier]]:
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         weight, bias = module.rows() if isinstance(module, SplitClassifier) else (module.weight, module.bias)
-        seen.append(LinearClassifier(inputs[0], weight.flatten(1), bias, getattr(module, AUXILIARY, None)))
+        spare = getattr(module, AUXILIARY, None), getattr(module, 'residual', None)
+        seen.append(LinearClassifier(inputs[0], weight.flatten(1), bias, *spare))
 
     handle = head.conv_seg.register_forward_pre_hook(see)
     try:

@@ -19,6 +19,11 @@ from mmseg_sats.functional.pixels.sigmoid import (
     sigmoid_distillation,
 )
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
+from mmseg_sats.models.losses.background_residual import (
+    BackgroundFeatureLoss,
+    BackgroundResidualLoss,
+    OldOutputDistillationLoss,
+)
 from mmseg_sats.models.losses.classifier import AuxiliaryClassifierLoss, DecomposedDistillationLoss
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
@@ -48,12 +53,15 @@ from mmseg_sats.models.losses.sdr_loss import (
 
 __all__ = [
     'AuxiliaryClassifierLoss',
+    'BackgroundFeatureLoss',
+    'BackgroundResidualLoss',
     'CRPDistillationLoss',
     'DecomposedDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
     'LocalPODLoss',
+    'OldOutputDistillationLoss',
     'SigmoidCrossEntropyLoss',
     'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',

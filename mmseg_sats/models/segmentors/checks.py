@@ -77,6 +77,32 @@ def check_background(
                 )
 
 
+def check_residuals(
+    residuals: int, unknown: bool, background_logit: float | None, num_old: int, parts: Mapping[str, nn.Module]
+) -> None:
+    """Raises ValueError if residuals of background do not fit the other options, or a part lacks them.
+
+    Args:
+        residuals: their number.
+        unknown: whether the model has an unknown class.
+        background_logit: background's constant logit, or None.
+        num_old: channels of the old model; 1 in stage 0, which has no residual.
+        parts: name to distillation, which may need residuals.
+    """
+    if not isinstance(residuals, int) or residuals < 0:
+        raise ValueError(f"background_residuals={residuals!r}: expected '$stage', the index of the stage, or 0")
+    if residuals and (unknown or background_logit is not None):
+        raise ValueError(
+            f'background_residuals={residuals}: expected 0 with unknown=True or with a background_logit'
+        )
+    wanting = [name for name, part in parts.items() if flag(part, 'needs_residuals', DistillationPart)]
+    if wanting and num_old > 1 and not residuals:
+        raise ValueError(
+            f"distillation {', '.join(wanting)} asks for residuals of background; expected "
+            "background_residuals='$stage' in the model"
+        )
+
+
 def check_linear_classifier(head: nn.Module, parts: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if a part reads the decode head's classifier, and the head does not end in ``conv_seg``."""
     wanting = [name for name, part in parts.items() if flag(part, 'needs_classifier', DistillationPart)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, grow_head, shape_mismatches
 from mmseg_sats.models.heads.losses import head_losses
+from mmseg_sats.models.heads.residual_classifier import add_residuals
 from mmseg_sats.models.heads.split_classifier import (
     AUXILIARY,
     UNKNOWN,
@@ -33,6 +34,7 @@ from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors.checks import (
     check_background,
     check_linear_classifier,
+    check_residuals,
     check_spare,
 )
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
@@ -74,6 +76,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         background_logit: background's logit in all heads, a constant (DKD, STAR): the prediction is background where
             no class's logit exceeds it, so 0.0 stands for a threshold of 0.5 on the classes' sigmoids. The
             heads' losses must leave channel 0 out. None for a background that is trained.
+        background_residuals: residuals by which later stages lower the decode head's background (BARM), see
+            ``ResidualClassifier``: the index of the stage, ``'$stage'`` in a config. 0 for none.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
             that need them, or of the :class:`ReplayPrototypes` that are gathered at the end of a stage; or None.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
@@ -100,6 +104,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         classifier_init: str = 'balanced',
         unknown: bool = False,
         background_logit: float | None = None,
+        background_residuals: int = 0,
         prototypes: dict[str, Any] | None = None,
         frozen: Sequence[str] = (),
         **kwargs: Any,
@@ -127,10 +132,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(f'distillation.{name}', part, DistillationPart)
         check_spare(classifier_init, unknown, self.distillation)
         check_background(background_logit, classifier_init, unknown, self._named_heads())
+        num_old = old_model['num_old'] if old_model else 1
+        check_residuals(background_residuals, unknown, background_logit, num_old, self.distillation)
         check_linear_classifier(self.decode_head, self.distillation)
         self._old_model: OldModel | None = None
         self._old_model_cfg = (
-            dict(old_model, model_cfg=self_cfg, unknown=unknown) if old_model else None
+            dict(old_model, model_cfg=self_cfg, unknown=unknown, residuals=max(background_residuals - 1, 0))
+            if old_model
+            else None
         )
         self.prototypes = self._build_prototypes(prototypes)
         self.unknown = unknown
@@ -142,14 +151,18 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             )
         # By head, the tensors with a row for each class.
         self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
-        self._split_classifiers(background_logit)
+        self._split_classifiers(num_old, background_logit, background_residuals)
         self._check_attention()
         freeze(self, frozen)
         self.frozen = tuple(frozen)
 
-    def _split_classifiers(self, background_logit: float | None) -> None:
+    def _split_classifiers(self, num_old: int, background_logit: float | None, residuals: int) -> None:
         """Gives the heads classifiers of parts where the unknown class, the auxiliary row or background needs it."""
-        num_old = self._old_model_cfg['num_old'] if self._old_model_cfg else 1
+        if residuals:
+            option = f'background_residuals={residuals}'
+            check_one_classifier(option, 'decode_head', self.decode_head, self.class_tensors['decode_head'])
+            add_residuals(self.decode_head, num_old, residuals)
+            return
         for name, head in self._named_heads():
             spare = UNKNOWN if self.unknown else None
             if self.classifier_init == AUXILIARY and name == 'decode_head':

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.models.heads.linear_classifier import seen_classifier
-from mmseg_sats.models.heads.split_classifier import UNKNOWN, SplitClassifier, split_classifier
+from mmseg_sats.models.heads.residual_classifier import add_residuals
+from mmseg_sats.models.heads.split_classifier import UNKNOWN, split_classifier
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
@@ -79,7 +80,7 @@ class OldModel:
 
     @classmethod
     def from_checkpoint(
-        cls, model_cfg: dict[str, Any], num_old: int, checkpoint: str, unknown: bool = False
+        cls, model_cfg: dict[str, Any], num_old: int, checkpoint: str, unknown: bool = False, residuals: int = 0
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -88,6 +89,7 @@ class OldModel:
             num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
             unknown: whether the model has an unknown class.
+            residuals: number of its residuals of background.
 
         Raises:
             ValueError: the snapshot lacks tensors or has some of another shape.
@@ -102,6 +104,8 @@ class OldModel:
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
         if unknown:
             split_classifier(model.decode_head, num_old, UNKNOWN)
+        if residuals:
+            add_residuals(model.decode_head, num_old, residuals)
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]
         wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
@@ -184,7 +188,7 @@ class _Windows:
         self.test_cfg = ConfigDict(test_cfg)
         model = old_model.model
         classifier = getattr(model.decode_head, 'conv_seg', None)
-        self.out_channels = model.out_channels + isinstance(classifier, SplitClassifier)
+        self.out_channels = model.out_channels + hasattr(classifier, UNKNOWN)
 
     def encode_decode(self, inputs: Tensor, _: Any) -> Tensor:
         """Logits of a window at its size."""
