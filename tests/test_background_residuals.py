@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """BARM: background lowered by residuals, in the classifier and from stage to stage; its losses against loops."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,7 +75,7 @@ def test_a_stage_begins_with_the_earlier_residuals_and_can_only_lower_background
     for model in models:
         with torch.no_grad():
             logits.append(model.eval()(images(), mode='tensor'))
-    for index, (old, new) in enumerate(zip(logits, logits[1:], strict=False)):
+    for index, (old, new) in enumerate(pairwise(logits)):
         torch.testing.assert_close(new[:, 1 : 3 + index], old[:, 1:])
         assert (new[:, 0] <= old[:, 0] + 1e-6).all()
         assert (new[:, 0] < old[:, 0] - 1e-3).any()
@@ -110,10 +111,9 @@ def test_the_residuals_losses_are_the_formulas() -> None:
             low, numbers[0] = low + torch.relu((s - 1) ** 2 - s**2), numbers[0] + 1
         elif label != 255:
             high, numbers[1] = high - (1 - s).log(), numbers[1] + 1
-    found = background_residual(residual, labels, 3)
-    for loss, total, number in zip(found, (low, high), numbers, strict=True):
-        value, gradient = value_and_gradient(loss, residual)
-        expected, by_loop = value_and_gradient(total / number, residual)
+    for index, total in enumerate((low, high)):
+        value, gradient = value_and_gradient(background_residual(residual, labels, 3)[index], residual)
+        expected, by_loop = value_and_gradient(total / numbers[index], residual)
         assert value == pytest.approx(expected)
         torch.testing.assert_close(gradient, by_loop)
     nothing = background_residual(residual, torch.full_like(labels, 255), 3)
