@@ -69,7 +69,7 @@ def parts_of(sats: Stage) -> dict[str, Work]:
     labels = sats.labels
     labelers = {'stage': model.pseudo_labeler}
     with sats.autocast(), torch.no_grad():
-        student, teacher = run_segmentor(model, sats.inputs, True)[0], model.old_model(sats.inputs, True)
+        student, teacher = run_segmentor(model, sats.inputs, True)[0], model.old_model(sats.inputs, with_attention=True)
         completed, _ = complete_labels(labels, sats.samples, labelers, student, teacher)
     student = leaves(student)
 

@@ -16,9 +16,9 @@ CLASSES = ['background', 'disc', 'square', 'cross', 'ring']
 PALETTE = [[0, 0, 0], [230, 30, 40], [40, 200, 60], [50, 60, 220], [240, 200, 20]]
 
 
-def make_stage(work_dir: Path, **options: Any) -> Path:
-    """Stage 1 of SATS on the embedded data, five classes; ``options`` change its config."""
-    cfg = Config.fromfile(CONFIGS / 'sats/segformer_tiny_shapes_3-1.py')
+def make_stage(work_dir: Path, method: str = 'sats', **options: Any) -> Path:
+    """Stage 1 of a method on the embedded data, five classes; ``options`` change its config."""
+    cfg = Config.fromfile(CONFIGS / method / 'segformer_tiny_shapes_3-1.py')
     cfg.merge_from_dict(options)
     protocol = Protocol('3-1', num_classes=6)
     stage_cfg = build_stage_config(cfg, protocol, protocol.stages[1], work_dir)

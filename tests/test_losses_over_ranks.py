@@ -18,6 +18,7 @@ from mmseg_sats.datasets import SharedBatchSampler
 from mmseg_sats.datasets.memory import shared_batches
 from mmseg_sats.datasets.memory.shared_batches import share_of
 from mmseg_sats.functional import over_ranks as module
+from mmseg_sats.functional.features.prototype_replay import feature_sums
 from mmseg_sats.functional.over_ranks import gather_over_ranks
 from mmseg_sats.models import prototypes
 from mmseg_sats.models.losses import over_ranks as losses
@@ -161,6 +162,7 @@ HEADS = {
     'unbiased': dict(type='UnbiasedCrossEntropyLoss', num_old=OLD),
     'sigmoid': dict(type='SigmoidCrossEntropyLoss'),
     'one_vs_rest': dict(type='OneVsRestLoss'),
+    'sigmoid_new': dict(type='SigmoidCrossEntropyLoss', num_old=OLD, pos_weight=4.0),
 }
 PARTS = {
     'attention': dict(type='CRPDistillationLoss'),
@@ -175,6 +177,7 @@ PARTS = {
     'class_similarity': dict(type='ClassSimilarityDistillationLoss'),
     'contrastive': dict(type='ContrastiveDistillationLoss', block=1, temperature=0.5),
     'all_stages': dict(type='AccumulativeDistillationLoss'),
+    'decomposed': dict(type='DecomposedDistillationLoss'),
     'features': dict(type='FeatureMSELoss'),
     'pod': dict(type='LocalPODLoss'),
     'cube': dict(type='PooledCubeDistillationLoss', spatial_kernels=(2, 4)),
@@ -184,12 +187,26 @@ PARTS = {
     'repulsion': dict(type='RepulsionLoss', block=0),
     'sparsity': dict(type='SparsityLoss', block=0),
 }
+REPLAY = {
+    'replay': dict(type='PrototypeReplayLoss'),
+    'old_features': dict(type='PseudoLabelFeatureLoss'),
+    'separation': dict(type='PrototypeSeparationLoss'),
+}
+RESIDUAL = {
+    'residual': dict(type='BackgroundResidualLoss'),
+    'background_features': dict(type='BackgroundFeatureLoss'),
+    'old_outputs': dict(type='OldOutputDistillationLoss'),
+}
 CASES = {
     **{f'head_{name}': dict(loss=loss) for name, loss in HEADS.items()},
     **{name: dict(loss=CE, distillation={name: part}) for name, part in PARTS.items()},
     'pixel_weights': dict(
         loss=CE, pixel_weights=dict(type='UncertaintyBalanceWeights', limit=0.99), pseudo_labeler=LABELLER
     ),
+    'auxiliary': dict(
+        loss=CE, classifier_init='auxiliary', distillation=dict(auxiliary=dict(type='AuxiliaryClassifierLoss'))),
+    'residual': dict(loss=CE, background_residuals=1, distillation=RESIDUAL),
+    'replay': dict(loss=CE, prototypes=dict(type='ReplayPrototypes'), distillation=REPLAY),
     'labelled': dict(loss=CE, distillation=dict(a=PARTS['attention'], b=PARTS['unbiased']), pseudo_labeler=LABELLER),
 }
 
@@ -205,11 +222,16 @@ def make(snapshot: str, loss: Any, **options: Any) -> nn.Module:
     auxiliary = dict(auxiliary_head_cfg(NEW), norm_cfg=NORM, loss_decode=loss)
     cfg = model_cfg(
         NEW, old_model=dict(checkpoint=snapshot, num_old=OLD, earlier=[]), auxiliary_head=[auxiliary],
-        prototypes=PROTOTYPES, **options,
+        **dict(prototypes=PROTOTYPES) | options,
     )  # fmt: skip
     cfg['decode_head'].update(norm_cfg=NORM, loss_decode=loss)
     model = build(cfg).double()
     model.old_model.model.double()
+    if isinstance(model.prototypes, prototypes.ReplayPrototypes):
+        # Of one pixel a class, so that features are drawn without a spread.
+        old = feature_sums(torch.randn(1, 8, 1, OLD), torch.arange(OLD)[None, None], OLD)
+        model.prototypes.load_state_dict(dict(sums=old, counts=torch.full((OLD,), 9.0), present=torch.zeros(OLD + 1)))
+        model.prototypes.present[[0, -1]] = torch.tensor([3.0, 7.0]).double()
     return model
 
 

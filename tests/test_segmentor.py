@@ -712,7 +712,7 @@ def test_the_old_model_goes_where_the_images_are_and_is_left_alone_there(
     moved = []
     model = nn.Conv2d(3, 2, 1)
     monkeypatch.setattr(model, 'to', lambda device, dtype: moved.append((device.type, dtype)))
-    monkeypatch.setattr(old_model, 'run_segmentor', lambda model, inputs, with_attention: [inputs])
+    monkeypatch.setattr(old_model, 'run_segmentor', lambda model, inputs: [inputs])
     old = old_model.OldModel(model)
     old(torch.zeros(1, 3, 2, 2))
     assert moved == []

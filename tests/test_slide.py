@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 from mmseg.models import EncoderDecoder
 
 from mmseg_sats.engine.export.stock import export_stage
-from mmseg_sats.models.heads.unknown import split_classifier
+from mmseg_sats.models.heads.classifier_form import ClassifierForm
 from mmseg_sats.models.segmentors.old_model import OldModel
 
 WINDOWS = dict(mode='slide', crop_size=(32, 32), stride=(24, 20))
@@ -36,7 +36,7 @@ def test_logits_of_windows_are_those_of_mmsegs_prediction(head: dict[str, Any], 
     expected = stock.slide_inference(images, [{}])
     if unknown:
         classifier = stock.decode_head.conv_seg.state_dict()
-        split_classifier(stock.decode_head, 4)
+        ClassifierForm(unknown=True).shape('decode_head', stock.decode_head, (), 4)
         stock.decode_head.conv_seg.load_state_dict(classifier, strict=False)
     output = OldModel(stock).on_test_images(images, WINDOWS)
     assert torch.allclose(output.logits, expected, atol=1e-6)

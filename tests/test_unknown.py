@@ -14,7 +14,8 @@ from mmengine.runner import load_checkpoint
 from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 
-from mmseg_sats.models.heads.unknown import SplitClassifier, fold_unknown
+from mmseg_sats.models.heads.split_classifier import SplitClassifier
+from mmseg_sats.models.heads.unknown import fold_unknown
 from mmseg_sats.protocol import UNKNOWN_LABEL
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
 
@@ -54,7 +55,7 @@ def labels_with_unknown() -> Tensor:
 
 
 def test_the_state_dict_is_that_of_one_convolution() -> None:
-    conv, split = nn.Conv2d(5, NUM_NEW, 1), SplitClassifier(5, NUM_NEW, NUM_OLD)
+    conv, split = nn.Conv2d(5, NUM_NEW, 1), SplitClassifier(5, NUM_NEW, NUM_OLD, 'unknown')
     weights = dict(conv.state_dict()) | {
         'unknown.weight': torch.randn(1, 5, 1, 1), 'unknown.bias': torch.randn(1)}  # fmt: skip
     split.load_state_dict(weights, strict=True)
@@ -67,11 +68,11 @@ def test_the_state_dict_is_that_of_one_convolution() -> None:
     assert logits.shape == (2, NUM_NEW + 1, 3, 4)
     torch.testing.assert_close(logits[:, :-1], conv(features))
     torch.testing.assert_close(logits[:, -1:], split.unknown(features))
-    elsewhere = SplitClassifier(5, NUM_NEW, 1)
+    elsewhere = SplitClassifier(5, NUM_NEW, 1, 'unknown')
     elsewhere.load_state_dict(saved)
     torch.testing.assert_close(elsewhere(features), logits)
     with pytest.raises(RuntimeError, match='weight'):
-        SplitClassifier(5, NUM_NEW + 1, 1).load_state_dict(saved)
+        SplitClassifier(5, NUM_NEW + 1, 1, 'unknown').load_state_dict(saved)
 
 
 def test_unknown_is_added_to_background_and_dropped() -> None:

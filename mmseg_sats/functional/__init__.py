@@ -13,6 +13,7 @@ from mmseg_sats.functional.attention.window_attention_map import WindowAttention
 from mmseg_sats.functional.attention.windows import Windows
 from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.crp_loss import crp_loss
+from mmseg_sats.functional.features.decomposed import decomposed_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import fold_new_into_background, local_pod
 from mmseg_sats.functional.features.pooled_cube import pooled_cube
@@ -71,6 +72,7 @@ __all__ = [
     'contrastive_distillation',
     'count_entropies',
     'crp_loss',
+    'decomposed_distillation',
     'entropy_labels',
     'entropy_thresholds',
     'feature_mse',

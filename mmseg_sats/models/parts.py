@@ -31,6 +31,15 @@ class DistillationPart(nn.Module):
     needs_prototypes: ClassVar[bool] = False
     """Whether the part needs ``student.prototypes``, which the segmentor computes if its ``prototypes`` is set."""
 
+    needs_classifier: ClassVar[bool] = False
+    """Whether the part needs ``classifier`` of student and old model: the features before it, and its rows."""
+
+    needs_auxiliary: ClassVar[bool] = False
+    """Whether the part trains ``student.classifier.auxiliary``, which ``classifier_init='auxiliary'`` adds."""
+
+    needs_residuals: ClassVar[bool] = False
+    """Whether the part needs ``student.classifier.residual``, which ``background_residuals`` of the model adds."""
+
     reduces_over_ranks: ClassVar[bool] = False
     """Whether the loss already is that of the whole batch in a distributed run. If False, it is taken to be
     a mean over the pixels or images of one process, and is averaged over the processes."""
@@ -47,6 +56,15 @@ class DistillationPart(nn.Module):
             teacher: the old model's output, None if there is no old model.
             labels: (B, H, W) long, completed by the pseudo-labelers.
             num_channels: the student's channels, background included.
+        """
+
+    def image_weights(
+        self, student: SegmentorOutput, teacher: SegmentorOutput | None, labels: Tensor
+    ) -> Tensor | None:
+        """Returns factors (B,) of the images in the segmentation loss, or None to leave it unweighted.
+
+        Called after the student's forward pass, with the arguments of :meth:`forward`. It must return factors, or None,
+        on all processes of a distributed run.
         """
 
     @abstractmethod

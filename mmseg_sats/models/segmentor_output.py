@@ -12,6 +12,7 @@ from torch import Tensor
 from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.precision import full_precision
 from mmseg_sats.functional.resizing import ResizedLogits
+from mmseg_sats.models.heads.linear_classifier import LinearClassifier
 from mmseg_sats.models.prototypes import ClassPrototypes
 
 
@@ -46,6 +47,7 @@ class SegmentorOutput:
         earlier: of an old model's output, those of the models of all stages before it, the first stage's first. Empty
             if no part requested them.
         more: what the head returns beside the logits for its own losses, e.g. the logits of a second classifier.
+        last_layer: the head's classifier and its input, or None if no part requested it; see ``classifier``.
     """
 
     logits: Tensor
@@ -57,7 +59,22 @@ class SegmentorOutput:
     future: Tensor | None = None
     more: tuple[Tensor, ...] = ()
     earlier: 'tuple[SegmentorOutput, ...]' = ()
+    last_layer: LinearClassifier | None = None
     _resized: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def classifier(self) -> LinearClassifier:
+        """The head's classifier and the features that it gets.
+
+        Raises:
+            RuntimeError: no part of the segmentor requested it.
+        """
+        if self.last_layer is None:
+            raise RuntimeError(
+                'the classifier was not asked for: a part that reads `classifier` needs the class attribute '
+                '`needs_classifier = True` (DistillationPart in mmseg_sats.models.parts lists all of them)'
+            )
+        return self.last_layer
 
     @property
     def trained_logits(self) -> Tensor:

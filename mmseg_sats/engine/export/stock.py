@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.models.backbones.input_channels import input_channels
 from mmseg_sats.models.heads.cascade import part_cascade
+from mmseg_sats.models.heads.classifier_form import is_of_one_method
 from mmseg_sats.models.own_options import own_class, own_options, stock_parent
 from mmseg_sats.utils.checkpoint import write_atomically, write_text
 from mmseg_sats.utils.user_modules import imports_of
@@ -42,13 +43,20 @@ def export_stage(stage_dir: Path, out: Path, safetensors: bool = False) -> tuple
         ValueError: the model cannot do without this package, or does not compute the same without.
     """
     cfg, model = load_for_export(stage_dir)
+    if residuals := cfg.model.get('background_residuals'):
+        raise ValueError(
+            f'{stage_dir} cannot be exported: its background is r_0 + sum_k min(r_k, 0), with {residuals} residuals '
+            'r_k (background_residuals), which no convolution of a stock head computes'
+        )
     stock = stock_config(cfg, model.dataset_meta)
-    check_same_logits(model, stock.model, model.state_dict())
+    # Without what no prediction reads.
+    weights = {key: value for key, value in model.state_dict().items() if not is_of_one_method(key)}
+    check_same_logits(model, stock.model, weights)
     out.mkdir(parents=True, exist_ok=True)
-    write_weights(out / 'model.pth', model.state_dict(), dict(dataset_meta=model.dataset_meta))
+    write_weights(out / 'model.pth', weights, dict(dataset_meta=model.dataset_meta))
     write_text(out / 'config.py', stock.pretty_text)
     if safetensors:
-        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+        tensors = {key: value.contiguous() for key, value in weights.items()}
         metadata = dict(format='pt', classes=json.dumps(model.dataset_meta['classes']))
         content = save(tensors, metadata)
         write_atomically(out / 'model.safetensors', lambda file: file.write(content))

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.models.heads.classifier import add_background, shape_mismatches, split_binary
-from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS
+from mmseg_sats.models.heads.classifier_form import is_of_one_method
+from mmseg_sats.models.heads.split_classifier import AUXILIARY
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
-# Tensors that only some versions of torch and mmseg save, or C-RLS alone, and that need not be loaded.
-_COMPUTED = tuple(f'.conv_seg.{name}' for name in (ROWS, EXPANSION))
-_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index', *_COMPUTED)
+# Tensors that only some versions of torch and mmseg save, and that need not be loaded.
+_BUFFERS = ('num_batches_tracked', 'attn_mask', 'relative_position_index')
 _THRESHOLD = 0.3  # mmseg's, where the config of a head with one channel for two classes gives none
 
 
@@ -67,10 +67,16 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
             logger='current',
             level=logging.WARNING,
         )
-    # Rows that wait for future classes, which no other model has, stay as they were drawn.
-    state_dict |= {key: own[key] for key in own if '.future.' in key and key not in state_dict}
-    for key in model.computed_tensors:
-        state_dict.setdefault(key, own[key])
+    # What only this method's models have stays as it was initialised.
+    untrained = [key for key in own if key not in state_dict and is_of_one_method(key)]
+    if any(f'.conv_seg.{AUXILIARY}.' in key for key in untrained):
+        print_log(
+            f'base {checkpoint} has no auxiliary classifier: that of stage 0, from which the classes of stage 1 start, '
+            'stays as it was initialised',
+            logger='current',
+            level=logging.WARNING,
+        )
+    state_dict |= {key: own[key] for key in untrained}
     problems = [f'{key}: missing' for key in own if key not in state_dict]
     # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
     # module that it has: then it would be another model.
@@ -78,7 +84,8 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
     problems += [
         f'{key}: not in the model'
         for key in state_dict
-        if key not in own and key.split('.')[0] in parts and not key.endswith(_BUFFERS) and '.loss_decode.' not in key
+        if key not in own and key.split('.')[0] in parts and not (key.endswith(_BUFFERS) or is_of_one_method(key))
+        and '.loss_decode.' not in key
     ]
     problems += shape_mismatches(state_dict, model)
     if problems:

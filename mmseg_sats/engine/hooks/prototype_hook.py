@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Carries the classes' prototypes from stage to stage, and through a resumed run."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,24 @@ from mmengine.runner import Runner
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.models.padding import with_padding
-from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
 from mmseg_sats.utils.checkpoint import write_atomically
 
 KEY = 'prototypes'
+Prototypes = ClassPrototypes | ReplayPrototypes
 
 
 @HOOKS.register_module()
 class PrototypeHook(Hook):
-    """Saves a model's :class:`ClassPrototypes` in a file beside its snapshots, which stay ordinary mmseg checkpoints.
+    """Saves a model's prototypes in a file beside its snapshots, which stay ordinary mmseg checkpoints.
 
     A stage starts with the prototypes that the previous stage saved in ``prototypes.npz`` beside its
     snapshot, and saves its own in the same way. mmengine's checkpoints contain them under an additional
-    key, for resuming. A stage 0 that was taken from a checkpoint has no prototypes, so they are computed
+    key, for resuming. A stage 0 that was taken from a checkpoint has no :class:`ClassPrototypes`, so they are computed
     in one pass of its model over the stage's training images.
+
+    :class:`ReplayPrototypes` are always computed so, of the weights that are kept, when a stage has ended. When a later
+    stage begins, the old model sees its images once, to count the old classes in them.
 
     Does nothing for a model without prototypes.
 
@@ -37,7 +42,7 @@ class PrototypeHook(Hook):
 
     def __init__(self, file_name: str = 'prototypes.npz') -> None:
         self.file_name = file_name
-        self._resumed = False
+        self._begun = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Adds the prototypes to mmengine's checkpoint."""
@@ -50,63 +55,79 @@ class PrototypeHook(Hook):
         prototypes = self._prototypes(runner)
         if prototypes is not None and KEY in checkpoint:
             prototypes.load_state_dict(checkpoint[KEY])
-            self._resumed = True
+            self._begun = True
 
     def before_train(self, runner: Runner) -> None:
         """Starts from the previous stage's prototypes, unless the run is resumed."""
+        self._begin(runner)
+
+    def _begin(self, runner: Runner) -> None:
         prototypes = self._prototypes(runner)
         old_model = runner.cfg.model.get('old_model')
-        if prototypes is None or self._resumed or not old_model:
+        if prototypes is None or self._begun or not old_model:
             return
+        self._begun = True
         path = Path(old_model.checkpoint).parent / self.file_name
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: the previous stage's prototypes, which a stage with "
                 'PrototypeHook leaves beside its snapshot'
             )
-        prototypes.load_state_dict(_read(path))
+        prototypes.load_state_dict(_read(path, prototypes.names))
+        if isinstance(prototypes, ReplayPrototypes):
+            old = unwrap(runner.model).old_model
+            total = _over_images(runner, lambda inputs, labels: prototypes.present_in(labels, old(inputs).logits))
+            prototypes.present = total.cpu()
 
     def after_train(self, runner: Runner) -> None:
-        """Saves the prototypes for the next stage."""
+        """Saves prototypes that grow in training for the next stage."""
         prototypes = self._prototypes(runner)
-        if prototypes is not None and is_main_process():
-            _write(Path(runner.work_dir) / self.file_name, prototypes)
+        if prototypes is not None and prototypes.grows_in_training:
+            self._write(runner, prototypes)
 
     def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
-        """Computes the prototypes of a stage that was not trained."""
+        """Computes the prototypes of a stage that was not trained, and those that do not grow in training."""
         prototypes = self._prototypes(runner)
         if prototypes is not None and not (Path(runner.work_dir) / self.file_name).exists():
+            self._begin(runner)  # a run that was resumed behind the training has not begun
             self._gather(runner, prototypes)
-            self.after_train(runner)
+            self._write(runner, prototypes)
 
-    @torch.no_grad()
-    def _gather(self, runner: Runner, prototypes: ClassPrototypes) -> None:
+    def _gather(self, runner: Runner, prototypes: Prototypes) -> None:
         model = unwrap(runner.model).eval()
-        total = 0
-        for batch in runner.build_dataloader(training_images_once(runner)):
-            data = model.data_preprocessor(batch, False)
-            inputs, samples = data['inputs'], data['data_samples']
-            labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
-            labels = with_padding(labels, samples, inputs.shape[-2:])
-            total += prototypes.sums_of(model.backbone(inputs), labels)
-        # Reduced once at the end, not per batch, since ranks may differ by one image.
-        all_reduce(total)
+        total = _over_images(
+            runner, lambda inputs, labels: prototypes.sums_of(prototypes.features_of(model, inputs), labels)
+        )
         prototypes.add(total)
         runner.logger.info('prototypes gathered in one pass over the training images')
 
+    def _write(self, runner: Runner, prototypes: Prototypes) -> None:
+        if is_main_process():
+            arrays = {name: value.numpy() for name, value in prototypes.state_dict().items()}
+            write_atomically(Path(runner.work_dir) / self.file_name, lambda file: np.savez(file, **arrays))
+
     @staticmethod
-    def _prototypes(runner: Runner) -> ClassPrototypes | None:
+    def _prototypes(runner: Runner) -> Prototypes | None:
         return getattr(unwrap(runner.model), 'prototypes', None)
 
 
-def _write(path: Path, prototypes: ClassPrototypes) -> None:
-    arrays = {name: value.numpy() for name, value in prototypes.state_dict().items()}
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+@torch.no_grad()
+def _over_images(runner: Runner, of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The sum of ``of_batch(inputs, labels)`` over the stage's training images, without augmentation."""
+    model, total = unwrap(runner.model), 0
+    for batch in runner.build_dataloader(training_images_once(runner)):
+        data = model.data_preprocessor(batch, False)
+        inputs, samples = data['inputs'], data['data_samples']
+        labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
+        total += of_batch(inputs, with_padding(labels, samples, inputs.shape[-2:]))
+    # Reduced once at the end, not per batch, since ranks may differ by one image.
+    all_reduce(total)
+    return total
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in ('sums', 'counts')}
+            return {name: torch.from_numpy(arrays[name]) for name in names}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f'{path} does not hold prototypes: {error}') from error

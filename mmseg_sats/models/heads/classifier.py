@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmseg_sats.functional.new_rows import align_norms
-from mmseg_sats.models.heads.unknown import SplitClassifier
+from mmseg_sats.models.heads.split_classifier import AUXILIARY, FUTURE, UNKNOWN, SplitClassifier
 from mmseg_sats.utils.spelling import check_choice
 
 Rows = tuple[Tensor, Tensor]
@@ -56,10 +56,12 @@ def _random(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     return weight, bias
 
 
-def _from_unknown(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
-    """New classes start as copies of the unknown class, which they were a part of so far (SSUL, section 3.2)."""
-    if spare is None:
-        raise ValueError("classifier_init='unknown' needs a checkpoint with an unknown class")
+def _from_spare(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
+    """New classes start as copies of the row that was trained for them.
+
+    This is the unknown class, which they were a part of so far (SSUL, section 3.2), or the auxiliary classifier, which
+    has learned to reject what every stage so far showed (DKD, section 3.3).
+    """
     num_new = fresh[0].shape[0] - old[0].shape[0]
     return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, spare, strict=True))
 
@@ -67,23 +69,24 @@ def _from_unknown(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
 def _from_future(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New classes take over the rows that have waited for them since stage 0 (DFT*)."""
     num_new = fresh[0].shape[0] - old[0].shape[0]
-    if spare is None or len(spare[0]) < num_new:
+    if len(spare[0]) < num_new:
         raise ValueError(
             f"classifier_init='future' needs a checkpoint with rows for {num_new} future classes, found "
-            f'{0 if spare is None else len(spare[0])}: expected future_classes of the model in every stage'
+            f'{len(spare[0])}: expected future_classes of the model in every stage'
         )
     return tuple(torch.cat([rows, rest[:num_new]]) for rows, rest in zip(old, spare, strict=True))
 
 
 CLASSIFIER_INITS: dict[str, Callable[[Rows, Rows, Rows | None], Rows]] = {
     'balanced': _balanced,
-    'future': _from_future,
+    FUTURE: _from_future,
     'keep_background': _keep_background,
     'random': _random,
-    'unknown': _from_unknown,
+    UNKNOWN: _from_spare,
+    AUXILIARY: _from_spare,
 }
 # Those whose new rows are background's, also in tensors that are no classifier of pixels.
-_FROM_BACKGROUND = ('balanced', 'keep_background')
+FROM_BACKGROUND = ('balanced', 'keep_background')
 
 
 def grow_head(
@@ -110,8 +113,8 @@ def grow_head(
         tensors: those with a row for each class, see :func:`class_tensors`.
         num_old: channels of the old model, background included.
         init: ``'balanced'`` (MiB), ``'keep_background'`` (background's row, whose own bias is left),
-            ``'random'`` (the head's own initial values), ``'unknown'`` (SSUL: the rows
-            ``{prefix}conv_seg.unknown.*`` of the checkpoint) or ``'future'`` (DFT*: the first of the rows
+            ``'random'`` (the head's own initial values), ``'unknown'`` (SSUL) or ``'auxiliary'`` (DKD: the row
+            ``{prefix}conv_seg.auxiliary.*`` of the checkpoint), or ``'future'`` (DFT*: the first of the rows
             ``{prefix}conv_seg.future.*``, which are taken out of the checkpoint).
         align: whether the new rows of classifiers are scaled to the norms of the old ones.
 
@@ -129,11 +132,15 @@ def grow_head(
         if not classifier or kind not in ('weight', 'bias'):
             own = fresh[key].to(old.device)
             num_new = own.shape[dim] - num_old
-            copied = init in _FROM_BACKGROUND and not classifier
+            copied = init in FROM_BACKGROUND and not classifier
             new = [old.narrow(dim, 0, 1)] * num_new if copied else [own.narrow(dim, num_old, num_new)]
             state_dict[prefix + key] = torch.cat([old, *new], dim)
         elif kind == 'weight':
             _grow_classifier(state_dict, prefix + module, fresh, module, init, align)
+    for key in (key for key in fresh if '.residual.' in key and prefix + key in state_dict):
+        # BARM's residual of the new stage.
+        old = state_dict[prefix + key]
+        state_dict[prefix + key] = torch.cat([old, fresh[key][len(old) :].to(old.device)])
 
 
 def _is_classifier(part: nn.Module) -> bool:
@@ -155,12 +162,14 @@ def _grow_classifier(
     old = tuple(state_dict[key] for key in keys)
     own = tuple(fresh[f'{own_name}.{kind}'].to(old[0].device) for kind in ('weight', 'bias'))
     spare = tuple(state_dict[key] for key in spare_keys if key in state_dict) or None
+    if init in (UNKNOWN, AUXILIARY, FUTURE) and spare is None:
+        raise ValueError(f'classifier_init={init!r} needs a checkpoint with rows {name}.{init}')
     weight, bias = CLASSIFIER_INITS[init](old, own, spare)
     if align:
         flat, bias = align_norms(weight.flatten(1), bias, old[0].flatten(1), old[1])
         weight = flat.view_as(weight)
     state_dict[keys[0]], state_dict[keys[1]] = weight, bias
-    if init == 'future':
+    if init == FUTURE:
         for key in spare_keys:
             state_dict[key] = state_dict[key][len(weight) - len(old[0]) :]
             if not len(state_dict[key]):

@@ -64,11 +64,3 @@ class ClosedFormClassifier(nn.Conv2d):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.fitted = not self.closed_form.is_meta and bool(self.closed_form.any())
-
-
-def expand_classifier(head: nn.Module, width: int = 8192, seed: int = 0) -> None:
-    """Replaces the ``conv_seg`` of an mmseg head by a :class:`ClosedFormClassifier`; arguments as there."""
-    conv_seg = head.conv_seg
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers are those of a run without it
-        head.conv_seg = ClosedFormClassifier(conv_seg.in_channels, conv_seg.out_channels, width, seed)
-    head.conv_seg.weight, head.conv_seg.bias = conv_seg.weight, conv_seg.bias

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.functional.new_rows import active_shares, attributions, largest_share, similar_rows
 from mmseg_sats.models.heads.classifier import CLASSIFIER_INITS, Rows, balanced_bias
+from mmseg_sats.models.heads.split_classifier import AUXILIARY
 from mmseg_sats.utils.spelling import check_choice, near_match
 
 
@@ -232,37 +233,15 @@ class NewRows:
                 )
         self.measured = kind(**options) if kind else None
 
-    def grows_by(self, measured_head: bool) -> str:
+    def grows_by(self, decode_head: bool) -> str:
         """The start of a head's rows while a checkpoint is loaded.
 
         Args:
-            measured_head: whether it is the head whose rows are made by ``measured``, if there is one.
+            decode_head: whether it is the decode head, which alone has what ``measured`` makes, and an auxiliary row.
         """
-        if self.measured is None:
-            return self.name
-        return self.measured.grows_by if measured_head else MeasuredStart.grows_by
-
-    def check(self, unknown: bool, future_classes: int) -> None:
-        """Raises ValueError if the start and the rows beside a model's channels do not go together.
-
-        Args:
-            unknown: whether there is an unknown class.
-            future_classes: how many rows wait for the classes of later stages.
-        """
-        if self.name == 'unknown' and not unknown:
-            raise ValueError(
-                "classifier_init='unknown' starts new classes from the unknown class: expected unknown=True too"
-            )
-        if isinstance(future_classes, bool) or not isinstance(future_classes, int) or future_classes < 0:
-            raise ValueError(f'future_classes={future_classes!r}: expected how many there are, a number from 0 on')
-        if unknown and (future_classes or self.measured is not None):
-            other = f'future_classes={future_classes}' if future_classes else f'classifier_init={self.name!r}'
-            raise ValueError(f"unknown=True and {other} do not go together: expected classifier_init='unknown'")
-        if future_classes and self.name != 'future':
-            raise ValueError(
-                f'future_classes={future_classes} are rows that wait for the classes of later stages, but '
-                f"classifier_init={self.name!r} starts these from others: expected 'future'"
-            )
+        if self.measured is not None:
+            return self.measured.grows_by if decode_head else MeasuredStart.grows_by
+        return 'random' if self.name == AUXILIARY and not decode_head else self.name
 
 
 def hooks_of_start(cfg: Any) -> Sequence[dict[str, Any]]:

@@ -2,6 +2,7 @@
 """Losses: the registered modules, and the pure functions of ``mmseg_sats.functional`` that they call."""
 
 from mmseg_sats.functional.features.contrastive import contrastive_distillation
+from mmseg_sats.functional.features.decomposed import decomposed_distillation
 from mmseg_sats.functional.features.feature_mse import feature_mse
 from mmseg_sats.functional.features.local_pod import local_pod
 from mmseg_sats.functional.features.pooled_cube import pooled_cube
@@ -27,7 +28,13 @@ from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbias
 
 # The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.all_stages import AccumulativeDistillationLoss
+from mmseg_sats.models.losses.background_residual import (
+    BackgroundFeatureLoss,
+    BackgroundResidualLoss,
+    OldOutputDistillationLoss,
+)
 from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
+from mmseg_sats.models.losses.classifier import AuxiliaryClassifierLoss, DecomposedDistillationLoss
 from mmseg_sats.models.losses.contrastive import ContrastiveDistillationLoss
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.features import (
@@ -45,6 +52,11 @@ from mmseg_sats.models.losses.pixelwise import (
     UnbiasedCrossEntropyLoss,
     UnbiasedDistillationLoss,
 )
+from mmseg_sats.models.losses.prototype_replay import (
+    PrototypeReplayLoss,
+    PrototypeSeparationLoss,
+    PseudoLabelFeatureLoss,
+)
 from mmseg_sats.models.losses.sdr_loss import (
     PrototypeAttractionLoss,
     PrototypeMatchingLoss,
@@ -54,13 +66,18 @@ from mmseg_sats.models.losses.sdr_loss import (
 
 __all__ = [
     'AccumulativeDistillationLoss',
+    'AuxiliaryClassifierLoss',
+    'BackgroundFeatureLoss',
+    'BackgroundResidualLoss',
     'CRPDistillationLoss',
     'ClassSimilarityDistillationLoss',
     'ContrastiveDistillationLoss',
+    'DecomposedDistillationLoss',
     'FeatureMSELoss',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
     'LocalPODLoss',
+    'OldOutputDistillationLoss',
     'SigmoidCrossEntropyLoss',
     'SigmoidDistillationLoss',
     'UnbiasedCrossEntropyLoss',
@@ -69,6 +86,7 @@ __all__ = [
     'class_similarity_distillation',
     'contrastive_distillation',
     'crp_loss',
+    'decomposed_distillation',
     'feature_mse',
     'knowledge_distillation',
     'label_guided_distillation',
@@ -82,6 +100,9 @@ __all__ = [
     'pooled_cube',
     'PrototypeAttractionLoss',
     'PrototypeMatchingLoss',
+    'PrototypeReplayLoss',
+    'PrototypeSeparationLoss',
+    'PseudoLabelFeatureLoss',
     'RepulsionLoss',
     'SparsityLoss',
     'one_vs_rest',

@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Losses over pixels as parts of a segmentor's loss; ``mmseg_sats.functional`` has the functions of the same names."""
 
+from typing import Any
+
 from mmseg.registry import MODELS
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from mmseg_sats.functional.pixels.label_guided import label_guided_distillation_
 from mmseg_sats.functional.pixels.per_pixel import PixelChunk
 from mmseg_sats.functional.pixels.self_entropy import self_entropy_of_pixels
 from mmseg_sats.functional.pixels.sigmoid import (
+    check_trained,
     number_of_labelled,
     sigmoid_cross_entropy_of_pixels,
     sigmoid_distillation_of_pixels,
@@ -100,11 +103,48 @@ class SigmoidCrossEntropyLoss(PixelwiseSegmentationLoss):
     Args:
         loss_weight: factor of the loss.
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
+        num_old: K_o, the old model's channels: those of the old classes are not trained with the labels. 1 trains all.
+        background: whether channel 0 is trained. False needs a model with ``background_logit``.
+        pos_weight: factor of the loss of a label's own channel: 1 published for DKD (2 in stage 0), 4 for STAR.
+
+    Raises:
+        ValueError: ``num_old`` is less than 1, or ``pos_weight`` is not positive.
     """
+
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        loss_name: str = 'loss_ce',
+        num_old: int = 1,
+        background: bool = True,
+        pos_weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss_weight, loss_name)
+        if num_old < 1:
+            raise ValueError(f'num_old counts the background and must be at least 1, got {num_old}')
+        if not pos_weight > 0:
+            raise ValueError(f'{type(self).__name__}.pos_weight must be positive, got {pos_weight}')
+        self.num_old = num_old
+        self.background = background
+        self.pos_weight = pos_weight
+
+    @property
+    def leaves_out_background(self) -> bool:
+        """Whether channel 0 is not trained, so that it must be constant."""
+        return not self.background
+
+    def check(self, channels: int) -> None:
+        """Raises ValueError if none of the channels is trained."""
+        check_trained(self.num_old, self.background, channels)
 
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
         """The loss of each pixel of a chunk, (n, w), 0 for ignored pixels."""
-        return sigmoid_cross_entropy_of_pixels(chunk)
+        return sigmoid_cross_entropy_of_pixels(chunk, self.num_old, self.background, self.pos_weight)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        own = f'num_old={self.num_old}, background={self.background}, pos_weight={self.pos_weight}'
+        return f'{super().extra_repr()}, {own}'
 
 
 @MODELS.register_module()
@@ -114,12 +154,13 @@ class OneVsRestLoss(SigmoidCrossEntropyLoss):
     Args:
         loss_weight: factor of the loss.
         loss_name: its key in the head's losses; must contain ``loss`` to be summed.
+        **options: ``num_old``, ``background`` and ``pos_weight`` of :class:`SigmoidCrossEntropyLoss`.
     """
 
     avg_non_ignore = True  # mmseg's name for a mean over the pixels that are not ignored
 
-    def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_bce') -> None:
-        super().__init__(loss_weight, loss_name)
+    def __init__(self, loss_weight: float = 1.0, loss_name: str = 'loss_bce', **options: Any) -> None:
+        super().__init__(loss_weight, loss_name, **options)
 
     def divisor(self, label: Tensor, ignore_index: int) -> Tensor:
         """The number of pixels that are not ignored, at least 1."""
@@ -131,12 +172,21 @@ class SigmoidDistillationLoss(PixelwiseDistillationLoss):
     """:func:`sigmoid_distillation` between student and old model, at the labels' size.
 
     Args:
-        loss_weight: factor of the loss: 10 published for LwF-MC.
+        loss_weight: factor of the loss: 10 published for LwF-MC, 5 for DKD.
+        background: whether channel 0 is distilled; False where it is constant (``background_logit``).
     """
+
+    def __init__(self, loss_weight: float = 1.0, background: bool = True) -> None:
+        super().__init__(loss_weight)
+        self.background = background
 
     def per_pixel(self, chunk: PixelChunk) -> Tensor:
         """The loss of each pixel of a chunk, (n, w)."""
-        return sigmoid_distillation_of_pixels(chunk)
+        return sigmoid_distillation_of_pixels(chunk, self.background)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'{super().extra_repr()}, background={self.background}'
 
 
 @MODELS.register_module()

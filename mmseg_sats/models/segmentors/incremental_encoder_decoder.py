@@ -15,21 +15,27 @@ from torch import Tensor, nn
 
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
 from mmseg_sats.models.heads.classifier import grow_head, shape_mismatches
-from mmseg_sats.models.heads.closed_form import EXPANSION, ROWS, expand_classifier
+from mmseg_sats.models.heads.classifier_form import ClassifierForm
 from mmseg_sats.models.heads.losses import head_losses
 from mmseg_sats.models.heads.new_rows import NewRows, measured_classifier
-from mmseg_sats.models.heads.unknown import check_only_conv_seg, fold_unknown, split_classifier
+from mmseg_sats.models.heads.split_classifier import AUXILIARY
+from mmseg_sats.models.heads.unknown import fold_unknown
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import weighted_images, weights_of_pixels
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
-from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.checks import (
+    check_left_out,
+    check_losses,
+    check_parts,
+    check_start,
+)
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from mmseg_sats.protocol import UNKNOWN_LABEL
-from mmseg_sats.utils.spelling import near_match, one_slip, warn_renamed
+from mmseg_sats.utils.spelling import warn_renamed
 
 
 @MODELS.register_module()
@@ -59,20 +65,26 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
             child config can remove a part.
         classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB), ``'keep_background'``,
-            ``'random'``, ``'unknown'`` (SSUL) or ``'future'`` (DFT*); or ``'similar'`` (SELECT), ``'attributed'`` (AWT)
-            or ``'pretuned'`` (NeST), for which a run looks at the stage's images first. A dict adds options, see
+            ``'random'``, ``'unknown'`` (SSUL), ``'auxiliary'`` (DKD, which adds an auxiliary classifier of one channel
+            to the decode head) or ``'future'`` (DFT*); or ``'similar'`` (SELECT), ``'attributed'`` (AWT) or
+            ``'pretuned'`` (NeST), for which a run looks at the stage's images first. A dict adds options, see
             :class:`NewRows`.
         unknown: whether the heads have an unknown class beside their channels (SSUL), whose label in
             training is ``UNKNOWN_LABEL``. For the heads' losses it is an additional last class.
         future_classes: how many rows the heads have beside their channels for the classes of later stages. For the
             heads' losses they are additional last classes, which no pixel is labelled as; they are not predicted.
         split_classifier: whether ``conv_seg`` of the heads has its rows in parts ``background``, ``old`` and ``new``,
-            which ``frozen`` can name, e.g. ``'decode_head.conv_seg.old'``. So it is with ``unknown`` and
-            ``future_classes`` too.
+            which ``frozen`` can name, e.g. ``'decode_head.conv_seg.old'``. So it is with all other options that change
+            the classifier, except for ``closed_form``.
+        background_logit: background's logit in all heads, a constant (DKD, STAR): the prediction is background where
+            no class's logit exceeds it, so 0.0 stands for a threshold of 0.5 on the classes' sigmoids. The
+            heads' losses must leave channel 0 out. None for a background that is trained.
+        background_residuals: residuals by which later stages lower the decode head's background (BARM), see
+            ``ResidualClassifier``: the index of the stage, ``'$stage'`` in a config. 0 for none.
         closed_form: ``width`` and ``seed`` of a :class:`ClosedFormClassifier` as the decode head's ``conv_seg``,
             whose rows a ``ClosedFormHook`` computes; or None.
         prototypes: config of the :class:`ClassPrototypes` that are computed in training for losses
-            that need them; or None.
+            that need them, or of the :class:`ReplayPrototypes` that are gathered at the end of a stage; or None.
         pixel_weights: config of the weights of pixels in the heads' losses, e.g.
             :class:`UncertaintyBalanceWeights`, from stage 1 on; or None. They multiply the labelers' weights of images.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
@@ -82,9 +94,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     Raises:
         TypeError: a head cannot grow, or not as an option asks for.
-        ValueError: options do not go together; a part needs attention maps that the backbone cannot compute, or
-            has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; or with ``unknown``, a class
-            or ``ignore_index`` is ``UNKNOWN_LABEL``.
+        ValueError: options do not go together, or not with the losses; a part needs attention maps that the backbone
+            cannot compute, or has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; or with
+            ``unknown``, a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -100,6 +112,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         unknown: bool = False,
         future_classes: int = 0,
         split_classifier: bool = False,
+        background_logit: float | None = None,
+        background_residuals: int = 0,
         closed_form: dict[str, Any] | None = None,
         prototypes: dict[str, Any] | None = None,
         pixel_weights: dict[str, Any] | None = None,
@@ -107,13 +121,16 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         **kwargs: Any,
     ) -> None:
         new_rows = NewRows(classifier_init)
-        new_rows.check(unknown, future_classes)
-        if closed_form and (unknown or future_classes or split_classifier):
-            raise ValueError(
-                'closed_form replaces the classifier, and so do unknown, future_classes and split_classifier: '
-                'expected one of them'
-            )
-        _check_left_out(distillation or {})
+        form = ClassifierForm(
+            unknown=unknown,
+            future_classes=future_classes,
+            auxiliary=new_rows.name == AUXILIARY,
+            background_residuals=background_residuals,
+            closed_form=closed_form,
+            background_logit=background_logit,
+            split_classifier=split_classifier,
+        )
+        check_left_out(distillation or {})
         old_model = _with_current_names(old_model)
         self_cfg = copy.deepcopy(
             dict(backbone=backbone, decode_head=decode_head, neck=kwargs.get('neck'))
@@ -133,73 +150,36 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             check_flags(name, labeler, PseudoLabeler)
         for name, part in self.distillation.items():
             check_flags(f'distillation.{name}', part, DistillationPart)
-        _check_teachers(self.distillation, old_model)
+        num_old = old_model['num_old'] if old_model else 1
+        check_parts(self, form, old_model, prototypes)
+        check_start(new_rows, form, self.distillation)
+        check_losses(form, self._named_heads())
         self._old_model: OldModel | None = None
-        self._old_model_cfg = (
-            dict(old_model, model_cfg=self_cfg, unknown=unknown, closed_form=closed_form) if old_model else None
-        )
-        self.prototypes = self._build_prototypes(prototypes)
-        self.pixel_weights = (
-            MODELS.build(dict(pixel_weights, num_channels=self.num_classes)) if pixel_weights else None
-        )
+        self._old_model_cfg = None
+        if old_model:
+            # Of a model with residuals, which are as many as stages before it.
+            old_form = form.of_stage(max(background_residuals - 1, 0))
+            self._old_model_cfg = dict(old_model, model_cfg=self_cfg, form=old_form)
+        sizes = dict(num_channels=self.num_classes)
+        self.prototypes = MODELS.build(dict(prototypes, **sizes)) if prototypes is not None else None
+        self.pixel_weights = MODELS.build(dict(pixel_weights, **sizes)) if pixel_weights else None
         self.unknown, self.future_classes = unknown, future_classes
-        if unknown and UNKNOWN_LABEL in (*range(self.num_classes), self.decode_head.ignore_index):
-            raise ValueError(
-                f'unknown=True: label {UNKNOWN_LABEL} stands for the unknown class, expected at most '
-                f'{UNKNOWN_LABEL} channels and another ignore_index, got {self.num_classes} channels '
-                f'and ignore_index={self.decode_head.ignore_index}'
-            )
         # By head, the tensors with a row for each class.
         self.class_tensors = {name: class_tensors(name, head, head_cfgs[name]) for name, head in self._named_heads()}
         self.measured_classifier = None
         if new_rows.measured is not None:
             tensors = self.class_tensors['decode_head']
             self.measured_classifier = measured_classifier('decode_head', self.decode_head, tensors)
-        self._split_classifiers(split_classifier, old_model['num_old'] if old_model else 1)
-        # Those that a checkpoint of another method lacks, and that are not trained.
-        self.computed_tensors: tuple[str, ...] = ()
-        if closed_form:
-            check_only_conv_seg('closed_form', 'decode_head', self.decode_head, self.class_tensors['decode_head'])
-            expand_classifier(self.decode_head, **closed_form)
-            self.class_tensors['decode_head'][f'conv_seg.{ROWS}'] = 0
-            self.computed_tensors = tuple(f'decode_head.conv_seg.{name}' for name in (ROWS, EXPANSION))
-        self._check_attention()
+        for name, head in self._named_heads():
+            self.class_tensors[name] |= form.shape(name, head, self.class_tensors[name], num_old)
         freeze(self, frozen)
         self.frozen = tuple(frozen)
-
-    def _split_classifiers(self, asked: bool, num_old: int) -> None:
-        options = dict(unknown=self.unknown, future_classes=self.future_classes, split_classifier=asked)
-        option = next((f'{name}={value}' for name, value in options.items() if value), None)
-        for name, head in self._named_heads() if option else ():
-            check_only_conv_seg(option, name, head, self.class_tensors[name])
-            split_classifier(head, num_old, self.unknown, self.future_classes)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
         """As in ``nn.Module``, but frozen parts stay in eval mode."""
         super().train(mode)
         hold_in_eval(self, self.frozen)
         return self
-
-    def _check_attention(self) -> None:
-        if _need_attention(self.distillation.values()) and not hasattr(self.backbone, 'forward_with_attention'):
-            raise ValueError(
-                f'distillation asks for self-attention, which backbone {type(self.backbone).__name__} does not give: '
-                'expected a backbone with forward_with_attention (e.g. AttentionMixVisionTransformer), '
-                "or source='feature' in CRPDistillationLoss"
-            )
-
-    def _build_prototypes(self, cfg: dict[str, Any] | None) -> ClassPrototypes | None:
-        wanting = [
-            name
-            for name, part in self.distillation.items()
-            if flag(part, 'needs_prototypes', DistillationPart)
-        ]
-        if cfg is None and wanting:
-            raise ValueError(
-                f'distillation {", ".join(wanting)}: asks for prototypes, which the model does not '
-                "gather; expected prototypes=dict(type='ClassPrototypes')"
-            )
-        return MODELS.build(dict(cfg, num_channels=self.num_classes)) if cfg is not None else None
 
     @property
     def old_model(self) -> OldModel | None:
@@ -247,14 +227,14 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             for name, part in self.distillation.items()
             if taught or not flag(part, 'needs_teacher', DistillationPart)
         }
-        with_attention = _need_attention(parts.values())
+        asked = {f'with_{name}': _need(name, parts.values()) for name in ('attention', 'classifier')}
         # The old model runs first: its temporary memory is free again before the student keeps its activations.
-        teacher = self.old_model(inputs, with_attention) if taught else None
+        teacher = self.old_model(inputs, **asked) if taught else None
         if teacher is not None:
             teacher.earlier = tuple(model(inputs) for model in self.old_model.earlier)
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
-            outputs = run_segmentor(self, inputs, with_attention)
+            outputs = run_segmentor(self, inputs, **asked)
         weights = None
         if teacher is not None:
             given = labels
@@ -271,9 +251,17 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for part in parts.values():
             if hasattr(part, 'prepare'):  # a module that is no DistillationPart may lack it
                 part.prepare(teacher, labels, self.num_classes)
-        student, head_inputs = outputs or run_segmentor(self, inputs, with_attention)
+        student, head_inputs = outputs or run_segmentor(self, inputs, **asked)
         if teacher is not None:  # DDRNet has a further map in training, before the one that it always has
             student.features = student.features[-len(teacher.features) :]
+        if self.prototypes is not None:
+            self.prototypes.update(student.features, labels)
+            student.prototypes = self.prototypes
+        for part in parts.values():
+            # A module that is no DistillationPart may lack it.
+            own = part.image_weights(student, teacher, labels) if hasattr(part, 'image_weights') else None
+            if own is not None:
+                weights = own if weights is None else weights * own
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
@@ -281,9 +269,6 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             del heads['decode_head']
         with weighted_images(heads.values(), weights):
             losses.update(self._segmentation_losses(heads, student, head_inputs, targets))
-        if self.prototypes is not None:
-            self.prototypes.update(student.features, labels)
-            student.prototypes = self.prototypes
         for name, part in parts.items():
             key = f'loss_{name}'
             losses[key] = shared[key] if key in shared else part(student, teacher, labels)
@@ -332,16 +317,16 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     ) -> None:
         if self._old_model_cfg is not None:
             for name, head in self._named_heads():
-                measured = name == 'decode_head' and self.new_rows.measured is not None
+                decode_head = name == 'decode_head'
                 grow_head(
                     state_dict,
                     f'{prefix}{name}.',
                     head,
                     self.class_tensors[name],
                     self._old_model_cfg['num_old'],
-                    self.new_rows.grows_by(measured),
+                    self.new_rows.grows_by(decode_head),
                     # Rows that are still to be made are scaled behind that.
-                    self.new_rows.align_norms and not measured,
+                    self.new_rows.align_norms and not (decode_head and self.new_rows.measured is not None),
                 )
         wrong = shape_mismatches(state_dict, self, prefix)
         if wrong:
@@ -351,17 +336,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _need_attention(parts: Iterable[nn.Module]) -> bool:
-    return any(flag(part, 'needs_attention', DistillationPart) for part in parts)
-
-
-def _check_teachers(parts: Mapping[str, nn.Module], old_model: Mapping[str, Any] | None) -> None:
-    for name, part in parts.items():
-        if old_model and 'earlier' not in old_model and flag(part, 'needs_all_teachers', DistillationPart):
-            raise ValueError(
-                f'distillation.{name}: {type(part).__name__} needs the models of all stages; expected '
-                'old_model.earlier, a list of dict(checkpoint=..., num_old=...) for the stages before the old model'
-            )
+def _need(name: str, parts: Iterable[nn.Module]) -> bool:
+    return any(flag(part, f'needs_{name}', DistillationPart) for part in parts)
 
 
 def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -371,16 +347,6 @@ def _with_current_names(old_model: Mapping[str, Any] | None) -> dict[str, Any] |
     warn_renamed('old_model.num_classes', 'old_model.num_old')
     options = dict(old_model)
     return dict(num_old=options.pop('num_classes'), **options)
-
-
-def _check_left_out(distillation: Mapping[str, Any]) -> None:
-    """Checks the names of parts that are removed by None: a name close to that of another part is a misspelling."""
-    present = [name for name, cfg in distillation.items() if cfg is not None]
-    for name, cfg in distillation.items():
-        if cfg is None and any(one_slip(name, other) for other in present):
-            raise ValueError(
-                f'distillation.{name}=None leaves nothing out{near_match(name, present)}; expected one of {present}'
-            )
 
 
 def _prefix(name: str) -> str:

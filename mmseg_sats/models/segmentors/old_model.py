@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from mmseg.models import EncoderDecoder
 from torch import Tensor
 
 from mmseg_sats.models.heads.classifier import shape_mismatches
-from mmseg_sats.models.heads.closed_form import expand_classifier
-from mmseg_sats.models.heads.unknown import SplitClassifier, split_classifier
+from mmseg_sats.models.heads.classifier_form import ClassifierForm
+from mmseg_sats.models.heads.linear_classifier import seen_classifier
+from mmseg_sats.models.heads.split_classifier import UNKNOWN
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 
 def run_segmentor(
-    model: EncoderDecoder, inputs: Tensor, with_attention: bool
+    model: EncoderDecoder, inputs: Tensor, with_attention: bool = False, with_classifier: bool = False
 ) -> tuple[SegmentorOutput, tuple[Tensor, ...]]:
     """Runs a segmentor once and returns everything that losses may need.
 
@@ -31,6 +33,8 @@ def run_segmentor(
         inputs: preprocessed images (B, 3, H, W).
         with_attention: whether to return the backbone's attention maps; the backbone must then have
             ``forward_with_attention``.
+        with_classifier: whether to return the decode head's classifier and its input; the head must then end in
+            ``conv_seg``.
 
     Returns:
         The output (logits (B, K, h, w) at the head's resolution, the encoder's feature maps, the
@@ -43,16 +47,17 @@ def run_segmentor(
     else:
         features = model.backbone(inputs)
     head_inputs = model.neck(features) if model.with_neck else features
-    output = model.decode_head(head_inputs)
+    with seen_classifier(model.decode_head) if with_classifier else nullcontext([None]) as classifiers:
+        output = model.decode_head(head_inputs)
     logits, *more = output if isinstance(output, tuple) else (output,)
     beside = {}
-    if logits.shape[1] > model.out_channels:  # see split_classifier
+    if logits.shape[1] > model.out_channels:  # see SplitClassifier
         logits, extra = logits[:, : model.out_channels], logits[:, model.out_channels :]
-        beside = dict.fromkeys(model.decode_head.conv_seg.extra, extra)  # of one kind alone
+        beside = {model.decode_head.conv_seg.beside: extra}
     # Some backbones, e.g. DDRNet, return a single map outside of training.
     features = (features,) if isinstance(features, Tensor) else tuple(features)
     return SegmentorOutput(
-        logits, features, attentions, model.align_corners, **beside, more=tuple(more)
+        logits, features, attentions, model.align_corners, **beside, more=tuple(more), last_layer=classifiers[-1]
     ), head_inputs
 
 
@@ -82,9 +87,8 @@ class OldModel:
         model_cfg: dict[str, Any],
         num_old: int,
         checkpoint: str,
-        unknown: bool = False,
+        form: ClassifierForm | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
-        closed_form: dict[str, Any] | None = None,
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -93,13 +97,16 @@ class OldModel:
             num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
             unknown: whether the model has an unknown class.
+            form: of its classifier; mmseg's own if not given.
             earlier: ``num_old`` and ``checkpoint`` of the models of the stages before.
-            closed_form: the options of its closed-form classifier, if it has one.
 
         Raises:
             ValueError: the snapshot lacks tensors or has some of another shape.
         """
-        before = [cls.from_checkpoint(model_cfg, unknown=unknown, **own) for own in earlier]
+        form = form or ClassifierForm()
+        before = [
+            cls.from_checkpoint(model_cfg, form=form.of_stage(stage), **own) for stage, own in enumerate(earlier)
+        ]
         model_cfg = copy.deepcopy(model_cfg)
         head = model_cfg['decode_head']
         # Assigned by key, because mmengine's ConfigDict.update would merge the arguments of both losses.
@@ -108,10 +115,7 @@ class OldModel:
         for key in ('init_cfg', 'pretrained'):
             model_cfg['backbone'].pop(key, None)
         model = revert_sync_batchnorm(EncoderDecoder(**model_cfg))
-        if unknown:
-            split_classifier(model.decode_head, num_old)
-        if closed_form:
-            expand_classifier(model.decode_head, **closed_form)
+        form.shape('decode_head', model.decode_head, (), num_old)
         state_dict = load_checkpoint_safely(checkpoint)['state_dict']
         missing = [key for key in model.state_dict() if key not in state_dict]
         wrong = [f'{key}: missing' for key in missing] + shape_mismatches(state_dict, model)
@@ -125,8 +129,8 @@ class OldModel:
         return cls(model, before)
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, with_attention: bool = False) -> SegmentorOutput:
-        """The old model's output for images (B, 3, H, W), without gradients."""
+    def __call__(self, inputs: Tensor, **asked: bool) -> SegmentorOutput:
+        """The old model's output for images (B, 3, H, W), without gradients; ``asked`` as in :func:`run_segmentor`."""
         # The student's .to() and .double() do not move the old model, so it is moved here, but only if needed:
         # Module.to visits every tensor.
         own = next(self.model.parameters())
@@ -137,10 +141,10 @@ class OldModel:
             self._cast.clear()
         lower = autocast_dtype(inputs.device)
         if lower is None or dtype != torch.float32:
-            return run_segmentor(self.model, inputs, with_attention)[0]
+            return run_segmentor(self.model, inputs, **asked)[0]
         if (inputs.device, lower) not in self._cast:
-            return self._run_and_cast(inputs, with_attention, lower)
-        return run_segmentor(self._cast[inputs.device, lower], inputs, with_attention)[0]
+            return self._run_and_cast(inputs, lower, asked)
+        return run_segmentor(self._cast[inputs.device, lower], inputs, **asked)[0]
 
     def on_test_images(self, inputs: Tensor, test_cfg: Mapping[str, Any] | None) -> SegmentorOutput:
         """The output for images of any size, as the model is tested: in windows, or the whole images at once.
@@ -158,16 +162,16 @@ class OldModel:
         return SegmentorOutput(logits[:, :known], (), align_corners=self.model.align_corners, unknown=unknown)
 
     def _run_and_cast(
-        self, inputs: Tensor, with_attention: bool, dtype: torch.dtype
+        self, inputs: Tensor, dtype: torch.dtype, asked: Mapping[str, bool]
     ) -> SegmentorOutput:
         """Makes the copy for autocast. If its output is not exactly the same, the model itself is used instead.
 
         The output can differ if a model uses a weight for more than a multiplication.
         """
-        expected = run_segmentor(self.model, inputs, with_attention)[0]
+        expected = run_segmentor(self.model, inputs, **asked)[0]
         try:
             faster = with_cast_weights(self.model, dtype)
-            same = _equal(expected, run_segmentor(faster, inputs, with_attention)[0])
+            same = _equal(expected, run_segmentor(faster, inputs, **asked)[0])
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation with tensors of different dtypes
@@ -227,7 +231,7 @@ class _Windows:
         self.test_cfg = ConfigDict(test_cfg)
         model = old_model.model
         classifier = getattr(model.decode_head, 'conv_seg', None)
-        self.out_channels = model.out_channels + isinstance(classifier, SplitClassifier)
+        self.out_channels = model.out_channels + hasattr(classifier, UNKNOWN)
 
     def encode_decode(self, inputs: Tensor, _: Any) -> Tensor:
         """Logits of a window at its size."""
