@@ -124,6 +124,16 @@ def test_the_stages_of_voc_share_its_images_out(name: str, voc: tuple[np.ndarray
     assert np.array_equal(np.sort(np.concatenate(stages)), with_class)
 
 
+def test_a_protocol_of_finer_stages_divides_the_same_images(voc: tuple[np.ndarray, np.ndarray]) -> None:
+    presence, dealt = voc
+    coarse, fine = (
+        [select_train(presence, stage, 'partitioned', dealt).tolist() for stage in Protocol(name).stages]
+        for name in ('15-5', '15-1')
+    )
+    assert coarse[0] == fine[0]
+    assert coarse[1] == sorted(row for rows in fine[1:] for row in rows)
+
+
 def test_a_deal_of_voc_is_even(voc: tuple[np.ndarray, np.ndarray]) -> None:
     presence, dealt = voc
     assert presence[np.arange(len(presence)), dealt].all()
