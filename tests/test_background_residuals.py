@@ -151,7 +151,7 @@ def test_it_cannot_be_exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ('options', 'message'),
     [
         (dict(background_residuals=-1), r"background_residuals=-1: expected '\$stage'"),
-        (dict(background_residuals=1, unknown=True), r'expected 0 with unknown=True'),
+        (dict(background_residuals=1, unknown=True), r'unknown=True and background_residuals=1 do not go together'),
         (dict(distillation=PARTS, old_model=dict(checkpoint='', num_old=2)), r'asks for residuals of background'),
     ],
 )

@@ -72,9 +72,9 @@ NOT_LISTED = re.compile(
 # Files that the runs of these tests have no reason to write, and the module that says their names.
 SOMETIMES = {
     'stage_k/held_out.json': 'engine/hooks/best_epoch_hook.py',
-    'stage_k/new_rows.npz': 'engine/hooks/new_rows_hook.py',
-    'stage_k/closed_form.npz': 'engine/hooks/closed_form_hook.py',
-    'stage_k/prototypes.npz': 'engine/hooks/prototype_hook.py',
+    'stage_k/new_rows.npz': 'engine/hooks/methods/new_rows_hook.py',
+    'stage_k/closed_form.npz': 'engine/hooks/methods/closed_form_hook.py',
+    'stage_k/prototypes.npz': 'engine/hooks/methods/prototype_hook.py',
     'rehearsal.log': 'engine/checks/rehearsal.py',
 }
 

@@ -82,7 +82,7 @@ def test_nothing_waits_behind_the_last_stage(tmp_path: Path) -> None:
     load_checkpoint(new, path)
     assert new.state_dict().keys() == build(model_cfg(OLD + FUTURE)).state_dict().keys()
     bare = save_weights(build(model_cfg(OLD)), tmp_path / 'bare.pth')
-    with pytest.raises(ValueError, match="'future' needs a checkpoint with rows for 3 future classes, found 0"):
+    with pytest.raises(ValueError, match=r"'future' needs a checkpoint with rows decode_head\.conv_seg\.future"):
         load_checkpoint(new, bare)
 
 

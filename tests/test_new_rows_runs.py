@@ -24,8 +24,8 @@ from mmseg_sats.engine.config.method_hooks import hooks_of_parts
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.engine.hooks import new_rows_hook
-from mmseg_sats.engine.hooks.new_rows_hook import NewRowsHook, windows
-from mmseg_sats.engine.hooks.pretuning import _loader_cfg, pretune
+from mmseg_sats.engine.hooks.methods.new_rows_hook import NewRowsHook, windows
+from mmseg_sats.engine.hooks.methods.pretuning import _loader_cfg, pretune
 from mmseg_sats.models.heads.new_rows import PretunedStart, RowMixture
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
 from mmseg_sats.protocol import Protocol

@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_sats.engine.hooks.prototype_hook import PrototypeHook
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import (
+from mmseg_sats.engine.hooks.methods.prototype_hook import PrototypeHook
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import (
     PseudoLabelThresholdHook,
     training_images_once,
 )

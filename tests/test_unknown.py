@@ -132,7 +132,7 @@ def test_new_rows_begin_as_unknown(tmp_path: Path) -> None:
 def test_a_start_without_unknown_is_named(tmp_path: Path) -> None:
     path = save_weights(build(model_cfg(NUM_OLD)), tmp_path / 'old.pth')
     model = build(ssul_cfg(NUM_NEW, old_model=dict(checkpoint=path, num_old=NUM_OLD)))
-    with pytest.raises(ValueError, match=r"classifier_init='unknown' needs .* unknown class"):
+    with pytest.raises(ValueError, match=r"classifier_init='unknown' needs .* rows decode_head\.conv_seg\.unknown"):
         load_checkpoint(model, path)
 
 

@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS, RUNNERS
 from torch import Tensor, nn
 
 from mmseg_sats.engine import ResumableTrainLoop
-from mmseg_sats.engine.hooks.weight_fusion_hook import fused
+from mmseg_sats.engine.hooks.methods.weight_fusion_hook import fused
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.small_models import (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.engine.hooks.pretuning import pretune
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.pretuning import pretune
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.functional.new_rows import align_norms
 from mmseg_sats.models.heads.classifier import Rows

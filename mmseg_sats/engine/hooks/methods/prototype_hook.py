@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.models.padding import with_padding
 from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
 from mmseg_sats.utils.checkpoint import write_atomically

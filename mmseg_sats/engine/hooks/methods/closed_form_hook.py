@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.engine.hooks.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
 from mmseg_sats.models.padding import with_padding, without_padding

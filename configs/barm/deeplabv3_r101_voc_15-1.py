@@ -1,0 +1,2 @@
+_base_ = ['../_base_/deeplabv3_r101_voc.py', './barm.py']
+protocol = '15-1'

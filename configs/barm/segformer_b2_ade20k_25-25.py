@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b2_ade20k.py', './barm.py']
+protocol = '25-25'

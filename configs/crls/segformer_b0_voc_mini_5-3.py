@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b0_voc_mini.py', './crls.py']
+protocol = '5-3'

@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b2_ade20k.py', './dkd.py']
+protocol = '25-25'
+memory = 300

@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b2_voc.py', './dkd.py']
+protocol = '15-1'

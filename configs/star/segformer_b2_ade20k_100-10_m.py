@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b2_ade20k.py', './star.py']
+protocol = '100-10'
+memory = 300
