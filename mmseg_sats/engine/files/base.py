@@ -83,6 +83,7 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
         f'{key}: not in the model'
         for key in state_dict
         if key not in own and key.split('.')[0] in parts and not key.endswith(_BUFFERS) and '.loss_decode.' not in key
+        and not is_auxiliary(key)
     ]
     problems += shape_mismatches(state_dict, model)
     if problems:
