@@ -236,6 +236,14 @@ def test_a_softmax_head_as_base_predicts_as_before(tmp_path: Path) -> None:
     torch.testing.assert_close(mine.seg_logits.data.softmax(0), theirs.seg_logits.data.softmax(0), rtol=0, atol=1e-5)
 
 
+def test_a_stage_0_of_dkd_is_a_base_without_its_auxiliary_row(tmp_path: Path) -> None:
+    old = build(dkd_cfg(NUM_NEW))
+    path = Path(save_weights(old, tmp_path / 'base.pth'))
+    other = build(dkd_cfg(NUM_NEW, classifier_init='random', distillation={}), seed=1)
+    adopted = adopt_base(other, path, [str(c) for c in range(NUM_NEW)])
+    assert set(adopted) == set(other.state_dict()) == {key for key in old.state_dict() if not is_auxiliary(key)}
+
+
 def test_a_constant_row_is_loaded_bit_for_bit() -> None:
     one = SplitClassifier(4, NUM_NEW, NUM_OLD, background_logit=0.3)
     saved = one.state_dict()

@@ -60,7 +60,7 @@ def _from_spare(old: Rows, fresh: Rows, spare: Rows | None) -> Rows:
     """New classes start as copies of the row that was trained for them.
 
     This is the unknown class, which they were a part of so far (SSUL, section 3.2), or the auxiliary classifier, which
-    has learned to reject what every stage so far showed (DKD, section 3.3).
+    has learned to reject what every stage so far showed (DKD).
     """
     num_new = fresh[0].shape[0] - old[0].shape[0]
     return tuple(torch.cat([rows, *[row] * num_new]) for rows, row in zip(old, spare, strict=True))
