@@ -10,4 +10,7 @@ classifier_init = 'auxiliary'
 
 method_initial_stage = dict(model=dict(background_logit=0.0), segmentation_loss=dict(pos_weight=2.0))
 # Both models' features are compared without the noise of dropout.
-method_later_stages = dict(model=dict(background_logit=0.0, decode_head=dict(dropout_ratio=0.0)))
+# New rows, which nothing but their own few pixels raises, learn ten times as fast, as published.
+method_later_stages = dict(
+    model=dict(background_logit=0.0, decode_head=dict(dropout_ratio=0.0)),
+    optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'decode_head.conv_seg.new': dict(lr_mult=10.0)})))

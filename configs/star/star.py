@@ -10,10 +10,12 @@ classifier_init = 'random'
 
 method_initial_stage = dict(
     model=dict(background_logit=0.0, prototypes=dict(type='ReplayPrototypes', setting='$setting')))
-# No loss trains the old classes' rows, so weight decay must not change them either.
+# No loss trains the old classes' rows, so weight decay must not change them either. New rows learn faster, as published.
 method_later_stages = dict(
     model=dict(
         background_logit=0.0,
         prototypes=dict(type='ReplayPrototypes', setting='$setting'),
         decode_head=dict(dropout_ratio=0.0)),
-    optim_wrapper=dict(paramwise_cfg=dict(custom_keys={'decode_head.conv_seg.old': dict(decay_mult=0.0)})))
+    optim_wrapper=dict(paramwise_cfg=dict(custom_keys={
+        'decode_head.conv_seg.old': dict(decay_mult=0.0),
+        'decode_head.conv_seg.new': dict(lr_mult=10.0)})))

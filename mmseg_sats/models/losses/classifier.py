@@ -56,8 +56,7 @@ class AuxiliaryClassifierLoss(ClassifierLoss):
     """BCE(auxiliary logit, 0), the mean over all pixels at the labels' size, on features that get no gradient.
 
     It trains the auxiliary classifier to reject everything that a stage shows; the next stage's new classes start from
-    it (``classifier_init='auxiliary'``), so that they begin with the old stages' images among their negatives (DKD,
-    section 3.3).
+    it (``classifier_init='auxiliary'``), so that they begin with the old stages' images among their negatives (DKD).
 
     Args:
         loss_weight: factor of the loss, 1 published.

@@ -31,7 +31,7 @@ class PrototypeReplayLoss(ClassifierLoss):
     E_c is the mean of BCE(x_new, 0) over drawn features of class c, E_0 that over the positions of background, and
     x_new are the logits of the new classes. This part is the sum without L / (1 + r + b), and the images' weights in
     the segmentation loss are 1 / (1 + r + b). Background are the positions without a label for which the old model
-    predicts it. (STAR, section 3.3)
+    predicts it. (STAR)
 
     Args:
         most: how many features of old classes a process draws for a batch at most; more are stood for by these.
