@@ -241,7 +241,7 @@ def test_a_stage_0_of_dkd_is_a_base_without_its_auxiliary_row(tmp_path: Path) ->
     path = Path(save_weights(old, tmp_path / 'base.pth'))
     other = build(dkd_cfg(NUM_NEW, classifier_init='random', distillation={}), seed=1)
     adopted = adopt_base(other, path, [str(c) for c in range(NUM_NEW)])
-    assert set(adopted) == set(other.state_dict()) == {key for key in old.state_dict() if not is_auxiliary(key)}
+    assert set(adopted) == set(other.state_dict()) == {key for key in old.state_dict() if not is_of_one_method(key)}
 
 
 def test_a_constant_row_is_loaded_bit_for_bit() -> None:
