@@ -96,7 +96,7 @@ def test_nothing_is_read_unless_a_part_asks(snapshots: list[dict]) -> None:
     model = build(model_cfg(7, old_model=snapshots[-1], distillation=parts)).train()
     model.loss(images(), samples(torch.zeros(2, 64, 64, dtype=torch.long)))
     assert model.old_model.earlier == ()
-    with pytest.raises(ValueError, match=r'distillation.output: AccumulativeDistillationLoss needs the models of all'):
+    with pytest.raises(ValueError, match=r'distillation output needs the models of all stages'):
         build(model_cfg(7, old_model=snapshots[-1], distillation=dict(output=PART)))
 
 

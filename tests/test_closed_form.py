@@ -110,7 +110,7 @@ def test_what_a_model_refuses() -> None:
         build(crls_cfg(3, unknown=True))
     tokens = dict(type='SegmenterMaskTransformerHead', in_channels=32, in_index=3, channels=8, num_layers=1,
                   num_heads=2, embed_dims=8, num_classes=3)  # fmt: skip
-    with pytest.raises(TypeError, match=r'closed_form: decode_head .* in which the classifier conv_seg'):
+    with pytest.raises(TypeError, match=r'closed_form=.*: decode_head .* in which the classifier conv_seg'):
         build(crls_cfg(3) | dict(decode_head=tokens))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmseg_sats.engine.config.method_hooks import hooks_of_parts
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.files.snapshot import write_weights
-from mmseg_sats.engine.hooks import new_rows_hook
+from mmseg_sats.engine.hooks.methods import new_rows_hook
 from mmseg_sats.engine.hooks.methods.new_rows_hook import NewRowsHook, windows
 from mmseg_sats.engine.hooks.methods.pretuning import _loader_cfg, pretune
 from mmseg_sats.models.heads.new_rows import PretunedStart, RowMixture
