@@ -1,13 +1,17 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What the tests share: a cache of their own, one drawing of the shapes, small configs."""
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmengine.config import Config, config
+from mmengine.model import utils as model_utils
+from mmengine.optim.optimizer import default_constructor
 from mmengine.registry import RUNNERS
 from yapf.yapflib import yapf_api
 
@@ -32,10 +36,16 @@ def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def quick_runs() -> Iterator[None]:
     """Nearly half of a small run's time, which no test is about, is not spent.
 
-    The text of configs is not laid out, unless a test asks for ``laid_out_configs``, and garbage is not looked
-    for among the libraries' objects. Processes that a test starts do both.
+    The text of configs is not laid out, unless a test asks for ``laid_out_configs``, garbage is not looked
+    for among the libraries' objects, mmengine does not look for mmcv at every layer, and it does not log the options of
+    every parameter. Processes that a test starts do all this.
     """
     patch = pytest.MonkeyPatch()
+    for module in (default_constructor, model_utils):
+        patch.setattr(module, 'mmcv_full_available', functools.cache(module.mmcv_full_available))
+    patch.setattr(default_constructor, 'print_log', lambda *_, **__: None)
+    if not torch.cuda.is_available():  # every seed would be noted for a GPU, with the stack of calls
+        patch.setattr(torch.cuda, '_lazy_call', lambda *_, **__: None)
     for module in LAYING_OUT:
         patch.setattr(module, 'FormatCode', lambda text, **_: (f'{text}\n', True))
     gc.collect()

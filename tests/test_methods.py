@@ -67,20 +67,23 @@ def check_exemplars(folder: Path, budget: int, num_classes: int) -> None:
         assert len({item['stands_for'] for item in exemplars}) == num_classes
 
 
-@pytest.mark.parametrize(('method', 'memory'), RUNS, ids=RUN_NAMES)
-def test_two_iterations_of_every_stage(
-    method: str, memory: bool, shapes_cfg: Callable[..., Config], tmp_path: Path
-) -> None:
-    budget = 6 if memory else 0
-    cfg = shapes_cfg(method, batch_size=4, memory=budget)
-    if cfg.protocol != 'joint':
-        cfg.protocol = '4-1'  # the fewest stages that hold a second later one
-    stages = two_iterations_a_stage(cfg)['stages']
-    assert len(stages) == (1 if cfg.protocol == 'joint' else 3)
-    for stage in range(1 if method in TRAINED_ONCE else len(stages)):
-        check_stage(stage, tmp_path / f'run/stage_{stage}')
-        if len(stages) > 1:
-            check_exemplars(tmp_path / f'run/stage_{stage}', budget, 4 + stage)
+@pytest.mark.parametrize('method', METHODS)
+def test_two_iterations_of_every_stage(method: str, shapes_cfg: Callable[..., Config], tmp_path: Path) -> None:
+    """Without memory, and with one on the same stage 0."""
+    for budget in (0,) if method in WITHOUT_MEMORY else (0, 6):
+        run = tmp_path / f'memory_{budget}'
+        cfg = shapes_cfg(method, run.name, batch_size=4, memory=budget)
+        if cfg.protocol != 'joint':
+            cfg.protocol = '4-1'  # the fewest stages that hold a second later one
+        if budget:
+            cfg.base = str(tmp_path / 'memory_0/stage_0/snapshot.pth')
+        stages = two_iterations_a_stage(cfg)['stages']
+        assert len(stages) == (1 if cfg.protocol == 'joint' else 3)
+        for stage in range(1 if method in TRAINED_ONCE else len(stages)):
+            if stage or not budget:
+                check_stage(stage, run / f'stage_{stage}')
+            if len(stages) > 1:
+                check_exemplars(run / f'stage_{stage}', budget, 4 + stage)
 
 
 @pytest.mark.slow

@@ -1,2 +1,3 @@
 _base_ = ['../_base_/segformer_b0_voc_mini.py', './crls.py']
 protocol = '15-5'
+expansion_width = 1024
