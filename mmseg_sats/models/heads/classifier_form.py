@@ -19,7 +19,7 @@ _ALTERNATIVES = ('unknown', 'future_classes', 'auxiliary', 'background_residuals
 
 
 def is_of_one_method(key: str) -> bool:
-    """Whether a tensor is one that only some methods' classifiers have, and that the prediction can do without.
+    """Whether a tensor is one that only some methods' classifiers have.
 
     A model of such a method takes stage 0 from a checkpoint that lacks it, and another model does not need it.
     """
@@ -62,7 +62,7 @@ class ClassifierForm:
             )
         given = self._given()
         excluded = [name for name in _ALTERNATIVES if name in given]
-        # These two have a background of their own.
+        # These have a background of their own.
         without_constant = {'unknown', 'background_residuals', 'closed_form'} & given.keys()
         if without_constant and constant is not None:
             excluded.append('background_logit')
