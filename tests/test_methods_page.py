@@ -64,8 +64,7 @@ def quoted(*cells: str) -> set[str]:
 def term(part: dict[str, Any]) -> str:
     """A part of the sum as the tables write it: its weight, its name, and its further weights in brackets."""
     weight = part.get('loss_weight', 1.0)
-    words = {1.0: '', '$num_old': 'K_o '}
-    factor = words[weight] if weight in words else f'{weight:g} '
+    factor = 'K_o ' if weight == '$num_old' else '' if weight == 1 else f'{weight:g} '
     further = [f'{value:g}' for name, value in part.items() if name.endswith('_weight') and name != 'loss_weight']
     return f'{factor}`{part["type"]}`' + (f' ({", ".join(further)})' if further else '')
 
