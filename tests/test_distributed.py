@@ -35,8 +35,7 @@ crop_size = 40
 train_images = 25
 val_images = 13
 batch_size = {batch_size}
-epochs = 4
-later_stages = dict(epochs=2)
+epochs = 2
 report = None
 rehearsal = None
 norm_cfg = dict(_delete_=True, type='GN', num_groups=8)
@@ -131,7 +130,7 @@ def read(work_dir: Path, stage: int, name: str) -> list:
 def test_two_processes_have_the_losses_of_one(stage: int, one: Path, two: tuple[Path, str, str]) -> None:
     """In double precision, with SATS-M, although the two were stopped and resumed."""
     alone, together = (read(work_dir, stage, 'losses') for work_dir in (one, two[0]))
-    assert len(alone) == len(together) >= 20
+    assert len(alone) == len(together) >= 10
     names = {'loss', 'decode.loss_ce'} | ({'loss_attention', 'loss_output'} if stage else set())
     assert names == {name for name in alone[0] if 'loss' in name}
     for expected, got in zip(alone, together, strict=True):
