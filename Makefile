@@ -29,7 +29,7 @@ demo: $(STAMP) ## FT, SATS and joint on the embedded data: what each forgets
 	$(PY) -W ignore tools/demo.py $(ARGS)
 
 test: $(STAMP) ## the test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes
 	OMP_NUM_THREADS=2 $(PY) -m pytest -m slow $(ARGS)

@@ -22,6 +22,19 @@ FORMAT_CODE = yapf_api.FormatCode
 # Who asks yapf: mmengine 0.10.7 by a name of its own, the fork by yapf's.
 LAYING_OUT = tuple(module for module in (config_text, yapf_api, config) if hasattr(module, 'FormatCode'))
 
+# The files that take longest, which come first: then no process of pytest-xdist has a long one left at the end.
+LONGEST = (
+    'test_resume', 'test_distributed', 'test_methods', 'test_surroundings', 'test_run_table', 'test_rehearsal',
+    'test_own_configs', 'test_incremental_runner', 'test_memory_runs', 'test_add_classes', 'test_own_data',
+    'test_packaging', 'test_bad_input', 'test_numbers', 'test_new_rows_runs', 'test_configs',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first; within a file the order stays."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope='session', autouse=True)
 def class_index_cache(tmp_path_factory: pytest.TempPathFactory) -> None:

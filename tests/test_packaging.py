@@ -332,7 +332,7 @@ def test_make_passes_words_on(checkout: Path) -> None:
     assert make(checkout, 'test', 'ARGS=-k sats', 'PIP_ARGS=--no-index').returncode == 0
     done = calls(checkout)
     assert 'install --no-index ' in done[0]
-    assert done[-1] == '-m pytest -n 2 --dist loadfile -m not slow -k sats'
+    assert done[-1] == '-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow -k sats'
     assert make(checkout, 'lint', 'test-slow').returncode == 0
     assert calls(checkout) == ['-m ruff check .', '-m pytest -m slow']
 
