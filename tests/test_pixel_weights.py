@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.functional import certainty_weights, class_balance_weights
 from mmseg_sats.models import SegmentorOutput, UncertaintyBalanceWeights
+from mmseg_sats.models.pixel_losses.image_weights import product_of_weights
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
 from tests.tensors import random_labels, random_tensor
 
@@ -61,6 +62,16 @@ def by_loop(labels: Tensor, completed: Tensor, logits: Tensor, counts: list[int]
             weight *= min(max(sum(counts[1:]) / (len(present) * counts[label]), low), high)
         result[image, y, x] = weight
     return result / result.mean()
+
+
+def test_weights_of_images_and_of_pixels_are_multiplied() -> None:
+    """Also where there are as many images as columns, which a plain product would take for one another."""
+    of_images, more = random_tensor(3), random_tensor(3, seed=1)
+    of_pixels = random_tensor(3, 2, 3, seed=2)
+    expected = torch.stack([of_pixels[i] * of_images[i] * more[i] for i in range(3)])
+    assert torch.allclose(product_of_weights([of_images, None, of_pixels, more]), expected)
+    assert torch.equal(product_of_weights([of_images, more]), of_images * more)
+    assert product_of_weights([None]) is None
 
 
 @pytest.mark.parametrize('limit', [0.5, 0.9])

@@ -5,6 +5,7 @@ A head gets a weight for every pixel from its pixel sampler and passes it to its
 losses of a batch are computed, the sampler is replaced by one that returns the weights.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,14 @@ from torch import Tensor
 def weights_of_pixels(weights: Tensor, labels: Tensor) -> Tensor:
     """Weights (B, H, W) of the pixels of labels (B, H, W), from those or from weights (B,) of the images."""
     return weights if weights.dim() == 3 else weights[:, None, None].expand_as(labels)
+
+
+def product_of_weights(weights: Iterable[Tensor | None]) -> Tensor | None:
+    """The product of weights (B,) of images and (B, H, W) of pixels, (B, H, W) if one of them is; None without any."""
+    given = [one for one in weights if one is not None]
+    if any(one.dim() == 3 for one in given):
+        given = [one if one.dim() == 3 else one[:, None, None] for one in given]
+    return math.prod(given[1:], start=given[0]) if given else None
 
 
 class ImageWeightSampler(BasePixelSampler):
