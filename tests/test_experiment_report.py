@@ -16,7 +16,7 @@ from mmseg_sats.engine.experiments.report import (
     read_published,
     to_csv,
 )
-from mmseg_sats.engine.experiments.run_table import PUBLISHED
+from mmseg_sats.engine.experiments.run_table import PUBLISHED, PUBLISHED_NEWER
 from mmseg_sats.engine.experiments.tables import TABLES, Part, Row
 from tests.shared import shared_path
 
@@ -75,6 +75,19 @@ def test_every_published_figure_has_a_row(published: Published) -> None:
         for row in part.rows
     }
     assert {key[:4] for key in published} <= rows
+
+
+def test_figures_of_newer_methods_are_shown_beside_theirs(published: Published) -> None:
+    newer = read_published(PUBLISHED_NEWER)
+    assert not published.keys() & newer.keys()
+    methods = {key[2] for key in newer}
+    assert methods <= {path.name for path in (Path(__file__).parents[1] / 'configs').iterdir()}
+    assert {key[:2] for key in newer} == {('table1', 'systems')}
+    figures = [figures for networks in newer.values() for figures in networks.values()]
+    assert all(0 < float(figure) < 100 for each in figures for figure in each.values() if figure)
+    assert all(each['all'] and bool(each['base']) == bool(each['new']) for each in figures)
+    row = Cell(Part('systems', '', ()), Row('star', method='star'), '15-1', 0, ())
+    assert join_published('table1', row, newer) == ('DeepLabV3', dict(base='79.5', new='50.6', all='72.9'))
 
 
 def test_no_published_figure_is_lost_or_changed(published: Published) -> None:

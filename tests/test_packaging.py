@@ -167,6 +167,7 @@ def test_the_wheel_holds_package_configs_tools_and_model_index(wheel: zipfile.Zi
         'mmseg_sats/functional/features/crp_loss.py',
         'mmseg_sats/datasets/checks/published_counts.csv',
         'mmseg_sats/engine/experiments/published.csv',
+        'mmseg_sats/engine/experiments/published_newer.csv',
         'mmseg_sats/visualization/report/templates/report.html.j2',
         'mmseg_sats/.mim/configs/sats/metafile.yml',
     } <= installed

@@ -51,16 +51,17 @@ class Line:
     network: str = ''
 
 
-def read_published(path: Path) -> Published:
-    """The paper's figures: (table, part, method, variant, memory, protocol) to network to base, new, all.
+def read_published(*paths: Path) -> Published:
+    """Published figures: (table, part, method, variant, memory, protocol) to network to base, new, all.
 
     Lines that begin with ``#`` name the source.
     """
-    lines = [line for line in path.read_text().splitlines() if not line.startswith('#')]
     figures: Published = {}
-    for row in csv.DictReader(lines):
-        key = tuple(row[name] for name in ('table', 'part', 'method', 'variant', 'memory', 'protocol'))
-        figures.setdefault(key, {})[row['network']] = {name: row[name] for name in PUBLISHED}
+    for path in paths:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith('#')]
+        for row in csv.DictReader(lines):
+            key = tuple(row[name] for name in ('table', 'part', 'method', 'variant', 'memory', 'protocol'))
+            figures.setdefault(key, {})[row['network']] = {name: row[name] for name in PUBLISHED}
     return figures
 
 
