@@ -15,8 +15,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, RUNNERS
 from torch import Tensor, nn
 
-from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.export.stock import export_stage
+from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.hooks.methods import closed_form_hook as module
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
