@@ -50,8 +50,8 @@ def export_stage(stage_dir: Path, out: Path, safetensors: bool = False) -> tuple
         )
     if cfg.model.get('closed_form'):
         raise ValueError(
-            f'{stage_dir} cannot be exported: its classifier is computed on an expansion of the features (closed_form), '
-            'which no stock head has'
+            f'{stage_dir} cannot be exported: its classifier is computed on an expansion of the features '
+            '(closed_form), which no stock head has'
         )
     stock = stock_config(cfg, model.dataset_meta)
     # Without what no prediction reads.
