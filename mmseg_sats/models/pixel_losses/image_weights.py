@@ -18,6 +18,15 @@ def weights_of_pixels(weights: Tensor, labels: Tensor) -> Tensor:
     return weights if weights.dim() == 3 else weights[:, None, None].expand_as(labels)
 
 
+def product(one: Tensor | None, other: Tensor | None, labels: Tensor) -> Tensor | None:
+    """The product of weights (B,) of images or (B, H, W) of the pixels of labels (B, H, W); None stands for 1."""
+    if one is None or other is None:
+        return other if one is None else one
+    if one.dim() != other.dim():
+        one, other = (weights_of_pixels(weights, labels) for weights in (one, other))
+    return one * other
+
+
 class ImageWeightSampler(BasePixelSampler):
     """Gives every pixel its own weight or that of its image, times its weight from the head's own sampler.
 

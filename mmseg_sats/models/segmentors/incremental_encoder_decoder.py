@@ -22,7 +22,7 @@ from mmseg_sats.models.heads.split_classifier import AUXILIARY
 from mmseg_sats.models.heads.unknown import fold_unknown
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
-from mmseg_sats.models.pixel_losses.image_weights import weighted_images, weights_of_pixels
+from mmseg_sats.models.pixel_losses.image_weights import product, weighted_images
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -242,8 +242,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
                 labels, data_samples, self._labelers, outputs and outputs[0], teacher
             )
             if self.pixel_weights is not None:
-                own = self.pixel_weights(given, labels, teacher)
-                weights = own if weights is None else own * weights_of_pixels(weights, labels)
+                weights = product(self.pixel_weights(given, labels, teacher), weights, labels)
         # Unknown pixels that the labelers gave a class, or ignored as unsure, are no longer unknown.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
         # Everything that must wait for results of the GPU is done here, while the GPU has little queued work.
@@ -259,9 +258,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             student.prototypes = self.prototypes
         for part in parts.values():
             # A module that is no DistillationPart may lack it.
-            own = part.image_weights(student, teacher, labels) if hasattr(part, 'image_weights') else None
-            if own is not None:
-                weights = own if weights is None else weights * own
+            if hasattr(part, 'image_weights'):
+                weights = product(weights, part.image_weights(student, teacher, labels), labels)
         shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
