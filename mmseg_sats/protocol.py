@@ -8,6 +8,8 @@ from operator import index as as_int
 from typing import SupportsIndex
 
 JOINT = 'joint'
+SETTINGS = ('overlapped', 'disjoint', 'sequential', 'partitioned')
+"""Which images a stage has, and which of their labels it sees."""
 UNKNOWN_LABEL = 254
 """Training label of pixels of the unknown class, which is no output channel; 255 is ignore."""
 

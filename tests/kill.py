@@ -58,7 +58,7 @@ BY_ITERATION = {
 BARE = dict(protocol='3-3', rehearsal=None, report=None)
 COMPARED = (
     'results.json', 'results.csv', 'stage_*/exemplars.json', 'stage_*/pseudo_label_thresholds.json',
-    'stage_*/held_out.json',
+    'stage_*/held_out.json', 'stage_*/*.npz',
 )  # fmt: skip
 Event = tuple[str, str, str]  # ('before' or 'after', 'write', 'fsync', ... , which file)
 SHARE = 5  # a chain's kills lie at least so much of a run apart

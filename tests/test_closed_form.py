@@ -15,6 +15,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, RUNNERS
 from torch import Tensor, nn
 
+from mmseg_sats.engine.export.stock import export_stage
 from mmseg_sats.engine.files.base import adopt_base
 from mmseg_sats.engine.hooks.methods import closed_form_hook as module
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
@@ -23,6 +24,7 @@ from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json
 from tests.small_models import build, images, model_cfg, samples, save_weights
+from tests.stage_folder import make_stage
 
 WIDTH = 12
 OPTIONS = dict(width=WIDTH, seed=3)
@@ -308,6 +310,11 @@ def test_sums_that_do_not_fit_are_named(fit: Callable, tmp_path: Path) -> None:
     np.savez(path, gram=np.zeros((5, 5)), cross=np.zeros((3, 5)))
     with pytest.raises(ValueError, match=r'3 channels and width 5, expected at most 3 channels and width 12'):
         fit_it()
+
+
+def test_a_stage_with_an_expansion_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'stage_1 cannot be exported: its classifier is computed on an expansion'):
+        export_stage(make_stage(tmp_path, 'crls', expansion_width=16), tmp_path / 'out')
 
 
 # Whole runs

@@ -2,14 +2,17 @@
 """DKD, STAR and BARM from stage to stage: what is exported, what STAR keeps of a stage, and resuming it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.apis import init_model
 from mmseg.registry import MODELS
@@ -38,6 +41,17 @@ def test_a_stage_with_residuals_is_not(tmp_path: Path) -> None:
         export_stage(make_stage(tmp_path, 'barm'), tmp_path / 'out')
 
 
+@HOOKS.register_module()
+class Within(Hook):
+    """Stops stage 1 after its first iteration, if it is told to."""
+
+    stop = False
+
+    def before_train_iter(self, runner: Runner, **_: Any) -> None:
+        if self.stop and runner.work_dir.endswith('stage_1') and runner.iter == 1:
+            raise KeyboardInterrupt
+
+
 def kept(folder: Path) -> dict[str, torch.Tensor]:
     with np.load(folder / 'prototypes.npz', allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -59,14 +73,21 @@ def gathered(folder: Path) -> torch.Tensor:
 
 
 def test_star_keeps_the_statistics_of_the_kept_weights_and_is_resumed(
-    shapes_cfg: Callable[..., Config], tmp_path: Path
+    shapes_cfg: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init_default_scope('mmseg')
-    cfg = shapes_cfg('star', batch_size=4, protocol='3-3', base=str(tmp_path / 'base.pth'))
+    cfg = shapes_cfg('star', batch_size=4, protocol='3-3', base=str(tmp_path / 'base.pth'), checkpoint_iters=1)
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(type='Within')]
     cfg.train_dataloader.num_batch_per_epoch = cfg.test_dataloader.num_batch_per_epoch = 2
     protocol = Protocol('3-3', num_classes=6)
     model = MODELS.build(build_stage_config(cfg, protocol, protocol.stages[0], cfg.work_dir).model)
     torch.save(dict(meta={}, state_dict=model.state_dict()), cfg.base)
+    monkeypatch.setattr(Within, 'stop', True)
+    with pytest.raises(KeyboardInterrupt):
+        RUNNERS.build(cfg).train()
+    monkeypatch.undo()
+    assert (tmp_path / 'run/stage_1/iter_1.pth').exists()
+    cfg.resume = True
     results = RUNNERS.build(cfg).train()
     folders = [tmp_path / f'run/stage_{index}' for index in (0, 1)]
     first, second = (kept(folder) for folder in folders)
@@ -82,7 +103,14 @@ def test_star_keeps_the_statistics_of_the_kept_weights_and_is_resumed(
         (folders[1] / name).unlink()
     for path in [*folders[1].glob('epoch_*.pth'), *folders[1].glob('iter_*.pth')]:
         path.unlink()
-    cfg.resume = True
+    weights = load_checkpoint_safely(folders[1] / 'snapshot.pth')['state_dict']
     again = RUNNERS.build(cfg).train()
+    assert all(torch.equal(value, second[name]) for name, value in kept(folders[1]).items())
+    assert json.dumps(again['final']) == json.dumps(results['final'])
+    # Stage 1 without any stop.
+    shutil.rmtree(folders[1])
+    again = RUNNERS.build(cfg).train()
+    found = load_checkpoint_safely(folders[1] / 'snapshot.pth')['state_dict']
+    assert all(torch.equal(value, weights[name]) for name, value in found.items())
     assert all(torch.equal(value, second[name]) for name, value in kept(folders[1]).items())
     assert json.dumps(again['final']) == json.dumps(results['final'])

@@ -202,6 +202,10 @@ def test_a_start_that_does_not_exist_is_refused(given: Any, message: str) -> Non
 
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(classifier_init='similar', unknown=True), "unknown=True and classifier_init='similar' do not go together"),
+    (dict(classifier_init='attributed', background_residuals=1),
+     "background_residuals=1 and classifier_init='attributed' do not go together"),
+    (dict(classifier_init='pretuned', closed_form=dict(width=4)),
+     r"closed_form=.* and classifier_init='pretuned' do not go together"),
     (dict(classifier_init='future', future_classes=2, unknown=True), 'unknown=True and future_classes=2'),
     (dict(classifier_init='balanced', future_classes=2), "future_classes=2 .* expected 'future'"),
     (dict(classifier_init='future', future_classes=-1), 'future_classes=-1: expected how many'),

@@ -2,6 +2,7 @@
 """``data_preprocessor.test_cfg`` pads the images of a test batch, not their labels: what is padded counts nowhere."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+from mmseg_sats.engine.hooks.methods import prototype_hook
 from mmseg_sats.engine.hooks.methods.prototype_hook import PrototypeHook
 from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import (
     PseudoLabelThresholdHook,
@@ -103,6 +105,14 @@ def test_prototypes_are_of_the_images_alone(padding_cfg: Config) -> None:
     prototypes = Means(num_channels=runner.model.num_classes)
     PrototypeHook()._gather(runner, prototypes)
     assert prototypes.means.shape[0] == runner.model.num_classes
+
+
+def test_a_process_without_an_image_has_the_sums_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prototype_hook, 'training_images_once', lambda runner: None)
+    others = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    monkeypatch.setattr(prototype_hook, 'all_gather_object', lambda own: [others[0], own, others[1]])
+    runner = SimpleNamespace(model=torch.nn.Identity(), build_dataloader=lambda cfg: [])
+    assert prototype_hook._over_images(runner, lambda *_: None).tolist() == [4.0, 6.0]
 
 
 def test_attention_is_that_of_the_region_in_the_image(tiny_runs: list[Path], padding_cfg: Config) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.functional import certainty_weights, class_balance_weights
 from mmseg_sats.models import SegmentorOutput, UncertaintyBalanceWeights
+from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.pixel_losses.image_weights import product_of_weights
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
 from tests.tensors import random_labels, random_tensor
@@ -120,7 +121,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     ))  # fmt: skip
 
 
-def test_a_segmentor_weighs_the_pixels_of_all_heads_and_the_labelers_images_too(model: nn.Module) -> None:
+class Shares(DistillationPart):
+    """Weighs the images, as STAR does."""
+
+    def image_weights(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
+        return torch.tensor([0.5, 2.0])
+
+    def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
+        return 0 * student.logits.sum()
+
+
+@pytest.mark.parametrize('by_part', [False, True])
+def test_a_segmentor_weighs_the_pixels_of_all_heads_and_the_labelers_images_too(
+    by_part: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_part:
+        monkeypatch.setitem(model.distillation._modules, 'shares', Shares())
     labels = random_labels(2, 64, 64, classes=SEEN)
     weigh = copy.deepcopy(model.pixel_weights)
     losses = model.train().loss(images(), samples(labels))
@@ -129,6 +145,7 @@ def test_a_segmentor_weighs_the_pixels_of_all_heads_and_the_labelers_images_too(
     completed = model.pseudo_labeler(labels, logits)
     factors = weigh(labels, completed, teacher)
     factors = factors * model.pseudo_labeler.image_weights(labels, completed)[:, None, None]
+    factors = factors * torch.tensor([0.5, 2.0] if by_part else [1.0, 1.0])[:, None, None]
     assert factors.std() > 0.1
     features = model.backbone(images())
     for name, head, weight in (('decode', model.decode_head, 1), ('aux_0', model.auxiliary_head[0], 0.4)):

@@ -24,6 +24,7 @@ from mmseg_sats.models import (
     SegmentorOutput,
 )
 from mmseg_sats.models.heads.linear_classifier import LinearClassifier
+from mmseg_sats.protocol import SETTINGS
 from tests.small_models import build, images, model_cfg, samples, save_weights
 from tests.tensors import random_labels, random_tensor, value_and_gradient
 
@@ -113,7 +114,8 @@ def prototypes(setting: str = 'overlapped') -> ReplayPrototypes:
 
 def test_counts_and_statistics_go_on_from_stage_to_stage() -> None:
     features, labels = batch()
-    for setting, expected in (('overlapped', [5.0, 0, 0]), ('disjoint', [10.0, 1.0, 50.0])):
+    for setting in SETTINGS:
+        expected = [5.0, 0, 0] if setting == 'overlapped' else [10.0, 1.0, 50.0]
         own = prototypes(setting)
         before, known = own.counts.clone(), own.statistics
         assert own.known.tolist() == [False, True, True, False]

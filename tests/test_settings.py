@@ -10,9 +10,9 @@ from PIL import Image
 
 from mmseg_sats.datasets.checks.whole_dataset import Examination
 from mmseg_sats.datasets.class_index.deal import deal
-from mmseg_sats.datasets.class_index.index import SETTINGS, select_train
+from mmseg_sats.datasets.class_index.index import select_train
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset
-from mmseg_sats.protocol import Protocol
+from mmseg_sats.protocol import SETTINGS, Protocol
 from tests.shared import shared_path
 
 PROTOCOL = Protocol('2-1', num_classes=5, class_order=[4, 2, 5, 1, 3])

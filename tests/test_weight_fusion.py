@@ -105,6 +105,29 @@ def test_fusion_of_every_tensor(name: str, tmp_path: Path) -> None:
     assert counters or name == 'class tokens'
 
 
+# The options before and after, and which rows of the tensor are the same ones.
+BESIDE = {
+    'residual': (dict(background_residuals=1), dict(background_residuals=2), slice(0, 1), slice(0, 1)),
+    'future': (dict(future_classes=3, classifier_init='future'), dict(future_classes=1, classifier_init='future'),
+               slice(2, 3), slice(0, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BESIDE)
+def test_rows_beside_those_of_the_classes(name: str, tmp_path: Path) -> None:
+    before, after, old_rows, rows = BESIDE[name]
+    old = build(model_cfg(4, **before, old_model=None), seed=0)
+    path = save_weights(old, tmp_path / 'snapshot.pth')
+    model = build(model_cfg(6, **after, old_model=dict(checkpoint=path, num_old=4)), seed=1)
+    trained = state(model)
+    before_snapshot(model, path, 'WeightFusionHook')
+    for kind in ('weight', 'bias'):
+        key = f'decode_head.conv_seg.{name}.{kind}'
+        expected = trained[key].clone()
+        expected[rows] = (1 - SHARE) * old.state_dict()[key][old_rows] + SHARE * trained[key][rows]
+        torch.testing.assert_close(model.state_dict()[key], expected)
+
+
 def test_fixed_weight_and_stage_0(tmp_path: Path) -> None:
     old, model, path, _ = two_models('one head', tmp_path)
     trained = state(model)

@@ -18,7 +18,6 @@ from mmseg_sats.datasets.checks.label_lines import Shown
 from mmseg_sats.datasets.class_index.deal import deal
 from mmseg_sats.datasets.class_index.index import (
     EVAL_IMAGES,
-    SETTINGS,
     ClassIndex,
     index_by_class,
     select_eval,
@@ -44,7 +43,7 @@ from mmseg_sats.datasets.wrapped_dataset import (
     mask_of,
     with_relabelling,
 )
-from mmseg_sats.protocol import Protocol, Stage
+from mmseg_sats.protocol import SETTINGS, Protocol, Stage
 from mmseg_sats.utils.randomness import seeded
 from mmseg_sats.utils.shared_values import once
 from mmseg_sats.utils.spelling import check_choice, text_of

@@ -8,8 +8,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 
-from mmseg_sats.datasets.class_index.index import SETTINGS
-from mmseg_sats.protocol import Protocol
+from mmseg_sats.protocol import SETTINGS, Protocol
 from mmseg_sats.utils.spelling import check_choice
 
 MODES = ('train', 'eval', 'memory')

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmseg_sats.functional.features.prototype_replay import FeatureStatistics, feature_sums
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.models.heads.linear_classifier import seen_classifier
+from mmseg_sats.protocol import SETTINGS
 from mmseg_sats.utils.spelling import check_choice
 
 
@@ -148,7 +149,7 @@ class ReplayPrototypes:
     """The tensors of :meth:`state_dict`."""
 
     def __init__(self, num_channels: int, setting: str = 'overlapped') -> None:
-        check_choice('ReplayPrototypes.setting', setting, ('overlapped', 'disjoint', 'sequential'))
+        check_choice('ReplayPrototypes.setting', setting, SETTINGS)
         self.num_channels = num_channels
         self.overlapped = setting == 'overlapped'
         self._sums = torch.zeros(num_channels, 0, dtype=torch.float64)

@@ -22,13 +22,12 @@ from mmseg_sats.datasets.class_index.mask_scan import (
     read_labels,
     scan_masks,
 )
-from mmseg_sats.protocol import Stage
+from mmseg_sats.protocol import SETTINGS, Stage
 from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.utils.spelling import check_choice
 
 __all__ = [
     'EVAL_IMAGES',
-    'SETTINGS',
     'ClassIndex',
     'available_cores',
     'cache_folder',
@@ -41,7 +40,6 @@ __all__ = [
     'select_train',
 ]
 
-SETTINGS = ('overlapped', 'disjoint', 'sequential', 'partitioned')
 EVAL_IMAGES = ('seen', 'all')
 
 _FORMAT = 'mmseg_sats class index 1'

@@ -48,6 +48,11 @@ def export_stage(stage_dir: Path, out: Path, safetensors: bool = False) -> tuple
             f'{stage_dir} cannot be exported: its background is r_0 + sum_k min(r_k, 0), with {residuals} residuals '
             'r_k (background_residuals), which no convolution of a stock head computes'
         )
+    if cfg.model.get('closed_form'):
+        raise ValueError(
+            f'{stage_dir} cannot be exported: its classifier is computed on an expansion of the features '
+            '(closed_form), which no stock head has'
+        )
     stock = stock_config(cfg, model.dataset_meta)
     # Without what no prediction reads.
     weights = {key: value for key, value in model.state_dict().items() if not is_of_one_method(key)}

@@ -89,6 +89,10 @@ def check_start(start: NewRows, form: ClassifierForm, parts: Mapping[str, nn.Mod
         raise ValueError(f'{given} starts new classes from the unknown class: expected unknown=True too')
     if form.unknown and start.measured is not None:
         raise ValueError(f"unknown=True and {given} do not go together: expected classifier_init='unknown'")
+    for name in ('background_residuals', 'closed_form'):
+        if getattr(form, name) and start.measured is not None:
+            # The old model's logits are not those of its rows.
+            raise ValueError(f"{name}={getattr(form, name)!r} and {given} do not go together: expected 'random'")
     if form.future_classes and start.name != FUTURE:
         raise ValueError(
             f'future_classes={form.future_classes} are rows that wait for the classes of later stages, but {given} '

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -76,8 +76,9 @@ class PrototypeHook(Hook):
         prototypes.load_state_dict(_read(path, prototypes.names))
         if isinstance(prototypes, ReplayPrototypes):
             old = unwrap(runner.model).old_model
-            total = _over_images(runner, lambda inputs, labels: prototypes.present_in(labels, old(inputs).logits))
-            prototypes.present = total.cpu()
+            prototypes.present = _over_images(
+                runner, lambda inputs, labels: prototypes.present_in(labels, old(inputs).logits)
+            )
 
     def after_train(self, runner: Runner) -> None:
         """Saves prototypes that grow in training for the next stage."""
@@ -113,16 +114,17 @@ class PrototypeHook(Hook):
 
 @torch.no_grad()
 def _over_images(runner: Runner, of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The sum of ``of_batch(inputs, labels)`` over the stage's training images, without augmentation."""
-    model, total = unwrap(runner.model), 0
+    """The sum of ``of_batch(inputs, labels)`` over the stage's training images, without augmentation, on the CPU."""
+    model, total = unwrap(runner.model), None
     for batch in runner.build_dataloader(training_images_once(runner)):
         data = model.data_preprocessor(batch, False)
         inputs, samples = data['inputs'], data['data_samples']
         labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
-        total += of_batch(inputs, with_padding(labels, samples, inputs.shape[-2:]))
-    # Reduced once at the end, not per batch, since ranks may differ by one image.
-    all_reduce(total)
-    return total
+        batch_total = of_batch(inputs, with_padding(labels, samples, inputs.shape[-2:]))
+        total = batch_total if total is None else total + batch_total
+    # Once at the end, not per batch, since ranks may differ by one image. One without any does not know the size.
+    parts = all_gather_object(None if total is None else total.cpu())
+    return sum(part for part in parts if part is not None)
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -54,20 +54,20 @@ class WeightFusionHook(Hook):
         if weight is None:
             weight = math.sqrt(len(stage.new) / len(stage.seen))
         old = load_checkpoint_safely(runner.start_from)['state_dict']
-        fuse_weights(unwrap(runner.model), old, stage.num_old, weight, self.share)
+        fuse_weights(unwrap(runner.model), old, weight, self.share)
         runner.logger.info(f'weights fused: {weight:.4g} of the new model and {1 - weight:.4g} of the old one')
 
 
 @torch.no_grad()
-def fuse_weights(
-    model: nn.Module, old: dict[str, Tensor], num_old: int, weight: float, share: float | None = None
-) -> None:
+def fuse_weights(model: nn.Module, old: dict[str, Tensor], weight: float, share: float | None = None) -> None:
     """Fuses a model with an old one that has fewer classes, in place.
+
+    Where their tensors differ in the number of rows, the model's first ones are the old one's last: new rows follow the
+    old ones, and of those that waited for classes of later stages, the first are none of them any more.
 
     Args:
         model: an ``IncrementalEncoderDecoder``.
         old: the old model's ``state_dict``.
-        num_old: its channels, background included.
         weight: of the model, 1 leaves it as it is.
         share: as in :class:`WeightFusionHook`.
     """
@@ -78,8 +78,13 @@ def fuse_weights(
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     for key, value in weights.items():
         if key in old and value.is_floating_point() and not key.startswith(_OF_LOSSES):
-            known = value.narrow(rows[key], 0, num_old) if key in rows else value
-            known.copy_(fused(old[key].to(known), known, weight, share))
+            known, before = value, old[key].to(value)
+            if known.shape != before.shape:
+                dim = rows.get(key, 0)
+                count = min(known.shape[dim], before.shape[dim])
+                known = known.narrow(dim, 0, count)
+                before = before.narrow(dim, before.shape[dim] - count, count)
+            known.copy_(fused(before, known, weight, share))
     model.load_state_dict(weights)
 
 
