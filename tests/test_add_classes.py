@@ -334,7 +334,7 @@ def test_pipelines_and_sizes_are_the_old_models(tmp_path: Path) -> None:
         (dict(val_images='x'), 'val_images goes with val_masks'),
         (dict(old_images='x', old_masks='x', memory=9), 'expected one of them'),
         (dict(memory=9), 'memory: the training data that .* names cannot be read'),
-        (dict(method='stas'), "method='stas' is unknown .*did you mean 'sats'"),
+        (dict(method='satz'), "method='satz' is unknown .*did you mean 'sats'"),
         (dict(method='barm'), "method='barm': .* model.background_residuals, which stock mmseg cannot run"),
         (dict(background='sky'), 'background sky: the old model has no such class'),
         (dict(old_classes='road,grass'), 'has 3 channels, but its classes are 2'),
