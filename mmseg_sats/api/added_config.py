@@ -47,9 +47,10 @@ def config_text(
         values: what the caller sets, by dotted key of the config.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or its models cannot be exported.
     """
     check_choice('method', method, [name for name in method_names() if name != 'joint'])  # joint has one stage
+    _check_export(method)
     numbers = table.numbers_for_all()
     own = dict(img_path='$val_images', seg_map_path='$val_masks')
     content = dict(
@@ -122,6 +123,19 @@ def attention_backbone(stock: str) -> str | None:
     """The backbone of this package that is an mmseg backbone and also returns its self-attention; None if none is."""
     own = (MODELS.get(name) for name in backbones.__all__)
     return next((cls.__name__ for cls in own if cls is not None and stock_parent(cls).__name__ == stock), None)
+
+
+def _check_export(method: str) -> None:
+    """Refuses a method whose models :func:`export_stage` refuses, which would be after the training."""
+    recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
+    for stages in ('method_initial_stage', 'method_later_stages'):
+        model = (recipe.get(stages) or {}).get('model') or {}
+        for option in ('unknown', 'background_residuals', 'closed_form'):
+            if model.get(option):
+                raise ValueError(
+                    f'method={method!r}: its models have model.{option}, which stock mmseg cannot run; '
+                    'expected another method, such as sats'
+                )
 
 
 def _model(old: OldModel, table: ClassTable, method: str, replay: bool) -> dict[str, Any]:
