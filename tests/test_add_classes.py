@@ -365,3 +365,10 @@ def test_an_interrupted_run_goes_on(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / 'out/model.pth').is_file()
     with pytest.raises(ValueError, match='is in use'):
         add_classes(*given, out=tmp_path / 'out', **SMALL)
+
+
+def test_prototypes_need_images_of_the_old_classes(data: Path, tmp_path: Path) -> None:
+    checkpoint, config = old_model(tmp_path / 'old', OLD)
+    with pytest.raises(ValueError, match=r'prototypes are means over .* also of a stage 0 that is not trained: .* no'):
+        add_classes(checkpoint, config, **folders(data, 'train'), classes='tree,house', method='star',
+                    out=tmp_path / 'out', **SMALL)  # fmt: skip

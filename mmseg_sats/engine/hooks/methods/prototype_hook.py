@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.models.padding import with_padding
@@ -96,9 +97,15 @@ class PrototypeHook(Hook):
 
     def _gather(self, runner: Runner, prototypes: Prototypes) -> None:
         model = unwrap(runner.model).eval()
-        total = _over_images(
-            runner, lambda inputs, labels: prototypes.sums_of(prototypes.features_of(model, inputs), labels)
-        )
+        try:
+            total = _over_images(
+                runner, lambda inputs, labels: prototypes.sums_of(prototypes.features_of(model, inputs), labels)
+            )
+        except NoImagesError as error:
+            raise NoImagesError(
+                'model.prototypes are means over the training images of a stage, also of a stage 0 that is not '
+                f'trained: {error}; expected images that show its classes, or a method without prototypes'
+            ) from None
         prototypes.add(total)
         runner.logger.info('prototypes gathered in one pass over the training images')
 
