@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """A weight of a distillation that is found in training, as a wrapper around any part.
 
-Which weight is right depends on the stage: Qiu et al., *SATS* (Pattern Recognition 2023), section 4.5, note that without
-pseudo-labels or memory fewer regions of old classes are left, so that L_a is small and lambda_a must grow. By how much
-is left open there.
+Which weight is right depends on the stage: Qiu et al., *SATS* (Pattern Recognition 2023), section 4.5, note that
+without pseudo-labels or memory fewer regions of old classes are left, so that L_a is small and lambda_a must grow. By
+how much is left open there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class AdaptiveWeight(nn.Module):
         ratio: float | None = None,
         layer: str | None = None,
         expected: float | None = None,
-        every: int = 10,
+        every: int = 20,
         momentum: float = 0.9,
         bounds: Sequence[float] = (1.0, 1000.0),
         initial: float = 20.0,

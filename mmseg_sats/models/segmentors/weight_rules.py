@@ -15,6 +15,10 @@ from mmseg_sats.utils.spelling import near_match
 # Gradients of means over many pixels are below what float16 can hold, as in a GradScaler. A power of two changes no
 # other precision.
 _SCALE = 2.0**16
+_RECOMPUTED = (
+    "with rule='gradient_norm' needs gradients of a single layer, which are not available where activations are "
+    "recomputed; expected no activation checkpointing (with_cp=False in model.backbone), or rule='old_regions'"
+)
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
@@ -51,7 +55,11 @@ class Rule(Protocol):
     """Whether the factor is one of ``initial``."""
 
     def check(self, where: str, backbone: nn.Module) -> None:
-        """Raises ValueError if nothing can be measured in this encoder; ``where`` is the part's key."""
+        """Called with the model's encoder before the rule is used; ``where`` is the part's key.
+
+        Raises:
+            ValueError: nothing can be measured in it.
+        """
 
     def __call__(self, loss: Tensor, batch: Batch) -> Tensor:
         """The factor, a scalar; not finite, or 0, if there is nothing to measure."""
@@ -84,9 +92,9 @@ class GradientNorm(_Options):
             raise ValueError(f'AdaptiveWeight.ratio={self.ratio!r}: expected a number above 0')
 
     def check(self, where: str, backbone: nn.Module) -> None:
-        """Raises ValueError if the layer is not there, is frozen, or cannot be differentiated by itself."""
+        """Finds the layer. Raises ValueError if it is not there, is frozen, or cannot be differentiated by itself."""
         kind = type(backbone).__name__
-        layer = self.layer or last_layer(backbone)
+        layer = self.layer = self.layer or last_layer(backbone)
         if layer is None:
             raise ValueError(f"{where}: {kind} has no list of blocks; expected layer='NAME', one of its modules")
         modules = dict(backbone.named_modules())
@@ -98,16 +106,12 @@ class GradientNorm(_Options):
                 "trained; expected an encoder that is not frozen, or rule='old_regions'"
             )
         if any(getattr(module, 'with_cp', False) for module in modules.values()):
-            raise ValueError(
-                f"{where}: rule='gradient_norm' needs gradients of a single layer, which are not available where "
-                "activations are recomputed; expected with_cp=False in model.backbone, or rule='old_regions'"
-            )
+            raise ValueError(f'{where} {_RECOMPUTED}')
 
     def __call__(self, loss: Tensor, batch: Batch) -> Tensor:
         """The factor; infinite if the part's gradient is 0."""
-        layer = self.layer or last_layer(batch.backbone)
-        own = gradient_norm(loss, batch.backbone, layer, 'the loss of the part')
-        return self.ratio * batch.segmentation_norm(layer) / own
+        own = gradient_norm(loss, batch.backbone, self.layer, 'the loss of the part')
+        return self.ratio * batch.segmentation_norm(self.layer) / own
 
 
 @dataclass
@@ -150,14 +154,19 @@ def gradient_norm(loss: Tensor, backbone: nn.Module, layer: str, what: str) -> T
         what: the loss, for the message.
 
     Raises:
-        ValueError: the loss does not depend on the layer.
+        ValueError: the loss does not depend on the layer, or activations are recomputed.
     """
     weights = list(trained(backbone.get_submodule(layer)))
     found: tuple[Tensor | None, ...] = (None,) * len(weights)
     if loss.requires_grad:
         scale = torch.full_like(loss, _SCALE)
-        with full_precision(loss):
-            found = torch.autograd.grad(loss, weights, scale, retain_graph=True, allow_unused=True)
+        try:
+            with full_precision(loss):
+                found = torch.autograd.grad(loss, weights, scale, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if 'checkpoint' not in str(error):
+                raise
+            raise ValueError(f'AdaptiveWeight {_RECOMPUTED}') from error
         if all(gradient is None for gradient in found):
             raise ValueError(
                 f'{what} does not depend on backbone.{layer}, whose gradients AdaptiveWeight compares; expected losses '
@@ -178,10 +187,20 @@ def trained(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def last_layer(backbone: nn.Module) -> str | None:
-    """The name of an encoder's last block, the last element of its last list of blocks of one kind; None if none."""
-    for name, module in reversed(list(backbone.named_modules())):
-        if isinstance(module, _LISTS) and len(module) and len({type(child) for child in module}) == 1:
-            block = module[-1]
-            if not isinstance(block, _LISTS) and any(True for _ in block.children()):
-                return f'{name}.{len(module) - 1}'.removeprefix('.')
-    return None
+    """The name of an encoder's last block; None if it has no list of blocks.
+
+    The lists of an encoder need not be registered in the order in which they are run, and hold other things too, such as
+    Twins' position encodings. Encoders have most channels at their end, so of the last elements of all lists of modules
+    of one kind it is the largest, and the last one of several.
+    """
+    blocks = [
+        (f'{name}.{len(module) - 1}'.removeprefix('.'), module[-1])
+        for name, module in backbone.named_modules()
+        if isinstance(module, _LISTS) and len({type(child) for child in module}) == 1
+    ]
+    sizes = {
+        name: sum(weight.numel() for weight in block.parameters())
+        for name, block in reversed(blocks)
+        if not isinstance(block, _LISTS) and any(True for _ in block.children())
+    }
+    return max(sizes, key=sizes.__getitem__, default=None)
