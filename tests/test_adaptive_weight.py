@@ -277,7 +277,7 @@ def test_a_part_that_does_not_reach_the_layer_is_refused_in_the_first_iteration(
     (dict(type='AttentionSwinTransformer', embed_dims=4, depths=[1, 1, 1, 2], num_heads=[1] * 4), 'stages.3.blocks.1'),
     (dict(type='AttentionVisionTransformer', img_size=32, embed_dims=4, num_layers=3, num_heads=1), 'layers.2'),
     (dict(type='AttentionSVT', embed_dims=[4] * 4, num_heads=[1] * 4, depths=[2, 2, 2, 4], sr_ratios=[1] * 4,
-          mlp_ratios=[1] * 4, windiow_sizes=[7] * 4, norm_after_stage=[True] * 4), 'layers.3.3'),
+          mlp_ratios=[4] * 4, windiow_sizes=[7] * 4, norm_after_stage=[True] * 4), 'layers.3.3'),
 ])  # fmt: skip
 def test_the_last_layer_of_an_encoder(cfg: dict[str, Any], expected: str) -> None:
     init_default_scope('mmseg')

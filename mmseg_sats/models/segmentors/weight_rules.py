@@ -189,18 +189,23 @@ def trained(module: nn.Module) -> Iterator[nn.Parameter]:
 def last_layer(backbone: nn.Module) -> str | None:
     """The name of an encoder's last block; None if it has no list of blocks.
 
-    The lists of an encoder need not be registered in the order in which they are run, and hold other things too, such as
-    Twins' position encodings. Encoders have most channels at their end, so of the last elements of all lists of modules
-    of one kind it is the largest, and the last one of several.
+    A block is the last element of a list of modules that is itself of several parts, and holds no other block. Lists
+    need not be registered in the order in which they are run, and Twins has one of patch embeddings too. Encoders have
+    most channels at their end, so of all such blocks it is the largest, and of equal ones the last.
     """
-    blocks = [
-        (f'{name}.{len(module) - 1}'.removeprefix('.'), module[-1])
+    blocks = {
+        f'{name}.{len(module) - 1}'.removeprefix('.'): module[-1]
         for name, module in backbone.named_modules()
-        if isinstance(module, _LISTS) and len({type(child) for child in module}) == 1
-    ]
+        if isinstance(module, _LISTS) and len(module) and _is_block(module[-1])
+    }
     sizes = {
-        name: sum(weight.numel() for weight in block.parameters())
-        for name, block in reversed(blocks)
-        if not isinstance(block, _LISTS) and any(True for _ in block.children())
+        name: sum(weight.numel() for weight in blocks[name].parameters())
+        for name in reversed(blocks)
+        if not any(other.startswith(f'{name}.') for other in blocks)
     }
     return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _is_block(module: nn.Module) -> bool:
+    parts = [child for child in module.children() if any(True for _ in child.parameters())]
+    return len(parts) > 1 and not isinstance(module, _LISTS)
