@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from mmseg_sats.engine.checks.near_names import with_near_names
 from mmseg_sats.engine.config.method_hooks import hooks_of_parts, needs_all_teachers
 from mmseg_sats.models import DistillationPart
-from mmseg_sats.models.segmentors.weight_rules import Batch, OldRegions, gradient_norm, last_layer
+from mmseg_sats.models.segmentors.weight_rules import Batch, OldRegions, gradient_norm, last_block
 from mmseg_sats.visualization.report.losses import draw_weights, weight_series
+from mmseg_sats.visualization.report.page import write_report
+from mmseg_sats.visualization.report.pictures import Album
 from mmseg_sats.visualization.report.run_record import load_runs
+from mmseg_sats.visualization.theme import Picture
 from tests.small_models import (
     MIT,
     auxiliary_head_cfg,
@@ -279,10 +282,10 @@ def test_a_part_that_does_not_reach_the_layer_is_refused_in_the_first_iteration(
     (dict(type='AttentionSVT', embed_dims=[4] * 4, num_heads=[1] * 4, depths=[2, 2, 2, 4], sr_ratios=[1] * 4,
           mlp_ratios=[4] * 4, windiow_sizes=[7] * 4, norm_after_stage=[True] * 4), 'layers.3.3'),
 ])  # fmt: skip
-def test_the_last_layer_of_an_encoder(cfg: dict[str, Any], expected: str) -> None:
+def test_the_last_block_of_an_encoder(cfg: dict[str, Any], expected: str) -> None:
     init_default_scope('mmseg')
-    assert last_layer(MODELS.build(cfg)) == expected
-    assert last_layer(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) is None
+    assert last_block(MODELS.build(cfg)) == expected
+    assert last_block(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) is None
 
 
 @HOOKS.register_module()
@@ -337,3 +340,10 @@ def test_a_resumed_run_goes_on_with_its_weight_and_logs_it(shapes_cfg: Callable[
     assert [value for value in series['attention'][1] if value == value] == [
         logged[step]['weight_attention'] for step in (1, 2)]
     assert [text.get_text() for text in draw_weights(run).legends[0].get_texts()] == ['attention']
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        picture = Picture('any', '<svg/>', '<svg/>', 'any')
+        patch.setattr(Album, 'draw', lambda _, name, *__: drawn.append(name) or picture)
+        page = write_report([cfg.work_dir], Path(cfg.work_dir) / 'report', images=0, attention=0).read_text()
+    assert 'weights_0' in drawn
+    assert 'Weights that were measured' in page

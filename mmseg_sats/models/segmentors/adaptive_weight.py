@@ -119,9 +119,9 @@ class AdaptiveWeight(nn.Module):
             # student and old model hardly differ.
             if due or not self._tried:
                 self._tried = True
-                measured = self.initial * self.rule(loss, batch) if self.rule.relative else self.rule(loss, batch)
+                measured = self.rule(loss, batch)
                 if due:
-                    self.update(loss, measured)
+                    self.update(loss, measured * self.initial if self.rule.relative else measured)
         return self.weight.clone()  # the loss's graph keeps it, while the buffer changes in place
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ class GradientNorm(_Options):
     def check(self, where: str, backbone: nn.Module) -> None:
         """Finds the layer. Raises ValueError if it is not there, is frozen, or cannot be differentiated by itself."""
         kind = type(backbone).__name__
-        layer = self.layer = self.layer or last_layer(backbone)
+        layer = self.layer = self.layer or last_block(backbone)
         if layer is None:
             raise ValueError(f"{where}: {kind} has no list of blocks; expected layer='NAME', one of its modules")
         modules = dict(backbone.named_modules())
@@ -170,7 +170,8 @@ def gradient_norm(loss: Tensor, backbone: nn.Module, layer: str, what: str) -> T
         if all(gradient is None for gradient in found):
             raise ValueError(
                 f'{what} does not depend on backbone.{layer}, whose gradients AdaptiveWeight compares; expected losses '
-                "that reach the encoder's last block, or layer='NAME' of another module of the encoder"
+                "that reach the encoder's last block, layer='NAME' of another module of the encoder, and no activation "
+                'checkpointing, which hides the weights'
             )
     pairs = zip(weights, found, strict=True)
     flat = torch.cat([(torch.zeros_like(weight) if own is None else own).flatten() for weight, own in pairs])
@@ -186,7 +187,7 @@ def trained(module: nn.Module) -> Iterator[nn.Parameter]:
     return (weight for weight in module.parameters() if weight.requires_grad)
 
 
-def last_layer(backbone: nn.Module) -> str | None:
+def last_block(backbone: nn.Module) -> str | None:
     """The name of an encoder's last block; None if it has no list of blocks.
 
     A block is the last element of a list of modules that is itself of several parts, and holds no other block. Lists
