@@ -100,8 +100,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     Raises:
         TypeError: a head cannot grow, or not as an option asks for.
         ValueError: options do not go together, or not with the losses; a part needs attention maps that the backbone
-            cannot compute, or has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; the weight of an
-            :class:`AdaptiveWeight` cannot be measured; or with ``unknown``, a class or ``ignore_index`` is
+            cannot compute, or has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; the weight of
+            an :class:`AdaptiveWeight` cannot be measured; or with ``unknown``, a class or ``ignore_index`` is
             ``UNKNOWN_LABEL``.
     """
 
