@@ -192,6 +192,7 @@ REPLAY = {
     'old_features': dict(type='PseudoLabelFeatureLoss'),
     'separation': dict(type='PrototypeSeparationLoss'),
 }
+ADAPTIVE = dict(type='AdaptiveWeight', every=1, bounds=(1e-6, 1e6))
 RESIDUAL = {
     'residual': dict(type='BackgroundResidualLoss'),
     'background_features': dict(type='BackgroundFeatureLoss'),
@@ -203,6 +204,10 @@ CASES = {
     'pixel_weights': dict(
         loss=CE, pixel_weights=dict(type='UncertaintyBalanceWeights', limit=0.99), pseudo_labeler=LABELLER
     ),
+    'adaptive': dict(loss=CE, distillation=dict(
+        a=dict(ADAPTIVE, part=PARTS['attention']),
+        b=dict(ADAPTIVE, part=PARTS['unbiased'], rule='old_regions'),
+        c=dict(ADAPTIVE, part=PARTS['repulsion'], layer='layers.0.1.0'))),
     'auxiliary': dict(
         loss=CE, classifier_init='auxiliary', distillation=dict(auxiliary=dict(type='AuxiliaryClassifierLoss'))),
     'residual': dict(loss=CE, background_residuals=1, distillation=RESIDUAL),

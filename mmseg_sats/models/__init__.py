@@ -49,10 +49,11 @@ from mmseg_sats.models.pseudo_labels.pixel_weights import UncertaintyBalanceWeig
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.models.segmentors import IncrementalEncoderDecoder
+from mmseg_sats.models.segmentors import AdaptiveWeight, IncrementalEncoderDecoder
 
 __all__ = [
     'AccumulativeDistillationLoss',
+    'AdaptiveWeight',
     'AttentionMap',
     'AttentionMixVisionTransformer',
     'AttentionPCPVT',

@@ -6,7 +6,7 @@ that does not inherit from one of the two base classes is treated as if it had t
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -113,6 +113,13 @@ class PseudoLabeler:
             labels: (B, H, W), the argument of ``__call__``.
             completed: (B, H, W), its result.
         """
+
+
+def with_wrapped(part: Any) -> Iterator[Mapping[str, Any]]:
+    """A part's config and those of the part that it wraps, its key ``part``, the outermost first; nothing for None."""
+    while isinstance(part, Mapping) and 'type' in part:
+        yield part
+        part = part.get('part')
 
 
 def flag(part: object, name: str, base: type) -> Any:

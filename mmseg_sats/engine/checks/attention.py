@@ -13,6 +13,7 @@ from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.models.backbones.check_maps import check_maps
 from mmseg_sats.models.losses import CRPDistillationLoss
 from mmseg_sats.models.parts import DistillationPart, flag
+from mmseg_sats.models.segmentors.adaptive_weight import without_weight
 
 SMALL = 128  # pixels on a side
 
@@ -37,7 +38,7 @@ def check_backbone_attention(cfg: Config, model: nn.Module) -> None:
     with torch.random.fork_rng(devices=[]):
         maps = _first_that_works(model.backbone, _images(cfg, model.backbone))
     for name, part in wanting.items():
-        if isinstance(part, CRPDistillationLoss) and max(part.blocks) >= len(maps):
+        if isinstance(without_weight(part), CRPDistillationLoss) and max(part.blocks) >= len(maps):
             raise ValueError(
                 f'distillation.{name}.blocks={list(part.blocks)}: the backbone hands out {len(maps)} attention '
                 f'maps, expected indices from 0 to {len(maps) - 1}'

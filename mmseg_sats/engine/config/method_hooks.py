@@ -2,6 +2,7 @@
 """What a method needs besides its losses: modules to import, and hooks."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from mmengine.config import Config
@@ -9,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmseg.registry import MODELS
 
 from mmseg_sats.models.heads.new_rows import hooks_of_start
-from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag
+from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, flag, with_wrapped
 from mmseg_sats.utils.user_modules import add_imports, import_modules
 
 
@@ -88,9 +89,9 @@ def needs_all_teachers(model: Mapping[str, Any]) -> bool:
 
 
 def _classes(parts: Iterable[Any]) -> Iterator[type]:
-    """The classes of those parts' configs whose class is known."""
-    for part in parts:
-        kind = part.get('type') if isinstance(part, Mapping) else None
+    """The classes of those configs of parts, and of the parts that they wrap, whose class is known."""
+    for part in chain.from_iterable(map(with_wrapped, parts)):
+        kind = part['type']
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if kind is not None:
             yield kind

@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
-from mmseg_sats.models.parts import DistillationPart, flag
+from mmseg_sats.models.parts import DistillationPart, flag, with_wrapped
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.config_keys import IDENTITY, LOADING, STAGE_PARTS, names
 
@@ -147,7 +147,8 @@ def _heads(model: ConfigDict) -> list[ConfigDict]:
 
 
 def _needs_teacher(loss: Mapping[str, Any]) -> bool:
-    return flag(MODELS.get(loss['type']), 'needs_teacher', DistillationPart)
+    *_, own = with_wrapped(loss)
+    return flag(MODELS.get(own['type']), 'needs_teacher', DistillationPart)
 
 
 def comparable_values(value: Any, path: str = '') -> Flat:

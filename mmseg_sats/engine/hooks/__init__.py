@@ -4,6 +4,7 @@
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import AtomicCheckpointHook
 from mmseg_sats.engine.hooks.best_epoch_hook import BestEpochHook
 from mmseg_sats.engine.hooks.finite_hook import FiniteHook
+from mmseg_sats.engine.hooks.methods.adaptive_weight_hook import AdaptiveWeightHook
 from mmseg_sats.engine.hooks.methods.classifier_aligning_hook import ClassifierAligningHook
 from mmseg_sats.engine.hooks.methods.closed_form_hook import ClosedFormHook
 from mmseg_sats.engine.hooks.methods.new_rows_hook import NewRowsHook
@@ -15,6 +16,7 @@ from mmseg_sats.engine.hooks.one_rank_logger_hook import OneRankLoggerHook
 from mmseg_sats.engine.hooks.progress_hook import ProgressHook
 
 __all__ = [
+    'AdaptiveWeightHook',
     'AtomicCheckpointHook',
     'BestEpochHook',
     'ClassifierAligningHook',

@@ -26,6 +26,11 @@ from mmseg_sats.models.pixel_losses.image_weights import product_of_weights, wei
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
+from mmseg_sats.models.segmentors.adaptive_weight import (
+    adapt_weights,
+    check_weights,
+    without_weight,
+)
 from mmseg_sats.models.segmentors.checks import (
     check_left_out,
     check_losses,
@@ -62,8 +67,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         outside_labeler: the same for images from outside the data set, whose labels are all
             background.
         distillation: name to config of a :class:`DistillationPart`, or of another module that is called
-            in the same way. The loss is logged as ``loss_<name>``. An entry None is left out, so that a
-            child config can remove a part.
+            in the same way, or of an :class:`AdaptiveWeight` around it. The loss is logged as ``loss_<name>``. An entry
+            None is left out, so that a child config can remove a part.
         classifier_init: how new classifier rows are initialised, ``'balanced'`` (MiB), ``'keep_background'``,
             ``'random'``, ``'unknown'`` (SSUL), ``'auxiliary'`` (DKD, which adds an auxiliary classifier of one channel
             to the decode head) or ``'future'`` (DFT*); or ``'similar'`` (SELECT), ``'attributed'`` (AWT) or
@@ -95,8 +100,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
     Raises:
         TypeError: a head cannot grow, or not as an option asks for.
         ValueError: options do not go together, or not with the losses; a part needs attention maps that the backbone
-            cannot compute, or has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; or with
-            ``unknown``, a class or ``ignore_index`` is ``UNKNOWN_LABEL``.
+            cannot compute, or has an unknown flag ``needs_...``; ``frozen`` matches nothing in the model; the weight of
+            an :class:`AdaptiveWeight` cannot be measured; or with ``unknown``, a class or ``ignore_index`` is
+            ``UNKNOWN_LABEL``.
     """
 
     def __init__(
@@ -173,6 +179,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for name, head in self._named_heads():
             self.class_tensors[name] |= form.shape(name, head, self.class_tensors[name], num_old)
         freeze(self, frozen)
+        check_weights(self)
         self.frozen = tuple(frozen)
 
     def train(self, mode: bool = True) -> 'IncrementalEncoderDecoder':
@@ -261,7 +268,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             part.image_weights(student, teacher, labels) for part in parts.values() if hasattr(part, 'image_weights')
         ]
         weights = product_of_weights(weights)
-        shared = shared_losses(self.decode_head, parts, student, teacher, targets, weights)
+        plain = {name: without_weight(part) for name, part in parts.items()}
+        shared = shared_losses(self.decode_head, plain, student, teacher, targets, weights)
         heads = dict(self._named_heads())
         losses = {name: value for name, value in shared.items() if name.startswith('decode.')}
         if losses:
@@ -272,7 +280,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             key = f'loss_{name}'
             losses[key] = shared[key] if key in shared else part(student, teacher, labels)
         heads = {_prefix(name): head for name, head in self._named_heads()}
-        return losses_over_ranks(losses, heads, self.distillation, targets)
+        losses = losses_over_ranks(losses, heads, self.distillation, targets)
+        return adapt_weights(self, losses, parts, labels, teacher)
 
     def without_unknown(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels in which unknown is replaced by background, and a mask of the unknown pixels, both (B, H, W).

@@ -1,14 +1,17 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The contribution of each part of the loss, with all stages on one axis."""
+"""The contribution of each part of the loss and its measured weights, with all stages on one axis."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmseg_sats.visualization.report.run_record import RunRecord, StageRecord, loss_parts
-from mmseg_sats.visualization.theme import MUTED, SERIES, new_figure
+from mmseg_sats.visualization.theme import MUTED, SERIES, new_figure, series_style
+
+WEIGHT = 'weight_'
 
 
 def loss_names(run: RunRecord) -> list[str]:
@@ -57,7 +60,7 @@ def draw_losses(run: RunRecord) -> Figure | None:
     figure, axes = new_figure(2.7)
     ax = axes[0]
     starts = [0, *ends[:-1]]
-    for start, end, stage in zip(starts, ends, run.stages, strict=True):
+    for start, end in zip(starts, ends, strict=True):
         here = (iterations > start) & (iterations <= end)
         if not here.any():
             continue
@@ -67,16 +70,65 @@ def draw_losses(run: RunRecord) -> Figure | None:
         heights = np.concatenate([values[:, here][:, :1], values[:, here]], axis=1)
         labels = [short_name(name) for name in names] if start == 0 else ()
         ax.stackplot(edges, heights, colors=colours, step='pre', labels=labels)
-        ax.text((start + end) / 2, 1.01, str(stage.index), ha='center', va='bottom',
-                color=MUTED, transform=ax.get_xaxis_transform())
+    _mark_stages(ax, run.stages, ends)
+    ax.set_ylabel('loss, weighted')
+    ax.set_ylim(bottom=min(0.0, float(values.min())))
+    figure.legend(loc='outside upper left', ncols=3)
+    return figure
+
+
+def weight_series(stages: Sequence[StageRecord]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[int]]:
+    """The logged weights of adaptive parts, all stages one after the other.
+
+    Args:
+        stages: the stages in order.
+
+    Returns:
+        By part, iterations (T,) counted over the whole run and weights (T,), with NaN between two stages; and the
+        iteration at which each stage ends. Without an adaptive part there are no parts.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    ends: list[int] = []
+    offset = 0
+    for stage in stages:
+        for line in stage.scalars:
+            for name in line:
+                if name.startswith(WEIGHT):
+                    points.setdefault(name.removeprefix(WEIGHT), []).append((offset + line['iter'], line[name]))
+        offset += stage.scalars[-1]['iter'] if stage.scalars else 0
+        for own in points.values():
+            own.append((offset, float('nan')))
+        ends.append(offset)
+    return {name: tuple(np.array(own, float).T) for name, own in points.items()}, ends
+
+
+def draw_weights(run: RunRecord) -> Figure | None:
+    """The weights of adaptive parts over the iterations; None where there are none."""
+    series, ends = weight_series(run.stages)
+    if not series:
+        return None
+    figure, axes = new_figure(2.2)
+    ax = axes[0]
+    for i, (name, (iterations, weights)) in enumerate(series.items()):
+        style = series_style(i) | dict(marker='.', markersize=3)
+        ax.plot(iterations, weights, label=name, **style)
+    _mark_stages(ax, run.stages, ends)
+    ax.set_ylabel('weight of the part')
+    ax.set_ylim(bottom=0)
+    figure.legend(loc='outside upper left', ncols=3)
+    return figure
+
+
+def _mark_stages(ax: Axes, stages: Sequence[StageRecord], ends: Sequence[int]) -> None:
+    """The axis of iterations, with the numbers of the stages and the borders between them."""
+    for start, end, stage in zip([0, *ends[:-1]], ends, stages, strict=True):
+        if end > start:
+            ax.text((start + end) / 2, 1.01, str(stage.index), ha='center', va='bottom',
+                    color=MUTED, transform=ax.get_xaxis_transform())
     for end in ends[:-1]:
         ax.axvline(end, color=MUTED, linewidth=0.8, linestyle=':')
     ax.text(0, 1.01, 'stage ', ha='right', va='bottom', color=MUTED,
             transform=ax.get_xaxis_transform())
     ax.set_xlabel('iteration')
-    ax.set_ylabel('loss, weighted')
     ax.set_xlim(0, ends[-1])
-    ax.set_ylim(bottom=min(0.0, float(values.min())))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.legend(loc='outside upper left', ncols=3)
-    return figure

@@ -84,6 +84,7 @@ def write_report(
         ),
         sweeps=_sweeps(album, runs),
         losses=_losses(album, runs),
+        weights=_weights(album, runs),
         costs=_costs(album, runs),
         differences=config_differences(runs),
     )
@@ -115,6 +116,19 @@ def _losses(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture | Non
             f'The parts of the loss of {run.label}, stacked, over all stages',
             partial(losses.draw_losses, run),
         )
+        for i, run in enumerate(runs)
+    ]
+
+
+def _weights(album: Album, runs: Sequence[RunRecord]) -> list[theme.Picture | None]:
+    return [
+        album.draw(
+            f'weights_{i}',
+            f'The measured weights of the parts of the loss of {run.label} over all stages',
+            partial(losses.draw_weights, run),
+        )
+        if losses.weight_series(run.stages)[0]
+        else None
         for i, run in enumerate(runs)
     ]
 
