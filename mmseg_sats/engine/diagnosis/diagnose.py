@@ -37,9 +37,10 @@ def diagnose(
         track: shows the progress of a pass: gets the images and what the pass does, and yields the images.
 
     Yields:
-        The figures of each stage: ``stage``, ``classes``, ``new_classes``, ``images``, ``confusion`` (rows are labels,
-        in pixels), ``iou``, ``classifier``, ``oracle``, ``attention`` and ``pseudo_labels``, where each of the last
-        four is None if it could not be measured, and ``left_out`` then has the reason by the same name.
+        The figures of each stage: ``stage``, ``classes``, ``new_classes``, ``learned`` (the stage by class),
+        ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``classifier``, ``oracle``, ``attention`` and
+        ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out`` then has the
+        reason by the same name.
 
     Raises:
         FileNotFoundError: there is no such snapshot, or data of the evaluation are missing.
@@ -113,6 +114,11 @@ def _measure(stage: StageModel, old: StageModel | None, number: int | None, trac
         stage=stage.index,
         classes=classes,
         new_classes=classes[len(classes) - len(dataset.stage.new) :],
+        learned={
+            dataset.class_names[one]: earlier.index
+            for earlier in dataset.protocol.stages[: stage.index + 1]
+            for one in earlier.new
+        },
         images=len(places),
         confusion=confusion[0].tolist(),
         iou=iou_by_class(confusion[0], classes),

@@ -1,8 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What a model's features still tell apart: a classifier on them that is fitted to the true labels of all seen classes.
 
-It is an oracle: no stage has these labels. It is linear and knows no weights of classes, so small classes can be
-told apart better than it does.
+It is an oracle: no stage has these labels. And it is a lower bound: another classifier may tell more apart.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,7 +39,7 @@ def fit_oracle(stage: StageModel, dataset: IncrementalDataset, places: Iterable[
     """
     head, channels = stage.model.decode_head, len(stage.classes)
     check_linear(head)
-    sums: list[Tensor] = []
+    moments = None
     for place in places:
         data = stage.preprocess(dataset[place])
         inputs, samples = data['inputs'], data['data_samples']
@@ -49,10 +48,39 @@ def fit_oracle(stage: StageModel, dataset: IncrementalDataset, places: Iterable[
         labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode='nearest')[:, 0].long()
         step = max(1, round(STRIDE * features.shape[2] / inputs.shape[-2]))
         features, labels = (maps[..., ::step, ::step] for maps in (features, labels))
-        pixels = features.movedim(1, -1).flatten(0, 2)
-        part = ridge_sums(F.pad(pixels, (0, 1), value=1.0), labels.flatten(), channels)
-        sums = [total + own for total, own in zip(sums, part, strict=True)] if sums else list(part)
-    return ridge_rows(*sums)
+        pixels = F.pad(features.movedim(1, -1).flatten(0, 2).double(), (0, 1), value=1.0)
+        if moments is None:
+            moments = pixels.new_zeros(channels, *2 * pixels.shape[1:])
+        add_moments(moments, pixels, labels.flatten())
+    return oracle_rows(moments)
+
+
+def add_moments(moments: Tensor, pixels: Tensor, labels: Tensor) -> None:
+    """Adds the second moments of pixels to those of their classes, in place.
+
+    Args:
+        moments: (K, D, D).
+        pixels: (N, D).
+        labels: (N,) integers; those from K on are left out.
+    """
+    for label in labels.unique().tolist():
+        if label < len(moments):
+            moments[label] += ridge_sums(pixels[labels == label], labels.new_zeros(int((labels == label).sum())), 1)[0]
+
+
+def oracle_rows(moments: Tensor) -> Tensor:
+    """The ridge regression (K, D) in which a pixel counts by 1 over the square root of its class's pixels.
+
+    Where all count alike, it hardly ever predicts a small class; where all classes do, it hardly ever predicts
+    background.
+
+    Args:
+        moments: (K, D, D), the sums of x x^T over each class's pixels, of which the last entry of every x is 1.
+    """
+    pixels = moments[:, -1, -1]
+    weights = pixels.clamp(min=1).rsqrt()
+    weights *= pixels.sum() / (weights * pixels).sum()
+    return ridge_rows(torch.einsum('k,kde->de', weights, moments), weights[:, None] * moments[:, -1])
 
 
 def _features(model: nn.Module, inputs: Tensor) -> Tensor:
