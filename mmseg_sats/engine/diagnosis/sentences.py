@@ -125,9 +125,10 @@ def _rows(stage: Figures, earlier: Sequence[Figures]) -> Iterator[Finding]:
         for name in _old(stage):
             change = bias[name] - usual - (then[name] - usually)
             if abs(change) >= ODDS:
+                did = 'raised' if change > 0 else 'lowered'
                 text = (
-                    f"Stage {stage['stage']} {'raised' if change > 0 else 'lowered'} {name}'s bias by {abs(change):.2f} "
-                    f'against the mean of the old classes, which {_odds(change)}.'
+                    f"Stage {stage['stage']} {did} {name}'s bias by {abs(change):.2f} against the mean of the old "
+                    f'classes, which {_odds(change)}.'
                 )
                 yield _finding('classifier', stage, name, _moved_odds(change), text)
     for name in stage['new_classes']:

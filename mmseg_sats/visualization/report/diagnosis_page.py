@@ -18,8 +18,8 @@ PARTS = (
         'oracle', 'What the encoder still knows',
         'IoU of the model, and behind it that of an oracle: a ridge regression on the input of the classifier, with '
         'the true labels of all seen classes in the training images so far. No method has these labels. What the '
-        'oracle tells apart and the model does not is lost in the classifier alone; the encoder means all that comes before '
-        'the classifier.',
+        'oracle tells apart and the model does not is lost in the classifier alone; the encoder means all that '
+        'comes before the classifier.',
     ),
     ('classifier', "The classifier's rows", 'Bias, and behind it the norm of the weights.'),
     (
