@@ -15,6 +15,7 @@ from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
 from mmseg_sats.commands import main
+from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.diagnosis.classifier_rows import NotMeasurableError, classifier_rows
 from mmseg_sats.engine.diagnosis.diagnose import diagnose
@@ -91,7 +92,7 @@ def test_the_command_writes_figures_and_a_page(
         assert sentence in out
     assert told['largest']
     assert 'stage 1: pseudo-labels' in err
-    assert 'left out: stage_2' in page
+    assert 'stage_2 is left out: it has no snapshot.' in page
     assert 'Not measured after stage 0: there is no snapshot of a stage before.' in page
     assert not re.search(r'(?:src|href)=', page)
 
@@ -324,6 +325,26 @@ def test_without_training_data_the_rest_is_measured(tiny_runs: list[Path], tmp_p
     assert stage['attention']
     assert stage['classifier']
     assert texts([stage], 'oracle') == []
+
+
+def test_a_stage_without_evaluation_images_is_skipped(
+    skilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = copied(skilled, tmp_path / 'run')
+
+    def images(cfg: Config) -> object:
+        if 'stage_1' not in cfg.work_dir:
+            raise NoImagesError('none of 0 images is left for eval')
+        return eval_dataset(cfg)
+
+    monkeypatch.setattr('mmseg_sats.engine.diagnosis.diagnose.eval_dataset', images)
+    main(['diagnose', str(run), '--images', '1', '--device', 'cpu'])
+    told = json.loads((run / 'diagnosis.json').read_text())
+    assert told['skipped'] == dict(stage_0='none of 0 images is left for eval')
+    assert [stage['stage'] for stage in told['stages']] == [1]
+    assert told['stages'][0]['attention']
+    with pytest.raises(SystemExit, match='none of 0 images is left for eval'):
+        main(['diagnose', str(run), '--stage', '0', '--device', 'cpu'])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmseg_sats.datasets.incremental_dataset import NoImagesError
+from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImagesError
 from mmseg_sats.engine.diagnosis.classifier_rows import NotMeasurableError, classifier_rows
 from mmseg_sats.engine.diagnosis.confusion import iou_by_class
 from mmseg_sats.engine.diagnosis.images import TrainingImages, some, training_images
@@ -40,7 +40,7 @@ def diagnose(
         The figures of each stage: ``stage``, ``classes``, ``new_classes``, ``learned`` (the stage by class),
         ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``classifier``, ``oracle``, ``attention`` and
         ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out`` then has the
-        reason by the same name.
+        reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the reason.
 
     Raises:
         FileNotFoundError: there is no such snapshot, or data of the evaluation are missing.
@@ -54,7 +54,12 @@ def diagnose(
         if old is None and (before / 'snapshot.pth').is_file():
             old = load_stage(before, device)
         stage = load_stage(folder, device)
-        yield _measure(stage, old if old and old.index == stage.index - 1 else None, images, track)
+        try:
+            dataset = eval_dataset(stage.cfg)
+        except NoImagesError as error:  # a stage 0 from a checkpoint, say
+            yield dict(stage=stage.index, skipped=str(error))
+        else:
+            yield _measure(stage, old if old and old.index == stage.index - 1 else None, dataset, images, track)
         old = stage
 
 
@@ -83,8 +88,9 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix('stage_'))
 
 
-def _measure(stage: StageModel, old: StageModel | None, number: int | None, track: Track) -> dict[str, Any]:
-    dataset = eval_dataset(stage.cfg)
+def _measure(
+    stage: StageModel, old: StageModel | None, dataset: IncrementalDataset, number: int | None, track: Track
+) -> dict[str, Any]:
     classes, label = stage.classes, f'stage {stage.index}'
     if list(dataset.metainfo['classes']) != classes:
         raise ValueError(

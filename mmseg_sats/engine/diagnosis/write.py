@@ -25,21 +25,28 @@ def write_diagnosis(
         track: as for ``diagnose``.
 
     Returns:
-        The contents of the file: ``run``, the work dir's name, ``images``, ``unfinished``, the stages without a
-        snapshot, ``stages``, ``findings``, and ``largest``, the sentences on what is forgotten most.
+        The contents of the file: ``run``, the work dir's name, ``images``, ``skipped``, reasons by stage, ``stages``,
+        ``findings``, and ``largest``, the sentences on what is forgotten most.
 
     Raises:
         FileNotFoundError: as ``diagnose`` does.
-        ValueError: as ``diagnose`` does.
+        ValueError: as ``diagnose`` does, or no stage has images.
     """
-    unfinished = sorted(
-        path.name for path in work_dir.glob('stage_*') if path.is_dir() and not (path / 'snapshot.pth').is_file()
-    )
-    result: dict[str, Any] = dict(run=work_dir.resolve().name, images=images, unfinished=unfinished, stages=[])
+    skipped = {
+        path.name: 'it has no snapshot'
+        for path in sorted(work_dir.glob('stage_*'))
+        if path.is_dir() and not (path / 'snapshot.pth').is_file()
+    }
+    result: dict[str, Any] = dict(run=work_dir.resolve().name, images=images, skipped=skipped, stages=[])
     for stage in diagnose(work_dir, only, images, device, track):
+        if 'skipped' in stage:
+            skipped[f"stage_{stage['stage']}"] = stage['skipped']
+            continue
         result['stages'].append(stage)
         result['findings'] = told = findings(result['stages'])
         result['largest'] = [finding['text'] for finding in told if finding['part'] in FORGETTING][:LARGEST]
         write_json(work_dir / 'diagnosis.json', result)
         write_page(result, work_dir / 'diagnosis.html')
+    if not result['stages']:
+        raise ValueError(next(iter(skipped.values())))
     return result
