@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from mmseg_sats.engine.run_report import report_at_end
+from mmseg_sats.engine.files.run_report import report_at_end
 from mmseg_sats.visualization import panel, theme
 from mmseg_sats.visualization.report import curves, heatmap, losses
 from mmseg_sats.visualization.report.page import (

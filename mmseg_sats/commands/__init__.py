@@ -21,8 +21,8 @@ from mmseg_sats.version import __version__
 # Import name to distribution, of what pip does not bring with the package: requirements/runtime.txt says why.
 _BROUGHT_BY = {'torch': 'torch', 'cv2': 'opencv-python', 'matplotlib': 'matplotlib'}
 COMMANDS = (
-    'train', 'add', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'prepare',
-    'convert-mit', 'demo',
+    'train', 'add', 'test', 'table', 'report', 'predict', 'attention', 'browse', 'check', 'export', 'diagnose',
+    'prepare', 'convert-mit', 'demo',
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from mmseg_sats.engine.files.results import (
     stage_table,
     write_results,
 )
+from mmseg_sats.engine.files.run_report import check_report, report_at_end
 from mmseg_sats.engine.files.work_dir import (
     check_own_config,
     check_same_run,
@@ -42,7 +43,6 @@ from mmseg_sats.engine.files.work_dir import (
 )
 from mmseg_sats.engine.hooks.atomic_checkpoint_hook import note_on_checkpoints
 from mmseg_sats.engine.run_plan import build_protocol
-from mmseg_sats.engine.run_report import check_report, report_at_end
 from mmseg_sats.engine.training.distributed import check_shared, join_process_group
 from mmseg_sats.engine.training.stage_work import StageWork
 from mmseg_sats.utils.checkpoint import read_json, remove_temporary, write_text

@@ -105,10 +105,10 @@ class IncrementalIoUMetric(BaseMetric):
         return metrics
 
     @staticmethod
-    def area_counts(
+    def confusion(
         pred: Tensor, label: Tensor, num_channels: int, ignore_index: int = 255
     ) -> np.ndarray:
-        """Count, for each class, the pixels of intersection, prediction and label.
+        """Count, for each class, the pixels that are predicted as each class.
 
         Args:
             pred: Predicted classes, integer, any shape, on any device.
@@ -117,7 +117,7 @@ class IncrementalIoUMetric(BaseMetric):
             ignore_index: Pixels with this label are not counted, not in the prediction either.
 
         Returns:
-            int64 array (3, K): rows intersection, prediction, label.
+            int64 array (K, K): the row is the label, the column the prediction.
 
         Raises:
             ValueError: If the shapes differ, or a counted pixel lies outside 0..K-1.
@@ -136,9 +136,32 @@ class IncrementalIoUMetric(BaseMetric):
                     f'expected 0..{num_channels - 1} (or {ignore_index}, ignored, in the label)'
                 )
         confusion = torch.bincount(label * num_channels + pred, minlength=num_channels**2)
-        confusion = confusion.view(num_channels, num_channels)
-        counts = torch.stack((confusion.diagonal(), confusion.sum(0), confusion.sum(1)))
-        return counts.cpu().numpy()
+        return confusion.view(num_channels, num_channels).cpu().numpy()
+
+    @staticmethod
+    def areas(confusion: np.ndarray) -> np.ndarray:
+        """The pixels of intersection, prediction and label of each class, (3, K), of a confusion (K, K)."""
+        return np.stack((confusion.diagonal(), confusion.sum(0), confusion.sum(1)))
+
+    @classmethod
+    def area_counts(
+        cls, pred: Tensor, label: Tensor, num_channels: int, ignore_index: int = 255
+    ) -> np.ndarray:
+        """Count, for each class, the pixels of intersection, prediction and label.
+
+        Args:
+            pred: As for :meth:`confusion`.
+            label: As for :meth:`confusion`.
+            num_channels: K, background included.
+            ignore_index: As for :meth:`confusion`.
+
+        Returns:
+            int64 array (3, K): rows intersection, prediction, label.
+
+        Raises:
+            ValueError: As :meth:`confusion` does.
+        """
+        return cls.areas(cls.confusion(pred, label, num_channels, ignore_index))
 
     @staticmethod
     def ious(counts: np.ndarray) -> np.ndarray:

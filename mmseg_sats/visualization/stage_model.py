@@ -56,11 +56,12 @@ class StageModel:
         return result.pred_sem_seg.data[0].cpu().long()
 
 
-def load_stage(folder: str | Path) -> StageModel:
+def load_stage(folder: str | Path, device: str | None = None) -> StageModel:
     """Reads ``config.py`` and ``snapshot.pth`` of a stage; nothing else of the run is needed.
 
     Args:
         folder: a run's ``stage_k``; it may have been moved.
+        device: where the model runs; by default the GPU, if there is one.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two.
@@ -86,7 +87,7 @@ def load_stage(folder: str | Path) -> StageModel:
         raise ValueError(f'{folder / "snapshot.pth"} lacks {missing[:5]} of the model in config.py')
     model.load_state_dict(snapshot['state_dict'])
     meta = snapshot['meta']['dataset_meta']
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return StageModel(
         folder, cfg, model.to(device).eval(), list(meta['classes']), list(meta['palette'])
     )

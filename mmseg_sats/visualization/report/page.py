@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from mmengine.logging import print_log
 
@@ -17,6 +16,7 @@ from mmseg_sats.utils.spelling import check_choice
 from mmseg_sats.visualization import theme
 from mmseg_sats.visualization.report import curves, heatmap, losses
 from mmseg_sats.visualization.report.pictures import Album, photographs
+from mmseg_sats.visualization.report.rendering import page_environment
 from mmseg_sats.visualization.report.run_record import (
     RunRecord,
     Sweep,
@@ -169,13 +169,7 @@ def _best(runs: Sequence[RunRecord], key: str) -> float | None:
 
 
 def _render(page: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader('mmseg_sats.visualization.report'),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters['counted'] = counted
     environment.globals.update(
         number=_number,
