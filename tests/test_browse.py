@@ -15,6 +15,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.engine import PseudoLabelThresholdHook, StageRunner
+from mmseg_sats.engine.checks.training_pictures import build_labeling_model
 from mmseg_sats.visualization import contact_sheet, theme
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / 'tools/browse_incremental.py'))
@@ -54,6 +55,9 @@ def test_pseudo_labels_are_those_of_the_loss(
     model = MODELS.build(stage_cfg.model)
     runner = SimpleNamespace(cfg=stage_cfg, build_dataloader=StageRunner.build_dataloader)
     PseudoLabelThresholdHook().find(runner, model)
+    # What a stage has not found yet is found for its pictures.
+    unfinished = build_labeling_model(stage_cfg, Path('no/stage'))
+    assert unfinished.pseudo_labeler.state_dict() == model.pseudo_labeler.state_dict()
     dataset = DATASETS.build(contact_sheet.keep_full_labels(stage_cfg.train_dataloader.dataset))
     sample = dataset[0]
     (shown,) = contact_sheet.training_pictures([sample], model)

@@ -12,6 +12,7 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
+from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.utils.checkpoint import write_atomically
@@ -36,7 +37,8 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
             model.pseudo_labeler.load_state_dict(json.loads(kept.read_text()))
         else:
             print("finding the pseudo-labels' thresholds on the stage's training images ...")
-            PseudoLabelThresholdHook().find(SimpleNamespace(cfg=cfg), model)
+            runner = SimpleNamespace(cfg=cfg, build_dataloader=StageRunner.build_dataloader)
+            PseudoLabelThresholdHook().find(runner, model)
     return model
 
 
