@@ -74,16 +74,17 @@ def test_two_iterations_of_every_stage(method: str, shapes_cfg: Callable[..., Co
         run = tmp_path / f'memory_{budget}'
         cfg = shapes_cfg(method, run.name, batch_size=4, memory=budget)
         if cfg.protocol != 'joint':
-            cfg.protocol = '4-1'  # the fewest stages that hold a second later one
+            # Without memory, the fewest stages that hold a second later one.
+            cfg.protocol = '4-2' if budget else '4-1'
         if budget:
             cfg.base = str(tmp_path / 'memory_0/stage_0/snapshot.pth')
         stages = two_iterations_a_stage(cfg)['stages']
-        assert len(stages) == (1 if cfg.protocol == 'joint' else 3)
+        assert len(stages) == dict(zip(('joint', '4-2', '4-1'), (1, 2, 3), strict=True))[cfg.protocol]
         for stage in range(1 if method in TRAINED_ONCE else len(stages)):
             if stage or not budget:
                 check_stage(stage, run / f'stage_{stage}')
             if len(stages) > 1:
-                check_exemplars(run / f'stage_{stage}', budget, 4 + stage)
+                check_exemplars(run / f'stage_{stage}', budget, 4 + stage * (2 if budget else 1))
 
 
 @pytest.mark.slow
