@@ -370,7 +370,7 @@ def run_kills(out: Path, *words: str) -> None:
 @on_a_cpu
 def test_killed_runs_end_as_the_others(tmp_path: Path) -> None:
     """The short form of ``make test-kill``. Stages of iterations are stopped in test_resume_iterations.py."""
-    run_kills(tmp_path, '--bare', '--moments', '1', '--events', '3', '--full', '1', '--jobs', '2')
+    run_kills(tmp_path, '--bare', '--moments', '1', '--events', '2', '--full', '1', '--jobs', '2')
 
 
 @on_a_cpu

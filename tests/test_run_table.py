@@ -124,7 +124,7 @@ def test_another_option_is_noticed(
         (['table1', '--cfg-options', 'seed=3'], '--cfg-options seed=...: it names the runs; give it by --seeds'),
         (['table1', '--cfg-options', 'method=mib'], 'method=...: it names the runs; give it by --methods'),
         (['table1', '--cfg-options', 'dataset=voc'], 'dataset=...: it names the runs; give it by --dataset'),
-        (['table1', '--cfg-options', 'epochs'], '--cfg-options epochs: expected KEY=VALUE'),
+        (['table1', '--methods', 'sats', '--cfg-options', 'epochs'], '--cfg-options epochs: expected KEY=VALUE'),
         (['table1', '--dataset', 'voc', '--methods', 'sats', '--cfg-options', 'data_root=/none'],
          "/none/JPEGImages does not exist (data_root='/none'"),
         (['table1', '--dataset', 'shapes', '--methods', 'sats', '--cfg-options', 'train_cfg.max_epochs=$epoch'],
