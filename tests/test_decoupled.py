@@ -2,6 +2,7 @@
 """Sigmoids without a background channel: losses against loops from their formulas, and background as a constant."""
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmseg_sats.functional import (
 )
 from mmseg_sats.functional.features.decomposed import decomposed_logits
 from mmseg_sats.models.heads.classifier_form import is_of_one_method
+from mmseg_sats.models.heads.linear_classifier import seen_classifier
 from mmseg_sats.models.heads.split_classifier import SplitClassifier
 from mmseg_sats.models.losses import SigmoidCrossEntropyLoss, SigmoidDistillationLoss
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
@@ -209,6 +211,19 @@ def test_the_parts_get_the_classifiers_input_and_rows(tmp_path: Path) -> None:
     bare = type(output)(output.logits, ())
     with pytest.raises(RuntimeError, match=r'needs the class attribute `needs_classifier = True`'):
         _ = bare.classifier
+
+
+def test_another_thread_does_not_get_in_between(tmp_path: Path) -> None:
+    """Ranks that are threads share an old model, as copies of a student do."""
+    _, model = later_stage(tmp_path)
+    head = model.decode_head
+    inputs = model.backbone(images())
+    with seen_classifier(head) as seen:
+        head(inputs)
+        other = threading.Thread(target=head, args=([feature[:1] for feature in inputs],))
+        other.start()
+        other.join()
+    assert [len(one.features) for one in seen] == [len(images())]
 
 
 def test_stock_mmseg_computes_the_same_without_the_auxiliary_row(tmp_path: Path) -> None:

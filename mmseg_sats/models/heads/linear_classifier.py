@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The last layer of a head as a value: the features that it classifies, and its rows."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,10 +38,16 @@ def has_linear_classifier(head: nn.Module) -> bool:
 
 @contextmanager
 def seen_classifier(head: nn.Module) -> Iterator[list[LinearClassifier]]:
-    """A context in which the list gets a head's :class:`LinearClassifier` at every call of its ``conv_seg``."""
+    """A context in which the list gets a head's :class:`LinearClassifier` at every call of its ``conv_seg``.
+
+    Calls by other threads are left out: copies of a student share their old model.
+    """
     seen: list[LinearClassifier] = []
+    own = threading.get_ident()
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() != own:
+            return
         weight, bias = module.rows() if isinstance(module, SplitClassifier) else (module.weight, module.bias)
         spare = getattr(module, AUXILIARY, None), getattr(module, 'residual', None)
         seen.append(LinearClassifier(inputs[0], weight.flatten(1), bias, *spare))
