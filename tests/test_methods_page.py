@@ -3,7 +3,6 @@
 
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.engine.config.own_scope import drop_own_scope
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.protocol import Protocol
+from tests.test_configs import find
 from tests.test_docs_commands import commands_in, parse_command, words_of
 
 ROOT = Path(__file__).parents[1]
@@ -40,20 +40,9 @@ def config_of(method: str) -> dict[str, Any]:
     return Config.fromfile(CONFIGS / method / f'{method}.py')._cfg_dict.to_dict()
 
 
-def at(value: Any, key: str) -> Iterator[Any]:
-    """All values at ``key``, at any depth."""
-    if isinstance(value, dict):
-        if key in value:
-            yield value[key]
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from at(item, key)
-
-
 def parts(value: Any) -> set[str]:
     """The parts that a config names."""
-    return {kind for kind in at(value, 'type') if PART.fullmatch(kind)}
+    return {kind for kind in find(value, 'type') if PART.fullmatch(kind)}
 
 
 def quoted(*cells: str) -> set[str]:
@@ -88,7 +77,7 @@ def test_a_row_says_what_the_config_says(method: str) -> None:
     sigmoids = 'sigmoids' in row[CLASSIFIER]
     assert sigmoids == (cfg['segmentation_loss']['type'] in ('OneVsRestLoss', 'SigmoidCrossEntropyLoss'))
     # Options of the model stand in their own columns; a head's dropout is none.
-    options = {option for model in at(cfg, 'model') for option in model} - {'decode_head'}
+    options = {option for model in find(cfg, 'model') for option in model} - {'decode_head'}
     words = {word for cell in row[CLASSIFIER:] for word in QUOTED.findall(cell) if not PART.fullmatch(word)}
     assert words - {row[START].strip('`')} == options - {row[START].strip('`')}
     weighed = (cfg['pseudo_labeler'] or {}).get('scale_images', False)

@@ -74,6 +74,22 @@ class DistillationPart(nn.Module):
         """Returns the weighted loss, a scalar; labels (B, H, W) are the tensor that ``prepare`` got."""
 
 
+class WeightedPart(DistillationPart):
+    """The base class of the parts that multiply their loss by ``loss_weight``.
+
+    Args:
+        loss_weight: factor of the loss.
+    """
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f'loss_weight={self.loss_weight}'
+
+
 class PseudoLabeler:
     """Completes the labels of a stage's images, or of images from outside.
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from mmseg_sats.functional.pixels.means import check_channels
 from mmseg_sats.functional.pixels.per_pixel import per_pixel_losses
 from mmseg_sats.functional.pixels.sigmoid import sigmoid_distillation_of_pixels
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 @MODELS.register_module()
-class AccumulativeDistillationLoss(DistillationPart):
+class AccumulativeDistillationLoss(WeightedPart):
     """:func:`sigmoid_distillation` of each class from the first model that knows it, at the labels' size.
 
     Background is distilled from the last model: to an earlier one, later classes were background too.
@@ -30,10 +30,6 @@ class AccumulativeDistillationLoss(DistillationPart):
     """
 
     needs_all_teachers: ClassVar[bool] = True
-
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar, a mean over all pixels of labels (B, H, W), whose values are not used."""
@@ -46,10 +42,6 @@ class AccumulativeDistillationLoss(DistillationPart):
             align_corners=student.align_corners,
         )
         return self.loss_weight * loss.mean()
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}'
 
 
 def first_logits(teacher: SegmentorOutput) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mmseg_sats.functional.features.decomposed import decomposed_distillation
 from mmseg_sats.functional.precision import full_precision, working_dtype
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
-class ClassifierLoss(DistillationPart):
+class ClassifierLoss(WeightedPart):
     """The base class of the losses that need the classifier.
 
     Args:
@@ -21,14 +21,6 @@ class ClassifierLoss(DistillationPart):
     """
 
     needs_classifier: ClassVar[bool] = True
-
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}'
 
 
 @MODELS.register_module()

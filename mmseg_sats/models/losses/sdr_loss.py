@@ -12,23 +12,15 @@ from mmseg_sats.functional.features.prototypes import (
     repulsion,
     sparsity,
 )
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
-class _FeatureLoss(DistillationPart):
+class _FeatureLoss(WeightedPart):
     """The base class of the four losses."""
 
     needs_teacher: ClassVar[bool] = False
     reduces_over_ranks: ClassVar[bool] = True
-
-    def __init__(self, loss_weight: float = 1.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f'loss_weight={self.loss_weight}'
 
 
 @MODELS.register_module()
