@@ -26,6 +26,7 @@ from mmseg_sats.datasets.shapes.dataset import ShapesDataset
 from mmseg_sats.engine import StageRunner
 from mmseg_sats.engine.config import config_text
 from mmseg_sats.engine.config.config_text import StageConfig
+from mmseg_sats.engine.hooks.methods import image_pass
 from mmseg_sats.engine.run_plan import find_incremental_dataset
 from mmseg_sats.models.segmentors.old_model import OldModel
 from mmseg_sats.utils.shared_values import Sharing, once
@@ -207,3 +208,15 @@ def test_the_screen_gets_warnings_whatever_they_say(
     assert not re.search('Config: even|processes: 1', out)
     (log,) = tmp_path.glob('*/*.log')
     assert re.search('processes: 1', log.read_text())
+
+
+def test_a_pass_over_images_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(image_pass, 'training_images_once', lambda _: {})
+    monkeypatch.setattr(image_pass, 'print_log', lambda text, **_: said.append(text))
+    runner = SimpleNamespace(build_dataloader=lambda _: ['a', 'b'])
+    assert list(image_pass.images_seen_once(runner, 'looking')) == ['a', 'b']
+    assert said == []  # it took no time
+    monkeypatch.setattr(image_pass, 'INTERVAL', 0.0)
+    assert list(image_pass.images_seen_once(runner, 'looking')) == ['a', 'b']
+    assert said == ['looking: image 1 of 2', 'looking: image 2 of 2']

@@ -2,7 +2,7 @@
 """The closed-form classifier (C-RLS): ridge regression against loops, the hook that fits it, and whole runs."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,17 +119,9 @@ def test_what_a_model_refuses() -> None:
 # The hook
 
 
-class Loader(SimpleNamespace):
-    """A stage's runner, as far as the hook asks: its images are in memory."""
-
-    @staticmethod
-    def build_dataloader(cfg: Any) -> Iterator[Any]:
-        return iter(cfg)
-
-
-def runner_of(model: nn.Module, folder: Path, start_from: Path | None = None, **cfg: Any) -> Loader:
+def runner_of(model: nn.Module, folder: Path, start_from: Path | None = None, **cfg: Any) -> SimpleNamespace:
     folder.mkdir(parents=True, exist_ok=True)
-    return Loader(
+    return SimpleNamespace(
         model=model, work_dir=str(folder), start_from=start_from, logger=MMLogger.get_current_instance(),
         message_hub=SimpleNamespace(update_scalar=lambda *_: None), cfg=Config(cfg),
     )  # fmt: skip
@@ -139,13 +131,13 @@ def runner_of(model: nn.Module, folder: Path, start_from: Path | None = None, **
 def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Calls the hook on a model, label maps and the seeds of their images, in float64."""
 
-    def call(runner: Loader, stage: Any, labels: Tensor, seeds: list[int], **options: Any) -> None:
+    def call(runner: SimpleNamespace, stage: Any, labels: Tensor, seeds: list[int], **options: Any) -> None:
         runner.model.double()
         batches = [
             dict(inputs=images(1, seed=seed).double(), data_samples=samples(label[None]))
             for seed, label in zip(seeds, labels, strict=True)
         ]
-        monkeypatch.setattr(module, 'training_images_once', lambda _: batches)
+        monkeypatch.setattr(module, 'images_seen_once', lambda *_: iter(batches))
         HOOKS.build(dict(dict(type='ClosedFormHook', stride=4), **options)).before_snapshot(runner, stage)
 
     return call
@@ -158,7 +150,7 @@ def label_maps(classes: tuple[int, ...], number: int, seed: int) -> Tensor:
 
 
 def next_model(
-    runner: Loader, num_classes: int, num_old: int, **options: Any
+    runner: SimpleNamespace, num_classes: int, num_old: int, **options: Any
 ) -> tuple[nn.Module, Path]:
     """The next stage's model, loaded from what a stage has left."""
     path = Path(save_weights(runner.model.float(), Path(runner.work_dir) / 'snapshot.pth'))

@@ -19,7 +19,7 @@ from mmseg.registry import MODELS
 
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.export.stock import export_stage
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.image_pass import training_images_once
 from mmseg_sats.models.prototypes import ReplayPrototypes
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely

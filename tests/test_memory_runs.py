@@ -18,7 +18,7 @@ from mmseg_sats.datasets.memory.exemplars import read_exemplars
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.config.replay import check_replay, keep_exemplars
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.image_pass import training_images_once
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.shared_values import Sharing
 from tests.conftest import CONFIGS

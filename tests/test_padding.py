@@ -13,11 +13,9 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_sats.engine.hooks.methods import prototype_hook
+from mmseg_sats.engine.hooks.methods.image_pass import training_images_once
 from mmseg_sats.engine.hooks.methods.prototype_hook import PrototypeHook
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import (
-    PseudoLabelThresholdHook,
-    training_images_once,
-)
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import PseudoLabelThresholdHook
 from mmseg_sats.models.padding import with_padding, without_padding
 from mmseg_sats.models.prototypes import ClassPrototypes
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -108,10 +106,10 @@ def test_prototypes_are_of_the_images_alone(padding_cfg: Config) -> None:
 
 
 def test_a_process_without_an_image_has_the_sums_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prototype_hook, 'training_images_once', lambda runner: None)
+    monkeypatch.setattr(prototype_hook, 'images_seen_once', lambda *_: [])
     others = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
     monkeypatch.setattr(prototype_hook, 'all_gather_object', lambda own: [others[0], own, others[1]])
-    runner = SimpleNamespace(model=torch.nn.Identity(), build_dataloader=lambda cfg: [])
+    runner = SimpleNamespace(model=torch.nn.Identity())
     assert prototype_hook._over_images(runner, lambda *_: None).tolist() == [4.0, 6.0]
 
 

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
 from mmseg_sats.models.padding import with_padding, without_padding
@@ -115,7 +115,7 @@ class ClosedFormHook(Hook):
         seen: list[Tensor] = []
         watch = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            for batch in runner.build_dataloader(training_images_once(runner)):
+            for batch in images_seen_once(runner, 'the closed-form classifier'):
                 labels, height = _completed_labels(model, batch, stage)
                 features = seen.pop()
                 labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode='nearest')[:, 0].long()

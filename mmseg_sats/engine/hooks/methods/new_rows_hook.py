@@ -1,8 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Makes the rows of new classes that depend on what the old model sees in their pixels."""
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
 from mmseg_sats.engine.hooks.methods.pretuning import pretune
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.functional.new_rows import align_norms
 from mmseg_sats.models.heads.classifier import Rows
@@ -27,7 +26,6 @@ from mmseg_sats.models.segmentors.old_model import ClassifierInputs
 from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.utils.randomness import seeded
 
-_INTERVAL = 30.0  # seconds between two lines that say how far it is
 # Apart from the keys of the training loop.
 _KEY = 3
 
@@ -101,8 +99,7 @@ class NewRowsHook(Hook):
         empty = start.of_pixels(weight, weight[:0], weight.new_zeros(0, num_old)).double()
         sums = torch.stack([empty] * (model.num_classes - num_old)).to(next(model.parameters()).device)
         counts = sums.new_zeros(len(sums))
-        loader = runner.build_dataloader(training_images_once(runner))
-        for batch in _with_progress(runner, loader, 'the old model looks at the new classes'):
+        for batch in images_seen_once(runner, 'what the old model sees in new classes'):
             data = model.data_preprocessor(batch, False)
             images, samples = data['inputs'], data['data_samples']
             labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long().to(images.device)
@@ -150,14 +147,3 @@ def windows(size: tuple[int, int], test_cfg: Any) -> Iterator[tuple[slice, slice
         starts = [max(min(index * stride + window, length) - window, 0) for index in range(count)]
         axes.append([slice(start, min(start + window, length)) for start in starts])
     yield from ((rows, columns) for rows in axes[0] for columns in axes[1])
-
-
-def _with_progress(runner: Runner, loader: Iterable[Any], what: str) -> Iterator[Any]:
-    """The items of a loader, with a line in the log every now and then."""
-    told = time.perf_counter()
-    runner.logger.info(f'{what}: {len(loader)} images')
-    for index, item in enumerate(loader, start=1):
-        yield item
-        if time.perf_counter() - told >= _INTERVAL:
-            told = time.perf_counter()
-            runner.logger.info(f'{what}: image {index} of {len(loader)}')

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
+from mmseg_sats.engine.hooks.methods.image_pass import INTERVAL
 from mmseg_sats.functional.pixels.per_pixel import per_pixel_losses
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy_of_pixels
 from mmseg_sats.models.heads.new_rows import MeasuredStart
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
 
-_INTERVAL = 30.0  # seconds between two lines that say how far it is
 _POWER = 0.9
 
 
@@ -72,7 +72,7 @@ def pretune(
                 group['lr'] = start.lr * (1 - done / total) ** _POWER
             optimizer.step()
             done += 1
-            if done in (1, total) or time.perf_counter() - told >= _INTERVAL:
+            if done in (1, total) or time.perf_counter() - told >= INTERVAL:
                 told = time.perf_counter()
                 runner.logger.info(f'pre-tuning of the new rows: iteration {done} of {total}, loss {loss.item():.4g}')
 

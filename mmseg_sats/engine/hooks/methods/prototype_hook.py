@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.engine.files.snapshot import unwrap
-from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import training_images_once
+from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
 from mmseg_sats.models.padding import with_padding
 from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
 from mmseg_sats.utils.checkpoint import write_atomically
@@ -123,7 +123,7 @@ class PrototypeHook(Hook):
 def _over_images(runner: Runner, of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The sum of ``of_batch(inputs, labels)`` over the stage's training images, without augmentation, on the CPU."""
     model, total = unwrap(runner.model), None
-    for batch in runner.build_dataloader(training_images_once(runner)):
+    for batch in images_seen_once(runner, "the classes' prototypes"):
         data = model.data_preprocessor(batch, False)
         inputs, samples = data['inputs'], data['data_samples']
         labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()

@@ -1,9 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Computes the pseudo-labeler's thresholds at the start of a stage."""
 
-import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, barrier, is_main_process
@@ -11,8 +9,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.files.snapshot import unwrap
+from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
 from mmseg_sats.models.padding import without_padding
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import labelling_chunks
@@ -58,7 +56,7 @@ class PseudoLabelThresholdHook(Hook):
         labeler = model.pseudo_labeler
         labeler.reset(model.old_model.model.num_classes)
         device = next(model.parameters()).device
-        for batch in runner.build_dataloader(training_images_once(runner)):
+        for batch in images_seen_once(runner, "the pseudo-labels' thresholds"):
             data = model.data_preprocessor(batch, False)
             labels = torch.stack(
                 [sample.gt_sem_seg.data for sample in data['data_samples']]
@@ -73,21 +71,3 @@ class PseudoLabelThresholdHook(Hook):
                 labeler.update(chunk, *logits)
         all_reduce(labeler.histograms)
         labeler.compute()
-
-
-def training_images_once(runner: Runner) -> dict[str, Any]:
-    """The config of a loader of the stage's training images: each once, with the transforms of the evaluation."""
-    # Only the stage's own images: exemplars keep their labels, and outside images have another labeler.
-    dataset = copy.deepcopy(stage_dataset_cfg(runner.cfg.train_dataloader.dataset))
-    dataset.pipeline = copy.deepcopy(runner.cfg.test_pipeline)
-    train = runner.cfg.train_dataloader
-    cfg = dict(
-        dataset=dataset,
-        batch_size=1,
-        num_workers=train.get('num_workers', 0),
-        sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
-    )
-    if train.get('num_batch_per_epoch'):
-        # mmengine then trains only on that many images, so only these are used here.
-        cfg['num_batch_per_epoch'] = train.num_batch_per_epoch * train.batch_size
-    return cfg
