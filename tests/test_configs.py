@@ -24,6 +24,7 @@ from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
 import mmseg_sats  # noqa: F401  registers everything
+from mmseg_sats.datasets.shapes.drawing import scene_classes
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.protocol import Protocol, Stage
 
@@ -224,6 +225,20 @@ def test_the_file_name_tells_the_protocol_setting_and_memory() -> None:
         assert own.get('setting', 'overlapped') == ('disjoint' if named[2] else 'overlapped'), path
         assert bool(own.get('memory')) == bool(named[3]), path
         assert (own['protocol'] == 'joint') == (path.parent.name == 'joint'), path
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('joint/segformer_tiny_shapes_*.py')), ids=short)
+def test_joint_on_shapes_is_trained_for_as_many_iterations_as_a_whole_run(path: Path) -> None:
+    joint = read(path)
+    run = read(CONFIGS / 'finetune' / path.name)
+    scenes = [
+        set(scene_classes(index, num_classes=run.num_shapes)) for index in range(run.train_images)
+    ]
+    stages = [stage.new for stage in Protocol(joint.split, run.num_shapes).stages]
+    shown = [sum(not scene.isdisjoint(new) for scene in scenes) for new in stages]
+    whole_run = sum(-(-images // run.batch_size) * run.epochs for images in shown)
+    an_epoch = -(-run.train_images // joint.batch_size)
+    assert whole_run <= joint.epochs * an_epoch < whole_run + an_epoch
 
 
 @pytest.mark.parametrize('path', BUILT, ids=short)
