@@ -9,11 +9,10 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from tests.forked import Done, run_forked
+from tests.forked import PACKAGE, Done, run_forked
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / 'docs/new_backbone.md').read_text(encoding='utf-8')
-PRELOAD = 'import mmseg_sats.engine, mmseg_sats.commands'
 
 
 def mmseg_sats(*commands: tuple[Path, str]) -> list[Done]:
@@ -23,7 +22,7 @@ def mmseg_sats(*commands: tuple[Path, str]) -> list[Done]:
     """
     script = 'import sys, mmseg_sats\nsys.exit(mmseg_sats.commands.main({!r}))'
     folders, words = zip(*commands, strict=True)
-    return run_forked(PRELOAD, [script.format(one.split()) for one in words], folders)
+    return run_forked(PACKAGE, [script.format(one.split()) for one in words], folders)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
 
 
 def test_ranks_have_the_same_prototypes_as_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(work, (2, str(tmp_path)), nprocs=2, start_method='fork')
     states = [torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(2)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     means = states[0]['sums'] / states[0]['counts'].clamp(min=1)[:, None]

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
 from mmseg_sats.protocol import Protocol
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
 from mmseg_sats.utils.randomness import seed_all, seeded
-from tests.forked import run_forked
+from tests.forked import PACKAGE, run_forked
 
 on_a_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason='bit for bit on a CPU; a GPU adds up in an order of its own'
@@ -194,30 +193,20 @@ ENDINGS = [
     # Such a process ends in another way than the interpreter does.
     ("raise ValueError('of the test')", True, 1),
 ]
-ENDING_HOOK = """
+ENDING = """
 import multiprocessing, os, signal, sys, time
 # Ignored in what a shell starts behind its back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
-import mmseg_sats.engine
 
 @HOOKS.register_module()
 class Ending(Hook):
     def after_train_iter(self, runner, *args, **kwargs):
         time.sleep(0.5)
-        end()
-"""
-ENDING = """
-import __main__, multiprocessing, os, signal, sys
-from mmengine.config import Config
-from mmengine.registry import RUNNERS
+        {what}
 
-def end():
-    {what}
-
-__main__.end = end
 train = RUNNERS.build(Config.fromfile({config!r})).train
 if {in_a_child}:
     child = multiprocessing.Process(target=train)
@@ -237,7 +226,7 @@ def test_a_process_with_workers_ends_when_its_run_does(shapes_cfg: MakeConfig, t
         path = tmp_path / f'config_{number}.py'
         cfg.dump(path)
         scripts.append(ENDING.format(config=str(path), what=what, in_a_child=in_a_child))
-    done = run_forked(ENDING_HOOK, scripts)
+    done = run_forked(PACKAGE, scripts)
     assert [one.returncode for one in done] == [code for *_, code in ENDINGS], done
     assert not [one for one in done if 'DataLoader worker' in one.stderr]
 
@@ -354,14 +343,8 @@ def test_impossible_intervals(options: dict) -> None:
 
 
 def run_kills(out: Path, *words: str) -> None:
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-m', 'tests.kill', '--out', str(out), *words],
-        cwd=ROOT,
-        env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = f'import sys\nfrom tests import kill\nsys.exit(kill.main({["--out", str(out), *words]}))'
+    (result,) = run_forked(PACKAGE, [script])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     done, of, total, identical = result.stdout.strip().split('\n')[-1].split(' ')
     assert (done, of, identical) == (total, 'of', 'identical')
