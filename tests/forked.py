@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# The package, and what a run imports later on.
-PACKAGE = 'import torch._dynamo, mmseg_sats.commands, mmseg_sats.engine, mmseg_sats.visualization.report.page'
+# The package, and what a run's first optimizer imports.
+PACKAGE = 'import torch._dynamo, mmseg_sats.commands, mmseg_sats.engine'
 # A script ends as the interpreter does: with its exit code, by a signal, or with a traceback.
 _FORK = """
 import gc, json, os, sys

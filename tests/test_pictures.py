@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """What the pictures of reports and of the tools are made of."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
+from mmseg_sats.visualization import theme
 from mmseg_sats.visualization.masks import IGNORED, overlay
 from mmseg_sats.visualization.panel import sample_image
 from mmseg_sats.visualization.stage_model import load_stage
@@ -26,6 +28,25 @@ def test_an_overlay_mixes_photograph_and_colour_but_for_background_and_outline()
     assert picture[5, 15].tolist() == [0.25 * 100 + 0.75 * colour for colour in PALETTE[1]]
     assert picture[5, 25].tolist() == [0.25 * 100 + 0.75 * colour for colour in IGNORED]
     assert PALETTE[1] in picture[5].tolist()
+
+
+@pytest.mark.parametrize(
+    ('suffix', 'background', 'dpi'), [('svg', 'none', 100), ('png', 'white', 200), ('pdf', 'white', 100)]
+)
+def test_a_figure_is_rendered_as_savefig_would(
+    suffix: str, background: str, dpi: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('SOURCE_DATE_EPOCH', '0')  # the date in the files
+    with theme.style():
+        figure, (left, right) = theme.new_figure(2, columns=2)
+        left.plot([1, 3, 2], label='mIoU')
+        left.legend()
+        right.imshow(np.eye(5))
+        theme.lay_out(figure)
+        found = theme.render(figure, suffix, background, dpi)
+        expected = io.BytesIO()
+        figure.savefig(expected, format=suffix, facecolor=background, dpi=dpi)
+    assert found == expected.getvalue()
 
 
 @pytest.mark.parametrize('size', [(8, 12), (4, 6)])

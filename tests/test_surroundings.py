@@ -14,7 +14,7 @@ import pytest
 
 from mmseg_sats import commands
 from mmseg_sats.utils.oldest_torch import check_torch
-from tests.forked import run_forked
+from tests.forked import PACKAGE, run_forked
 
 ROOT = Path(__file__).parents[1]
 CONFIG = 'sats/segformer_tiny_shapes_3-1'
@@ -110,7 +110,7 @@ def test_a_run_without_a_package_that_it_needs_ends_in_one_line(tmp_path: Path) 
     run = '\nimport sys, mmseg_sats\nsys.exit(mmseg_sats.commands.main({words!r}))'
     options = {package: option for package, (option, _) in WITHOUT.items()}
     scripts = [ABSENT.format(names=(name,)) + run.format(words=small_run(options[name])) for name in options]
-    done = run_forked('import mmseg_sats.commands, mmseg_sats.engine', scripts, [tmp_path] * len(scripts))
+    done = run_forked(PACKAGE, scripts, [tmp_path] * len(scripts))
     for one, (_, said) in zip(done, WITHOUT.values(), strict=True):
         assert one.returncode == 1
         assert re.fullmatch(said, one.stderr.strip())
@@ -133,7 +133,7 @@ def test_without_git_with_a_read_only_home_in_a_path_with_spaces(tmp_path: Path)
     folder = tmp_path / 'my first run'
     folder.mkdir()
     nowhere = dict(HOME='/proc', XDG_CACHE_HOME='/proc', PATH=str(folder / 'bin'))
-    process = command(folder, *small_run('report.images=1'), **nowhere)
+    process = command(folder, *small_run('report.images=1', 'report.attention=0'), **nowhere)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert 'Traceback' not in output + errors

@@ -67,7 +67,8 @@ def draw(args: argparse.Namespace) -> Path:
         print(f'{what}: its region is that of {source}')
     with theme.style():
         figure = attention_view.draw_attention(image, views, what, where)
-        content = theme.render(figure, 'png', dict(facecolor='white', dpi=200))
+        theme.lay_out(figure)
+        content = theme.render(figure, 'png', 'white', theme.PAPER_DPI)
     out = args.out or args.stage_dir / f'{args.image.stem}_attention.png'
     write_atomically(out, lambda file: file.write(content))
     for number, view in enumerate(views):
