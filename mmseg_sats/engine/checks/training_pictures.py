@@ -88,7 +88,8 @@ def browse(cfg: Config, work_dir: Path, stage_index: int, number: int, out: Path
                 (meta['classes'], meta['palette']),
                 title if len(title) < 70 else f'{title[:67]}...',
             )
-            content = theme.render(figure, 'png', dict(facecolor='white', dpi=150))
+            theme.lay_out(figure)
+            content = theme.render(figure, 'png', 'white', dpi=150)
         files.append(out / f'stage_{stage.index}_{start // ROWS}.png')
         write_atomically(files[-1], lambda file, content=content: file.write(content))
     return files
