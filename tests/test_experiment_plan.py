@@ -10,7 +10,13 @@ from mmseg.registry import MODELS
 import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.engine.experiments.plan import check_options, make_plan, memory_sizes, parse_options
 from mmseg_sats.engine.experiments.split import write_split
-from mmseg_sats.engine.experiments.tables import SYSTEMS, TABLE_DATASETS, TABLES, Row
+from mmseg_sats.engine.experiments.tables import (
+    METHOD_WEIGHTS,
+    SYSTEMS,
+    TABLE_DATASETS,
+    TABLES,
+    Row,
+)
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 ROWS = [
@@ -41,6 +47,27 @@ def test_some_variants_beside_the_whole_method() -> None:
     assert names('ablations', variants=['without_attention', 'lambda_a_5']) == [
         'sats_without_attention_15-1_seed0', 'sats_15-1_seed0', 'sats_lambda_a_5_15-1_seed0',
     ]  # fmt: skip
+
+
+def test_weights_are_tried_as_often_for_every_method_and_around_those_of_its_file() -> None:
+    def value(method: str, key: str) -> float:
+        found = Config.fromfile(CONFIGS / method / f'{method}.py').distillation
+        for name in key.split('.'):
+            found = found[name]
+        return found
+
+    for method, weights in METHOD_WEIGHTS.items():
+        assert weights == {key: value(method, key) for key in weights}
+    assert names('weights', systems=['lgkd', 'mib'], variants=['weights_quarter', 'weights_1_1']) == [
+        'mib_weights_quarter_15-1_seed0', 'mib_15-1_seed0',
+        'lgkd_weights_1_1_15-1_seed0', 'lgkd_15-1_seed0',
+    ]  # fmt: skip
+    assert {len(part.rows) for part in TABLES['weights'].parts} == {3}
+    mib = make_plan(TABLES['weights'], 'shapes', CONFIGS, systems=['mib']).runs
+    assert [run.load().distillation.output.loss_weight for run in mib] == [10, 40, 160]
+    files = {path.stem: Config.fromfile(path) for path in CONFIGS.glob('*/*.py') if path.stem == path.parent.name}
+    distilling = {method for method, cfg in files.items() if cfg.get('distillation')}
+    assert distilling == {part.name for part in TABLES['weights'].parts}
 
 
 def test_a_run_that_stands_in_several_rows_is_one_run() -> None:

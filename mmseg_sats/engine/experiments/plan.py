@@ -138,7 +138,7 @@ def make_plan(
         table: which table.
         dataset: a name of ``TABLE_DATASETS``.
         configs: the folder of configs, one folder for each method in it.
-        systems: rows of a table of systems; all by default.
+        systems: rows of a table of systems, or of their variants; all by default.
         variants: rows of a table of variants beside the method as it is; all by default.
         protocols: by default those that the paper shows, or all of the data set where it shows none of them.
         memories: sizes of the memory, 0 without.
@@ -161,6 +161,8 @@ def make_plan(
         for protocol in protocols or _protocols(part, data):
             for memory in memories:
                 for row in part.rows:
+                    if systems and row.method not in systems:
+                        continue
                     if variants and row.variant and row.variant not in variants:
                         continue
                     config = _find_config(configs, row, data.model, dataset, protocol, memory)

@@ -92,6 +92,45 @@ def _weights(part: str, title: str, name: str, values: Sequence[int]) -> tuple[R
     )
 
 
+# The weights of each method's distillation, as in its file. Where several are listed, they are scaled together.
+METHOD_WEIGHTS: dict[str, dict[str, float]] = {
+    'lwf': {'output.loss_weight': 100.0},
+    'lwf_mc': {'output.loss_weight': 10.0},
+    'ilt': {'output.loss_weight': 10.0, 'feature.loss_weight': 10.0},
+    'mib': {'output.loss_weight': 40.0},
+    'plop': {'pod.feature_weight': 0.01, 'pod.logits_weight': 0.0005},
+    'sdr': {'output.loss_weight': 100.0},
+    'st_cil': {'entropy.loss_weight': 0.1},
+    'sats': {'attention.loss_weight': 20.0, 'output.loss_weight': 20.0},
+    'mbs': {'output.loss_weight': 25.0},
+    'rcil': {'output.loss_weight': 100.0, 'cube.feature_weight': 0.01, 'cube.logits_weight': 0.0005},
+    'ucd': {'output.loss_weight': 10.0, 'contrast.loss_weight': 0.01},
+    'reminder': {'pod.feature_weight': 0.01, 'pod.logits_weight': 0.0005, 'similar.loss_weight': 0.5},
+    'cit': {'output.loss_weight': 1.0},
+    'nest': {'pod.feature_weight': 0.01, 'pod.logits_weight': 0.0005},
+    'ewf': {'pod.feature_weight': 0.01, 'pod.logits_weight': 0.0005},
+    'dkd': {'output.loss_weight': 5.0, 'decomposed.loss_weight': 5.0},
+    'star': {'features.loss_weight': 5.0},
+    'barm': {'output.loss_weight': 1.0, 'features.loss_weight': 4.0},
+}
+
+
+def _scaled(method: str) -> tuple[Row, ...]:
+    """A method's row with a quarter of its weights, as it is, and with four times its weights."""
+    def options(factor: float) -> tuple[str, ...]:
+        return tuple(f'distillation.{key}={weight * factor:g}' for key, weight in METHOD_WEIGHTS[method].items())
+
+    return (
+        Row(f'{method}, a quarter', 'weights_quarter', options(0.25), method),
+        Row(method, method=method),
+        Row(f'{method}, four times', 'weights_four_times', options(4.0), method),
+    )
+
+
+# Of old and of new classes' pixels. The file has 1 and 0, of which there are no multiples; 5 and 1 are released, too.
+LGKD_EVEN, LGKD_15_5 = (
+    (f'distillation.output.old_weight={old}', 'distillation.output.new_weight=1') for old in (1, 5)
+)
 WITHOUT_PSEUDO_LABELS = Row(
     'without pseudo-labels', 'without_pseudo_labels', ('pseudo_labeler=None',)
 )
@@ -164,6 +203,18 @@ TABLES = {
             ), ('15-1',)),
             Part('lambda_a', 'lambda_a',
                  _weights('attention', 'lambda_a', 'lambda_a', (5, 20, 80, 320)), ('15-1',)),
+        ),
+    ),
+    # Nor is this: as many tries for every method, on images that no table reports on.
+    'weights': Table(
+        'Weights: the distillation of every method, weaker, as it is and stronger', 'voc', 'none',
+        (
+            *(Part(method, method, _scaled(method), ('15-1',)) for method in METHOD_WEIGHTS),
+            Part('lgkd', 'lgkd', (
+                Row('lgkd, weights 1 and 1', 'weights_1_1', LGKD_EVEN, 'lgkd'),
+                Row('lgkd', method='lgkd'),
+                Row('lgkd, weights 5 and 1', 'weights_5_1', LGKD_15_5, 'lgkd'),
+            ), ('15-1',)),
         ),
     ),
 }  # fmt: skip
