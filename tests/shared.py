@@ -12,8 +12,8 @@ SHARED = Path(os.environ.get('MMSEG_SATS_SHARED', Path(__file__).parents[2] / 's
 def shared_path(name: str) -> Path:
     """The file or folder ``name`` of the shared data; skips the test, saying why, where it is absent."""
     path = SHARED / name
-    if name == 'data/voc_mini':
-        path = Path(os.environ.get('VOC_MINI', path))
+    own = path.name.upper()  # VOC_MINI, CCP_MINI
+    path = Path(os.environ.get(own, path))
     if not path.exists():
-        pytest.skip(f'{name} is not at {path} (set MMSEG_SATS_SHARED or VOC_MINI)')
+        pytest.skip(f'{name} is not at {path} (set MMSEG_SATS_SHARED or {own})')
     return path

@@ -33,7 +33,7 @@ FILES = sorted(
     path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_' and path.stem != path.parent.name
 )
 FOLDERS = sorted({path.parent.name for path in FILES})
-NUM_CLASSES = {'voc': 20, 'voc_mini': 20, 'shapes': 6, 'ade20k': 150, 'cityscapes': 19}
+NUM_CLASSES = {'voc': 20, 'voc_mini': 20, 'ccp_mini': 30, 'ade20k': 150, 'cityscapes': 19}
 OVERRIDES = dict(data_root='/other/root', epochs=17, crop_size=160, batch_size=5, seed=123)
 
 
@@ -42,7 +42,8 @@ def short(path: Path) -> str:
 
 
 def protocol_of(cfg: Config) -> Protocol:
-    return Protocol(cfg.protocol, NUM_CLASSES[cfg.dataset], cfg.class_order, cfg.split)
+    classes = cfg.num_shapes if cfg.dataset == 'shapes' else NUM_CLASSES[cfg.dataset]
+    return Protocol(cfg.protocol, classes, cfg.class_order, cfg.split)
 
 
 def said(path: Path) -> tuple[str, ...]:

@@ -3,10 +3,12 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from mmcv.transforms import RandomChoice
+from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmseg.datasets import ADE20KDataset, BaseSegDataset, PascalVOCDataset
 from mmseg.datasets.transforms import LoadAnnotations
@@ -16,6 +18,8 @@ from PIL import Image
 from mmseg_sats.datasets.class_index import index as class_index
 from mmseg_sats.datasets.incremental_dataset import IncrementalDataset, NoImagesError
 from mmseg_sats.datasets.transforms import RelabelSegMap, relabel_table
+from mmseg_sats.engine.config.stage_config import build_stage_config
+from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 
@@ -535,6 +539,26 @@ def test_voc_photographs():
         assert data['img'].shape[:2] == seg.shape
         assert dataset.metainfo['classes'] == PascalVOCDataset.METAINFO['classes'][: 16 + stage]
         assert dataset.metainfo['num_base'] == 16
+
+
+def test_street_photographs_in_21_stages():
+    root = shared_path('data/ccp_mini')
+    cfg = Config.fromfile(Path(__file__).parents[1] / 'configs/sats/segformer_b0_ccp_mini_10-1.py')
+    cfg.data_root = str(root)
+    protocol = build_protocol(cfg)
+    assert len(protocol.stages) == 21
+    masks = {path.stem: np.unique(np.array(Image.open(path))) for path in sorted((root / 'masks').iterdir())}
+    train, val = ((root / f'{part}.txt').read_text().split() for part in ('train', 'val'))
+    for index in (0, 7, 20):
+        stage = protocol.stages[index]
+        stage_cfg = build_stage_config(cfg, protocol, stage, 'work_dirs/run')
+        dataset = DATASETS.build(stage_cfg.train_dataloader.dataset)
+        # Classes are in the order of their labels, so class i has number i in the masks.
+        assert dataset.image_names() == [name for name in train if np.isin(masks[name], stage.new).any()]
+        evaluation = DATASETS.build(stage_cfg.test_dataloader.dataset)
+        assert evaluation.image_names() == [name for name in val if np.isin(masks[name], stage.seen).any()]
+    names = (root / 'classes.txt').read_text().split()
+    assert list(dataset.class_names) == ['background', *names]
 
 
 def without_background(wrapped, classes, maps, root, **options):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.config.stage_config import build_stage_config
+from mmseg_sats.engine.experiments.plan import parse_options
 from mmseg_sats.engine.files.earlier import in_current_names
 from mmseg_sats.engine.files.work_dir import check_same_run
 from mmseg_sats.engine.run_plan import build_protocol
@@ -169,6 +170,8 @@ def test_hooks_of_the_user_stay_and_are_not_doubled(shapes_cfg: MakeConfig) -> N
     assert hooks_of(shapes_cfg('sats', custom_hooks=[])) == ['PseudoLabelThresholdHook']
     own = [dict(type='ProgressHook'), dict(type='OwnThresholds')]
     assert hooks_of(shapes_cfg('sats', custom_hooks=own)) == ['ProgressHook', 'OwnThresholds']
+    named = parse_options(['method_hooks=[WeightFusionHook]'])  # as a command line can give them
+    assert hooks_of(shapes_cfg('finetune', **named)) == ['ProgressHook', 'WeightFusionHook']
 
 
 def test_a_part_that_is_not_registered(shapes_cfg: MakeConfig) -> None:

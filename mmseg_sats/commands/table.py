@@ -7,8 +7,8 @@ from pathlib import Path
 from mmseg_sats.utils.arguments import comma_separated, numbers
 
 # For the help alone: what there is is in engine/experiments/tables.py, which is imported with torch.
-TABLES = ('table1', 'table2', 'table3', 'table4', 'figure6', 'ablations')
-DATASETS = ('voc', 'voc_mini', 'ade20k', 'shapes')
+TABLES = ('table1', 'table2', 'table3', 'table4', 'figure6', 'ablations', 'combinations', 'weights')
+DATASETS = ('voc', 'voc_mini', 'ccp_mini', 'ade20k', 'shapes')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,8 @@ def import_method(cfg: Config) -> None:
 def add_method_hooks(cfg: Config) -> None:
     """Adds the hooks of ``method_hooks`` and of the model's parts to ``custom_hooks``, in place.
 
-    A part's hook is not added if the config already has a hook of the same class.
+    A part's hook is not added if the config already has a hook of the same class. A name stands for a hook without
+    arguments, because a command line cannot write more.
 
     Args:
         cfg: a stage's config, its variables resolved.
@@ -49,7 +50,8 @@ def add_method_hooks(cfg: Config) -> None:
     """
     hooks = cfg.pop('method_hooks', None) or []
     if not isinstance(hooks, list | tuple):
-        raise TypeError(f'method_hooks={hooks!r}: expected a list of configs of hooks')
+        raise TypeError(f'method_hooks={hooks!r}: expected a list of configs or names of hooks')
+    hooks = [dict(type=hook) if isinstance(hook, str) else hook for hook in hooks]
     own = list(cfg.get('custom_hooks') or [])
     there = [hook_class(hook) for hook in [*own, *hooks]]
     brought = []

@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b0_ccp_mini.py', './crls.py']
+protocol = '10-1'
+expansion_width = 1024
