@@ -42,7 +42,31 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
     state_dict = {key.removeprefix('module.'): value for key, value in loaded['state_dict'].items()}
     # Checkpoints of mmseg before version 1 store the names as CLASSES.
     names = (loaded['meta'].get('dataset_meta') or {}).get('classes') or loaded['meta'].get('CLASSES')
-    names = None if names is None else [str(name) for name in names]
+    _give_channels(state_dict, model, checkpoint, None if names is None else [str(name) for name in names], classes)
+    # What only this method's models have stays as it was initialised.
+    untrained = [key for key in own if key not in state_dict and is_of_one_method(key)]
+    if any(f'.conv_seg.{AUXILIARY}.' in key for key in untrained):
+        _warn(
+            f'base {checkpoint} has no auxiliary classifier: that of stage 0, from which the classes of stage 1 start, '
+            'stays as it was initialised'
+        )
+    state_dict |= {key: own[key] for key in untrained}
+    _check_fit(state_dict, model, checkpoint, classes)
+    return {key: state_dict[key] for key in own}
+
+
+def _give_channels(
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    checkpoint: Path,
+    names: Sequence[str] | None,
+    classes: Sequence[str],
+) -> None:
+    """Gives the classifiers of a checkpoint a channel for background and each base class, in place.
+
+    Raises:
+        ValueError: it has other classes, or these in another order.
+    """
     channels = _channels(state_dict, model.class_tensors['decode_head'])
     # mmseg's heads for two classes may have one channel, whose sigmoid is the foreground's probability.
     binary = channels == 1 and len(classes) == 2
@@ -61,31 +85,23 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
             threshold = getattr(model.get_submodule(name), 'threshold', None)
             split_binary(state_dict, f'{name}.', _THRESHOLD if threshold is None else threshold)
     if names is None:
-        print_log(
-            f'base {checkpoint} does not name its classes: that they are {expected}, in this order, cannot '
-            'be checked',
-            logger='current',
-            level=logging.WARNING,
-        )
-    # What only this method's models have stays as it was initialised.
-    untrained = [key for key in own if key not in state_dict and is_of_one_method(key)]
-    if any(f'.conv_seg.{AUXILIARY}.' in key for key in untrained):
-        print_log(
-            f'base {checkpoint} has no auxiliary classifier: that of stage 0, from which the classes of stage 1 start, '
-            'stays as it was initialised',
-            logger='current',
-            level=logging.WARNING,
-        )
-    state_dict |= {key: own[key] for key in untrained}
-    problems = [f'{key}: missing' for key in own if key not in state_dict]
+        _warn(f'base {checkpoint} names no classes: that they are {expected}, in this order, cannot be checked')
+
+
+def _check_fit(
+    state_dict: Mapping[str, Tensor], model: nn.Module, checkpoint: Path, classes: Sequence[str]
+) -> None:
+    """Raises ValueError if weights are missing, of another model, or not finite."""
+    own = model.state_dict()
     # The model may lack a whole module of the checkpoint, e.g. an auxiliary head, but not single tensors of a
     # module that it has: then it would be another model.
     parts = {key.split('.')[0] for key in own}
+    strange = [key for key in state_dict if key not in own and key.split('.')[0] in parts]
+    problems = [f'{key}: missing' for key in own if key not in state_dict]
     problems += [
         f'{key}: not in the model'
-        for key in state_dict
-        if key not in own and key.split('.')[0] in parts and not (key.endswith(_BUFFERS) or is_of_one_method(key))
-        and '.loss_decode.' not in key
+        for key in strange
+        if not (key.endswith(_BUFFERS) or is_of_one_method(key) or '.loss_decode.' in key)
     ]
     problems += shape_mismatches(state_dict, model)
     if problems:
@@ -100,7 +116,10 @@ def adopt_base(model: nn.Module, checkpoint: Path, classes: Sequence[str]) -> di
             f'base {checkpoint} has numbers that are not finite in {", ".join(spoilt[:5])}: expected a model '
             'whose training went well'
         )
-    return {key: state_dict[key] for key in own}
+
+
+def _warn(text: str) -> None:
+    print_log(text, logger='current', level=logging.WARNING)
 
 
 def _channels(state_dict: Mapping[str, Tensor], tensors: Mapping[str, int]) -> int | None:
