@@ -20,7 +20,8 @@ import mmseg_sats  # noqa: F401  registers the parts
 from benchmarks.measure import Ratio, Work, device, median_seconds, peak_bytes
 from benchmarks.voc_size import LIST, make_pairs, repeat, where_from
 from mmseg_sats.datasets.class_index import mask_scan
-from mmseg_sats.datasets.class_index.index import ClassIndex, scan_masks
+from mmseg_sats.datasets.class_index.index import ClassIndex
+from mmseg_sats.datasets.class_index.mask_scan import scan_masks
 from mmseg_sats.datasets.transforms import RelabelSegMap, relabel_table
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.run_plan import build_protocol

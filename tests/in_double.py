@@ -31,7 +31,7 @@ if 'pytest' not in sys.modules:
 
 @HOOKS.register_module()
 class Tell(Hook):
-    """Rank 0 leaves each iteration's losses in ``losses_from_ITERATION.json``, every rank its images likewise.
+    """Rank 0 leaves each iteration's losses in ``losses_from_ITERATION.json``, every rank images and a random number.
 
     The iteration is that from which the stage was trained or resumed.
     """
@@ -40,6 +40,7 @@ class Tell(Hook):
         self.first = runner.iter
         self.losses: list[dict[str, float]] = []
         self.images: list[list] = []
+        self.draws: list[float] = []
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict) -> None:
         self.losses.append({name: float(value) for name, value in outputs.items()})
@@ -47,6 +48,8 @@ class Tell(Hook):
         self.images.append([[Path(s.img_path).name, float(i.double().sum())] for i, s in pairs])
         folder = Path(runner.work_dir)  # written every time, for the run may be stopped
         (folder / f'images_{get_rank()}_from_{self.first}.json').write_text(json.dumps(self.images))
+        self.draws.append(float(torch.rand(())))  # the models themselves draw none
+        (folder / f'draws_{get_rank()}_from_{self.first}.json').write_text(json.dumps(self.draws))
         if get_rank() == 0:
             (folder / f'losses_from_{self.first}.json').write_text(json.dumps(self.losses))
 

@@ -16,7 +16,10 @@ from mmseg.registry import DATASETS, MODELS
 
 from mmseg_sats.engine import PseudoLabelThresholdHook, StageRunner
 from mmseg_sats.engine.checks.training_pictures import build_labeling_model
+from mmseg_sats.protocol import UNKNOWN_LABEL
 from mmseg_sats.visualization import contact_sheet, theme
+from tests.small_models import images, samples
+from tests.test_unknown import labels_with_unknown, next_stage
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / 'tools/browse_incremental.py'))
 
@@ -72,6 +75,28 @@ def test_pseudo_labels_are_those_of_the_loss(
     np.testing.assert_array_equal(shown.completed, seen[0][0, :40, :48].numpy())
     new = shown.labels != 0
     np.testing.assert_array_equal(shown.completed[new], shown.labels[new])
+
+
+def test_unknown_pixels_are_completed_as_for_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = next_stage(tmp_path, pseudo_labeler=dict(type='SigmoidPseudoLabeler', threshold=0.5))
+    model.data_preprocessor = MODELS.build(dict(type='SegDataPreProcessor', size=(64, 64)))
+    labels = labels_with_unknown()[0]
+    sample = dict(inputs=3 * images(1, seed=4)[0],  # which shows old classes to the old model
+                  data_samples=samples(labels[None])[0])
+    sample['data_samples'].set_metainfo(dict(img_path='a.png', source='stage'))
+    sample['data_samples'].gt_full_map = sample['data_samples'].gt_sem_seg
+    (shown,) = contact_sheet.training_pictures([sample], model)
+    seen = []
+    monkeypatch.setattr(model, '_segmentation_losses', lambda *args: seen.append(args[-1]) or {})
+    monkeypatch.setattr('mmseg_sats.models.segmentors.incremental_encoder_decoder.shared_losses',
+                        lambda *args: seen.append(args[4]) or {})  # fmt: skip
+    data = model.data_preprocessor(dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]), True)
+    model.loss(data['inputs'], data['data_samples'])
+    expected = seen[0][0]
+    assert (expected == model.num_classes).any()  # unknown
+    assert ((expected != labels) & (expected < model.num_classes)).any()  # and what the old model completed
+    expected = expected.masked_fill(expected == model.num_classes, UNKNOWN_LABEL)
+    np.testing.assert_array_equal(shown.completed, expected.numpy())
 
 
 def test_memory_is_named(stage_cfg: Config) -> None:

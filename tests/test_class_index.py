@@ -12,6 +12,7 @@ from PIL import Image
 from mmseg_sats.datasets.class_index import index as module
 from mmseg_sats.datasets.class_index import mask_scan
 from mmseg_sats.datasets.class_index.index import ClassIndex, select_eval, select_train
+from mmseg_sats.datasets.class_index.mask_scan import labels_of
 from mmseg_sats.protocol import Protocol
 from tests.shared import shared_path
 
@@ -79,7 +80,7 @@ def test_the_labels_of_a_mask_are_those_of_all_its_pixels(tmp_path, shape, block
         labels[rng.integers(-1, 1), rng.integers(-1, 1)] = number
         Image.fromarray(labels).save(tmp_path / 'm.png')
         np.testing.assert_array_equal(
-            np.flatnonzero(module.labels_of(str(tmp_path / 'm.png'))), np.unique(labels)
+            np.flatnonzero(labels_of(str(tmp_path / 'm.png'))), np.unique(labels)
         )
 
 

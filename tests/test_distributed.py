@@ -151,6 +151,15 @@ def test_two_processes_see_the_images_of_one(
     assert (len(shares[0][-1]), len(shares[1][-1])) == last  # 19 images, by 4 and (with replay) by 2
 
 
+def test_the_first_process_draws_the_numbers_of_one_and_the_second_others(
+    one: Path, two: tuple[Path, str, str]
+) -> None:
+    alone = read(one, 1, 'draws_0')
+    first, second = (read(two[0], 1, f'draws_{rank}') for rank in (0, 1))
+    assert first == alone
+    assert len({*first, *second}) == 2 * len(alone)
+
+
 def test_two_processes_find_the_thresholds_memory_and_tables_of_one(one: Path, two: tuple[Path, str, str]) -> None:
     for name in ('stage_0/exemplars.json', 'stage_1/exemplars.json', 'stage_1/pseudo_label_thresholds.json'):
         assert (one / name).read_text() == (two[0] / name).read_text()
@@ -162,7 +171,7 @@ def test_two_processes_find_the_thresholds_memory_and_tables_of_one(one: Path, t
 def test_one_process_writes(two: tuple[Path, str, str]) -> None:
     lines = re.findall(r'^WRITTEN (.*)$', two[1] + two[2], re.M)
     assert len(lines) == 2
-    left = [path for line in lines for path in json.loads(line) if '/images_1_from_' not in path]
+    left = [path for line in lines for path in json.loads(line) if not re.search('/(images|draws)_1_from_', path)]
     left = [path for path in left if not path.startswith(('/dev/', '/proc/'))]
     # mmengine reads a config through a temporary copy, in every process.
     assert [path for path in left if Path(path).exists()] == []

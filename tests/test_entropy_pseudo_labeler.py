@@ -160,10 +160,8 @@ def test_only_background_pixels_are_counted() -> None:
 def test_histograms_of_ranks_add_up() -> None:
     batches = batches_of(4, count=4)
     whole, left, right = fitted(batches, 4), fitted(batches[:2], 4), fitted(batches[2:], 4)
-    left.histograms = left.histograms + right.histograms
+    left.histograms.add_(right.histograms)
     assert torch.equal(left.compute(), whole.thresholds)
-    right.histograms += fitted(batches[:2], 4).histograms
-    assert torch.equal(right.compute(), whole.thresholds)
 
 
 def test_the_floor_holds_for_sure_and_for_absent_classes() -> None:
@@ -247,7 +245,7 @@ def test_released_search_on_any_histogram() -> None:
     counts[2] = [0] * 99 + [1]
     labeler = EntropyPseudoLabeler(threshold='released', floor=0.002)
     labeler.reset(300)
-    labeler.histograms = torch.from_numpy(counts)
+    labeler.histograms.copy_(torch.from_numpy(counts))
     thresholds = labeler.compute().tolist()
     with np.errstate(divide='ignore', invalid='ignore'):
         found = [released_threshold(row) if sum(row) else 0.0 for row in counts.tolist()]
@@ -375,8 +373,6 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match='at least 1, got 0'):
         labeler.reset(0)
     labeler.reset(3)
-    with pytest.raises(ValueError, match=r'int64 of shape \(3, 65536\), got torch.float32'):
-        labeler.histograms = torch.zeros(3, 65536)
     with pytest.raises(ValueError, match=r'\(1, 3, 2, 2\) and \(2, 2, 3\)'):
         labeler.update(torch.zeros(2, 2, 3).long(), torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match='4 channels, expected the 3'):

@@ -29,7 +29,7 @@ from mmseg_sats.engine.hooks.methods.pretuning import _loader_cfg, pretune
 from mmseg_sats.models.heads.new_rows import PretunedStart, RowMixture
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
 from mmseg_sats.protocol import Protocol
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_arrays
 from mmseg_sats.utils.randomness import seeded
 from tests.small_models import build
 from tests.test_distributed import run as run_processes
@@ -196,7 +196,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / 'new_rows.npz'
     path.write_bytes(b'no rows')
     with pytest.raises(ValueError, match=r'new_rows\.npz does not hold the rows of a classifier'):
-        new_rows_hook._read(path)
+        read_arrays(path, ('weight', 'bias'), 'the rows of a classifier')
 
 
 def test_a_stage_is_trained_on_its_own(train: Callable[..., Config], seen: Counter, tmp_path: Path) -> None:

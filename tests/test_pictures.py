@@ -11,8 +11,9 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
+from mmseg_sats.datasets.folder import IGNORED_COLOUR
 from mmseg_sats.visualization import theme
-from mmseg_sats.visualization.masks import IGNORED, overlay
+from mmseg_sats.visualization.masks import overlay
 from mmseg_sats.visualization.panel import sample_image
 from mmseg_sats.visualization.stage_model import load_stage
 
@@ -26,7 +27,7 @@ def test_an_overlay_mixes_photograph_and_colour_but_for_background_and_outline()
     picture = overlay(image, labels, PALETTE, strength=0.75)
     assert picture[5, 3].tolist() == [100, 100, 100]
     assert picture[5, 15].tolist() == [0.25 * 100 + 0.75 * colour for colour in PALETTE[1]]
-    assert picture[5, 25].tolist() == [0.25 * 100 + 0.75 * colour for colour in IGNORED]
+    assert picture[5, 25].tolist() == [0.25 * 100 + 0.75 * colour for colour in IGNORED_COLOUR]
     assert PALETTE[1] in picture[5].tolist()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmseg_sats.datasets.class_index.index import read_labels
+from mmseg_sats.datasets.class_index.mask_scan import read_labels
 from mmseg_sats.datasets.preparation import voc as voc_preparation
 from mmseg_sats.datasets.preparation.ade20k import ADE20K, prepare_ade20k
 from mmseg_sats.datasets.preparation.archives import Source, md5_of, safe_path, unpack

@@ -115,7 +115,7 @@ def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_stage_that_does_not_exist(trained: Path) -> None:
     result = call('tools/test_incremental.py', str(trained), '--stage', '7')
     assert result.returncode != 0
-    assert 'stage_7/snapshot.pth: no such snapshot' in result.stderr
+    assert 'stage_7/snapshot.pth does not exist: expected one of stages 0, 1' in result.stderr
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.registry import RUNNERS
 from prettytable import PrettyTable
 
 from mmseg_sats.api.added_config import attention_backbone, config_text
@@ -18,8 +17,7 @@ from mmseg_sats.api.class_table import BACKGROUND, ClassTable, match_classes, nu
 from mmseg_sats.api.folders import MaskedImages, hold_out, masked_images
 from mmseg_sats.api.old_images import picked_old_images, write_old_images
 from mmseg_sats.api.old_model import read_old_model
-from mmseg_sats.api.run import Run
-from mmseg_sats.engine.command_line import run_config
+from mmseg_sats.api.run import Run, train
 from mmseg_sats.engine.export.model_card import ModelCard, write_model_card
 from mmseg_sats.engine.export.stock import export_stage
 from mmseg_sats.utils.checkpoint import write_json, write_text
@@ -166,7 +164,7 @@ def add_classes(
         write_text(out / CONFIG, text)
     elif not (out / CONFIG).is_file():
         raise FileNotFoundError(f'{out / CONFIG} does not exist: there is nothing to resume in {out}')
-    run = _train(out, resume)
+    run = train(out / CONFIG, work_dir=out / 'run', resume=resume)
     before, after = _figures(run, table, val, val_numbers)
     added = AddedClasses(out, run, table, before, after, time.perf_counter() - start, _peak_memory())
     command = _command(
@@ -231,11 +229,6 @@ def _check_shown(new: MaskedImages, table: ClassTable) -> None:
             f'classes names {absent[0]} with the number {table.drawn[absent[0]]}, which no mask in {new.masks} '
             f'holds; they hold {[number for number in range(256) if new.showing([number]).any()]}'
         )
-
-
-def _train(out: Path, resume: bool) -> Run:
-    RUNNERS.build(run_config(out / CONFIG, work_dir=out / 'run', resume=resume)).train()
-    return Run(out / 'run')
 
 
 def _peak_memory() -> float | None:

@@ -31,19 +31,13 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates one stage or all of them."""
     from mmseg_sats.engine.command_line import message_of
     from mmseg_sats.engine.experiments.evaluate_again import evaluate_again
+    from mmseg_sats.engine.files.snapshot import stage_folders
     from mmseg_sats.utils.checkpoint import write_json
 
-    pattern = 'stage_*' if args.stage in (None, LAST) else f'stage_{args.stage}'
-    folders = sorted(
-        (path.parent for path in args.work_dir.glob(f'{pattern}/snapshot.pth')),
-        key=lambda path: int(path.name.removeprefix('stage_')),
-    )
-    if not folders:
-        hint = ''
-        if (args.work_dir / 'snapshot.pth').is_file():
-            index = args.work_dir.resolve().name.removeprefix('stage_')
-            hint = f'; for one stage: {args.work_dir.resolve().parent} --stage {index}'
-        raise SystemExit(f'{args.work_dir}/{pattern}/snapshot.pth: no such snapshot{hint}')
+    try:
+        folders = stage_folders(args.work_dir, None if args.stage == LAST else args.stage)
+    except FileNotFoundError as error:
+        raise SystemExit(message_of(error)) from error
     if args.stage == LAST:
         folders = folders[-1:]
     out = args.out or args.work_dir / 'test'

@@ -1,14 +1,20 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Takes the padding of ``data_preprocessor.test_cfg`` into account: mmseg pads the images, but not their labels."""
+"""Labels of a batch, and the padding of ``data_preprocessor.test_cfg``: mmseg pads the images, but not their labels."""
 
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from mmseg_sats.models.segmentor_output import SegmentorOutput
+
+
+def labels_of_batch(samples: Sequence[SegDataSample]) -> Tensor:
+    """The labels (B, H, W) long of samples whose ``gt_sem_seg`` are (1, H, W)."""
+    return torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
 
 
 def padding_of(samples: Sequence[SegDataSample]) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from mmseg_sats.functional.attention.base import BaseAttentionMap
 from mmseg_sats.functional.precision import full_precision
 from mmseg_sats.functional.resizing import ResizedLogits
 from mmseg_sats.models.heads.linear_classifier import LinearClassifier
-from mmseg_sats.models.prototypes import ClassPrototypes
+from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
 
 
 class _NotAskedFor(tuple):
@@ -42,7 +42,7 @@ class SegmentorOutput:
             requested them, reading them raises RuntimeError.
         align_corners: how the head's logits are resized.
         unknown: (B, 1, h, w), logits of the unknown class, or None if the model has none.
-        prototypes: the classes' mean features, or None if the model does not compute them.
+        prototypes: the classes' mean features or statistics, or None if the model does not compute them.
         future: (B, F, h, w), logits of the rows that wait for classes of later stages, or None if there are none.
         earlier: of an old model's output, those of the models of all stages before it, the first stage's first. Empty
             if no part requested them.
@@ -55,7 +55,7 @@ class SegmentorOutput:
     attentions: tuple[BaseAttentionMap, ...] = ()
     align_corners: bool = False
     unknown: Tensor | None = None
-    prototypes: ClassPrototypes | None = None
+    prototypes: ClassPrototypes | ReplayPrototypes | None = None
     future: Tensor | None = None
     more: tuple[Tensor, ...] = ()
     earlier: 'tuple[SegmentorOutput, ...]' = ()

@@ -9,7 +9,7 @@ import os
 import pickle
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,6 +87,29 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as error:  # raised for invalid JSON and for invalid UTF-8
         raise ValueError(f'{path} is cut off or no JSON file: {error}') from error
+
+
+def write_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+    """Writes an ``.npz`` file, see :func:`write_atomically`."""
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def read_arrays(path: str | os.PathLike, names: Iterable[str], what: str) -> dict[str, torch.Tensor]:
+    """Reads an ``.npz`` file without running code.
+
+    Args:
+        path: the file.
+        names: of its arrays.
+        what: what the file should hold, for the message.
+
+    Raises:
+        ValueError: it does not hold these arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in names}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f'{path} does not hold {what}: {error}') from error
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:

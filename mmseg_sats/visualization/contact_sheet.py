@@ -16,8 +16,12 @@ from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
 from mmseg.registry import TRANSFORMS
 from torch import Tensor
 
+from mmseg_sats.datasets.folder import IGNORED_COLOUR
+from mmseg_sats.models.padding import labels_of_batch
+from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
-from mmseg_sats.visualization.masks import IGNORED, colour_mask, rgb_image
+from mmseg_sats.protocol import UNKNOWN_LABEL
+from mmseg_sats.visualization.masks import colour_mask, rgb_image
 from mmseg_sats.visualization.theme import MUTED, new_figure, unit_colour
 
 Palette = Sequence[Sequence[int]]
@@ -133,9 +137,10 @@ def _completed(sample: dict[str, Any], labels: Tensor, model: IncrementalEncoder
     """The labels (h, w) as the loss sees them, without the preprocessor's padding."""
     batch = dict(inputs=[sample['inputs']], data_samples=[sample['data_samples'].clone()])
     data = model.data_preprocessor(batch, True)
-    padded = torch.stack([one.gt_sem_seg.data for one in data['data_samples']]).squeeze(1).long()
-    teacher = model.old_model(data['inputs'])
-    completed = model.pseudo_labeler(padded, teacher.resized(padded.shape[-2:]))
+    padded, unknown = model.without_unknown(labels_of_batch(data['data_samples']))
+    labelers = dict(stage=model.pseudo_labeler)
+    completed, _ = complete_labels(padded, data['data_samples'], labelers, None, model.old_model(data['inputs']))
+    completed = completed.masked_fill(unknown & (completed == 0), UNKNOWN_LABEL)
     return completed[0, : labels.shape[0], : labels.shape[1]].cpu()
 
 
@@ -178,7 +183,7 @@ def draw_sheet(
         if i == 0:
             for ax, column in zip(row, columns, strict=True):
                 ax.set_title(column, fontsize=8)
-    handles = [_patch(full[0][c], full[1][c]) for c in names] + [_patch('ignored', IGNORED)]
+    handles = [_patch(full[0][c], full[1][c]) for c in names] + [_patch('ignored', IGNORED_COLOUR)]
     figure.legend(handles=handles, loc='outside lower left', ncols=4, fontsize=7)
     figure.suptitle(title, fontsize=9, x=0.01, ha='left')
     return figure

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from mmseg_sats.datasets.folder import IGNORED_COLOUR
 
-IGNORED = IGNORED_COLOUR
-
 
 def rgb_image(inputs: Tensor) -> np.ndarray:
     """A packed image (C, H, W), BGR as mmcv reads it, as RGB (H, W, 3) uint8.
@@ -38,7 +36,7 @@ def colour_mask(
     """
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = np.asarray(palette, np.uint8)
-    table[ignore_index] = IGNORED
+    table[ignore_index] = IGNORED_COLOUR
     return table[labels.astype(np.uint8)]
 
 
@@ -63,7 +61,7 @@ def overlay(
     background = (labels == 0)[..., None]
     result = np.where(background, image, mixed)
     edges = outline(labels)
-    result[edges] = np.where((labels == ignore_index)[edges][:, None], IGNORED, colours[edges])
+    result[edges] = np.where((labels == ignore_index)[edges][:, None], IGNORED_COLOUR, colours[edges])
     return result
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -17,7 +16,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
-from mmseg_sats.datasets.class_index.index import labels_of
+from mmseg_sats.datasets.class_index.mask_scan import read_labels
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.user_modules import read_file
 
@@ -140,8 +139,7 @@ def mask_channels(stage: StageModel, mask: str | Path) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: it is not a single-channel 8-bit image.
     """
-    labels_of(str(mask))
-    seg = mmcv.imread(str(mask), flag='unchanged', backend='pillow')
+    seg = read_labels(str(mask))
     dataset = DATASETS.build(dict(copy.deepcopy(stage.cfg.test_dataloader.dataset), lazy_init=True))
     return torch.from_numpy(dataset.mask_table[seg.astype(np.uint8)]).long()
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
-from mmseg_sats.datasets.class_index.index import cache_folder, read_labels
+from mmseg_sats.datasets.class_index.index import cache_folder
+from mmseg_sats.datasets.class_index.mask_scan import read_labels
 from mmseg_sats.utils.checkpoint import write_text
 
 _ORIENTATION = 274  # the number of the EXIF tag

@@ -13,13 +13,8 @@ import numpy as np
 
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_decodes
 from mmseg_sats.datasets.class_index.deal import deal
-from mmseg_sats.datasets.class_index.index import (
-    available_cores,
-    may_fork,
-    read_labels,
-    select_eval,
-    select_train,
-)
+from mmseg_sats.datasets.class_index.index import select_eval, select_train
+from mmseg_sats.datasets.class_index.mask_scan import available_cores, may_fork, read_labels
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')

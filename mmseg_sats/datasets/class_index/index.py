@@ -15,30 +15,10 @@ import numpy as np
 from mmengine import dist
 from mmengine.logging import print_log
 
-from mmseg_sats.datasets.class_index.mask_scan import (
-    available_cores,
-    labels_of,
-    may_fork,
-    read_labels,
-    scan_masks,
-)
+from mmseg_sats.datasets.class_index.mask_scan import scan_masks
 from mmseg_sats.protocol import SETTINGS, Stage
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import write_arrays
 from mmseg_sats.utils.spelling import check_choice
-
-__all__ = [
-    'EVAL_IMAGES',
-    'ClassIndex',
-    'available_cores',
-    'cache_folder',
-    'index_by_class',
-    'labels_of',
-    'may_fork',
-    'read_labels',
-    'scan_masks',
-    'select_eval',
-    'select_train',
-]
 
 EVAL_IMAGES = ('seen', 'all')
 
@@ -295,7 +275,7 @@ def _read_cache(cache_file: Path, num_files: int) -> tuple[np.ndarray, np.ndarra
 def _write_cache(cache_file: Path, stamps: np.ndarray, packed: np.ndarray) -> None:
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache_file, lambda file: np.savez(file, stamps=stamps, packed=packed))
+        write_arrays(cache_file, stamps=stamps, packed=packed)
     except OSError as error:
         _warn(f'class index {cache_file} cannot be written ({error}): the next run scans again')
 

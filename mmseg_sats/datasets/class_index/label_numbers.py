@@ -58,12 +58,6 @@ def check_background(labels: Labels, present: np.ndarray, where: str) -> None:
     )
 
 
-def name_of_number(number: int, labels: Labels, ignore_index: int = 255) -> str:
-    """The class, or what else, that a number in the masks stands for."""
-    class_id = number if labels.numbers is None else labels.numbers.get(number, ignore_index)
-    return 'ignored' if class_id == ignore_index else labels.names[class_id]
-
-
 def hint_on_binary_masks(present: np.ndarray, names: Sequence[str]) -> str:
     """What to do about masks of 0 and 255 alone, the usual form of masks of one class; '' for others.
 

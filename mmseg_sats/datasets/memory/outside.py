@@ -13,7 +13,7 @@ from mmengine.dataset import BaseDataset, Compose
 from mmseg.registry import DATASETS, TRANSFORMS
 from torch.utils.data import Dataset
 
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
 
 
 @DATASETS.register_module()
@@ -31,7 +31,7 @@ class ImageFolder(BaseDataset):
     """
 
     def __init__(
-        self, root: str | None, suffixes: Sequence[str] = SUFFIXES, **kwargs: Any
+        self, root: str | None, suffixes: Sequence[str] = IMAGE_SUFFIXES, **kwargs: Any
     ) -> None:
         if not root:
             raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from mmseg_sats.datasets.class_index.index import read_labels
+from mmseg_sats.datasets.class_index.mask_scan import read_labels
 from mmseg_sats.datasets.preparation.archives import (
     Progress,
     Source,

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Contact sheets of a stage's training pictures as the model gets them: crop, mask, labels, pseudo-labels."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +8,16 @@ import numpy as np
 from mmengine.config import Config
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_sats.engine import PseudoLabelThresholdHook
 from mmseg_sats.engine.config.stage_config import build_stage_config, stage_dir
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import (
+    THRESHOLDS,
+    PseudoLabelThresholdHook,
+)
 from mmseg_sats.engine.run_plan import build_protocol, find_incremental_dataset
 from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.models.parts import PseudoLabeler, flag
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import read_json, write_atomically
 from mmseg_sats.visualization import contact_sheet, theme
 
 ROWS = 6  # pictures on a sheet
@@ -31,10 +33,13 @@ def build_labeling_model(cfg: Config, folder: Path) -> IncrementalEncoderDecoder
         print(f'no pseudo-labels: the old model {old["checkpoint"]} does not exist yet')
         return None
     model = MODELS.build(cfg.model)
+    if flag(model.pseudo_labeler, 'needs_student', PseudoLabeler):
+        print(f'no pseudo-labels: {type(model.pseudo_labeler).__name__} needs the model as it was in training')
+        return None
     if flag(model.pseudo_labeler, 'needs_pass', PseudoLabeler):
-        kept = folder / 'pseudo_label_thresholds.json'
+        kept = folder / THRESHOLDS
         if kept.is_file():
-            model.pseudo_labeler.load_state_dict(json.loads(kept.read_text()))
+            model.pseudo_labeler.load_state_dict(read_json(kept))
         else:
             print("finding the pseudo-labels' thresholds on the stage's training images ...")
             runner = SimpleNamespace(cfg=cfg, build_dataloader=StageRunner.build_dataloader)

@@ -27,6 +27,7 @@ from mmseg_sats.engine.config.trained_model import take_trained_model
 from mmseg_sats.engine.config.variables import config_variables, resolve_variables
 from mmseg_sats.engine.evaluation import evaluation_set
 from mmseg_sats.models.heads.classifier import shape_mismatches
+from mmseg_sats.models.own_options import own_class
 from mmseg_sats.protocol import Protocol, Stage
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.config_keys import STAGE_PARTS, names
@@ -134,7 +135,8 @@ def _set_model(model: ConfigDict, stage: Stage, protocol: Protocol, work_dir: st
         own = head.get('loss_decode')
         # If the method's loss accounts for old classes in the background, plain cross-entropy in an auxiliary
         # head would still teach the backbone that they are background.
-        if _is_plain(own) and _is_ours(loss):
+        # A user's own loss is not copied.
+        if _is_plain(own) and isinstance(loss, dict) and own_class(loss['type']) is not None:
             head.loss_decode = dict(copy.deepcopy(loss), loss_weight=own.get('loss_weight', 1.0))
     pretrained = model.backbone.get('init_cfg') or {}
     # Later stages take all weights from the snapshot; checkpoint=None means random initial weights.
@@ -186,12 +188,6 @@ def _drop_our_defaults(hooks: ConfigDict) -> None:
             taken = {key for cls in kind.__mro__ for key in inspect.signature(cls.__init__).parameters}
             for argument in set(ours) - taken - {'type'}:
                 hooks[name].pop(argument, None)
-
-
-def _is_ours(loss: Any) -> bool:
-    """Whether the loss is one of this package. A user's own loss is not copied to auxiliary heads."""
-    kind = MODELS.get(loss['type']) if isinstance(loss, dict) else None
-    return kind is not None and kind.__module__.startswith('mmseg_sats.')
 
 
 def _is_plain(loss: Any) -> bool:

@@ -14,6 +14,7 @@ from mmseg_sats.engine.diagnosis.images import TrainingImages, some, training_im
 from mmseg_sats.engine.diagnosis.kept_attention import KeptAttention
 from mmseg_sats.engine.diagnosis.oracle import fit_oracle, oracle_in_place
 from mmseg_sats.engine.diagnosis.pseudo_labels import pseudo_label_quality
+from mmseg_sats.engine.files.snapshot import check_classes, stage_folders
 from mmseg_sats.evaluation.incremental_iou import IncrementalIoUMetric
 from mmseg_sats.visualization.stage_model import StageModel, eval_dataset, load_stage
 
@@ -50,7 +51,7 @@ def diagnose(
         raise ValueError(f'--images {images}: expected 1 or more')
     old: StageModel | None = None
     for folder in stage_folders(work_dir, only):
-        before = folder.with_name(f'stage_{_number(folder) - 1}')
+        before = folder.with_name(f'stage_{int(folder.name.removeprefix("stage_")) - 1}')
         if old is None and (before / 'snapshot.pth').is_file():
             old = load_stage(before, device)
         stage = load_stage(folder, device)
@@ -63,40 +64,11 @@ def diagnose(
         old = stage
 
 
-def stage_folders(work_dir: Path, only: int | None = None) -> list[Path]:
-    """The folders of a run's stages that have a snapshot, in order.
-
-    Raises:
-        FileNotFoundError: there is none, or not that of stage ``only``.
-    """
-    found = sorted((path.parent for path in work_dir.glob('stage_*/snapshot.pth')), key=_number)
-    if not found:
-        hint = f', did you mean {work_dir.resolve().parent}?' if (work_dir / 'snapshot.pth').is_file() else ''
-        raise FileNotFoundError(
-            f"{work_dir} is no run's folder, or no stage of it is finished: expected stage_0/snapshot.pth in it{hint}"
-        )
-    if only is None:
-        return found
-    chosen = [folder for folder in found if _number(folder) == only]
-    if not chosen:
-        there = ', '.join(str(_number(folder)) for folder in found)
-        raise FileNotFoundError(f'{work_dir}/stage_{only}/snapshot.pth does not exist: expected one of stages {there}')
-    return chosen
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix('stage_'))
-
-
 def _measure(
     stage: StageModel, old: StageModel | None, dataset: IncrementalDataset, number: int | None, track: Track
 ) -> dict[str, Any]:
     classes, label = stage.classes, f'stage {stage.index}'
-    if list(dataset.metainfo['classes']) != classes:
-        raise ValueError(
-            f'{stage.folder}/snapshot.pth was trained on classes {classes}, the data have '
-            f'{list(dataset.metainfo["classes"])}: expected the same in this order'
-        )
+    check_classes(stage.folder, classes, dataset.metainfo['classes'])
     left_out: dict[str, str] = {}
     training = _part(left_out, ('oracle', 'pseudo_labels'), lambda: _training_images(stage, number))
     rows = training and _part(left_out, ('oracle',), lambda: fit_oracle(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmseg_sats.engine.diagnosis.classifier_rows import NotMeasurableError
 from mmseg_sats.engine.diagnosis.images import TrainingImages
+from mmseg_sats.engine.hooks.methods.pseudo_label_threshold_hook import THRESHOLDS
 from mmseg_sats.models.padding import without_padding
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
@@ -29,7 +30,7 @@ def stage_labeler(stage: StageModel) -> Any:
     if flag(labeler, 'needs_student', PseudoLabeler):
         raise NotMeasurableError(f'{type(labeler).__name__} needs the model as it was in training')
     if flag(labeler, 'needs_pass', PseudoLabeler):
-        path = stage.folder / 'pseudo_label_thresholds.json'
+        path = stage.folder / THRESHOLDS
         if not path.is_file():
             raise NotMeasurableError(f'{path.parent.name}/{path.name} does not exist')
         labeler.load_state_dict(read_json(path))

@@ -12,7 +12,7 @@ from mmseg_sats.engine.command_line import read_config
 from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.evaluation import evaluate_stage, evaluation_set
 from mmseg_sats.engine.files.results import stage_results
-from mmseg_sats.engine.files.snapshot import load_snapshot
+from mmseg_sats.engine.files.snapshot import check_classes, load_snapshot
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.training.stage_runner import StageRunner
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
@@ -56,12 +56,7 @@ def evaluate_again(folder: Path, out: Path, options: dict | None) -> dict:
     cfg.load_from, cfg.model.old_model = None, None
     dataset = evaluation_set(cfg)
     classes = dataset.metainfo['classes']
-    trained = load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes']
-    if list(trained) != list(classes):
-        raise ValueError(
-            f'{folder}/snapshot.pth was trained on classes {list(trained)}, the data have {list(classes)}: '
-            'expected the same in this order'
-        )
+    check_classes(folder, load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes'], classes)
     runner = StageRunner.from_cfg(cfg)
     load_snapshot(runner.model, folder / 'snapshot.pth')
     runner.call_hook('before_run')

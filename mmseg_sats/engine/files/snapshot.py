@@ -2,6 +2,7 @@
 """Snapshots: a stage's final weights, which the next stage, the evaluation and other mmseg tools load."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,47 @@ from torch import Tensor, nn
 
 from mmseg_sats.models.heads.classifier import shape_mismatches
 from mmseg_sats.utils.checkpoint import check_checksum, load_checkpoint_safely, write_checkpoint
+
+
+def stage_folders(work_dir: Path, only: int | None = None) -> list[Path]:
+    """The folders of a run's stages that have a snapshot, in order.
+
+    Args:
+        work_dir: the run's.
+        only: a stage; by default all.
+
+    Raises:
+        FileNotFoundError: there is none, or not that of stage ``only``.
+    """
+    found = sorted((path.parent for path in work_dir.glob('stage_*/snapshot.pth')), key=_number)
+    if not found:
+        own = work_dir.resolve()
+        of_stage = own.name.startswith('stage_') and (own / 'snapshot.pth').is_file()
+        hint = f'; for one stage: {own.parent} --stage {_number(own)}' if of_stage else ''
+        raise FileNotFoundError(
+            f"{work_dir} is no run's folder, or no stage of it is finished: expected stage_0/snapshot.pth in it{hint}"
+        )
+    if only is None:
+        return found
+    chosen = [folder for folder in found if _number(folder) == only]
+    if not chosen:
+        there = ', '.join(str(_number(folder)) for folder in found)
+        raise FileNotFoundError(f'{work_dir}/stage_{only}/snapshot.pth does not exist: expected one of stages {there}')
+    return chosen
+
+
+def _number(folder: Path) -> int:
+    """The number of a stage's folder."""
+    return int(folder.name.removeprefix('stage_'))
+
+
+def check_classes(folder: Path, trained: Sequence[str], data: Sequence[str]) -> None:
+    """Raises ValueError if a stage's snapshot was trained on other classes than those of the data."""
+    if list(trained) != list(data):
+        raise ValueError(
+            f'{folder}/snapshot.pth was trained on classes {list(trained)}, the data have {list(data)}: '
+            'expected the same in this order'
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from mmseg_sats.engine.evaluation import own_metrics
 from mmseg_sats.engine.files.snapshot import trained_weights
 from mmseg_sats.utils.checkpoint import read_json, write_checkpoint, write_json
 
-BEST = 'best.pth'
+BEST, SCORES = 'best.pth', 'held_out.json'
 
 
 @HOOKS.register_module()
@@ -22,7 +22,7 @@ class BestEpochHook(Hook):
     """Keeps the weights of the epoch with the best validation score, which become the stage's snapshot.
 
     In the stage's work dir, ``best.pth`` holds the best weights so far (the averaged ones if EMA is used)
-    and ``held_out.json`` the score of every epoch. Of epochs with equal scores, the first is kept. If a
+    and ``held_out.json`` the score of every epoch, in percent. Of epochs with equal scores, the first is kept. If a
     run is stopped between an epoch and the end of its validation, the validation is made when the run is
     resumed. In a stage that is counted in iterations, those that are validated take the place of epochs.
 
@@ -30,21 +30,19 @@ class BestEpochHook(Hook):
 
     Args:
         metric: a key of ``IncrementalIoUMetric``'s result, of which higher is better.
-        file_name: name of the file with the scores, ``{epoch or iteration: percent}``.
     """
 
     priority = 'LOWEST'  # runs after EMA has swapped the weights back and after all other state is resumed
 
-    def __init__(self, metric: str = 'mIoU_all', file_name: str = 'held_out.json') -> None:
+    def __init__(self, metric: str = 'mIoU_all') -> None:
         self.metric = metric
-        self.file_name = file_name
         self.scores: dict[str, float | None] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Reads the scores of a resumed stage, and validates its last epoch if that was not done."""
         if not runner.iter:
             return
-        path = Path(runner.work_dir) / self.file_name
+        path = Path(runner.work_dir) / SCORES
         if path.exists():
             self.scores = read_json(path)
         unit, done = _done(runner)
@@ -69,7 +67,7 @@ class BestEpochHook(Hook):
         if best or str(done) not in self.scores:
             self.scores[str(done)] = number
         if is_main_process():
-            write_json(Path(runner.work_dir) / self.file_name, self.scores)
+            write_json(Path(runner.work_dir) / SCORES, self.scores)
         runner.logger.info(
             f'{unit} {done}: {self.metric} {score:.2f} on the held-out images'
             f'{", the best so far" if best else ""}'

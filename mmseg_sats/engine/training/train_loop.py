@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, barrier, is_distributed
+from mmengine.dist import all_reduce, barrier, get_rank, is_distributed
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
@@ -145,7 +145,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
         """One iteration; then the end of the run if SIGTERM came."""
-        seed_all(*self._key, 2, self._iter)
+        # Dropout differs from process to process, as from image to image; the first draws as one alone would.
+        seed_all(*self._key, 2, self._iter, *filter(None, [get_rank()]))
         super().run_iter(idx, data_batch)
         self._stop_if_asked()
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""DKD's distillation of the two terms of a logit, and the loss of its auxiliary classifier.
+"""DKD's distillation of the two terms of a logit.
 
 Baek et al., "Decomposed Knowledge Distillation for Class-Incremental Semantic Segmentation", NeurIPS 2022,
 section 3.2: the positive and the negative weights of a class's row say how far a feature speaks for the class and how

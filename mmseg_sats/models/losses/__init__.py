@@ -25,8 +25,6 @@ from mmseg_sats.functional.pixels.sigmoid import (
     sigmoid_distillation,
 )
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy, unbiased_distillation
-
-# The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.all_stages import AccumulativeDistillationLoss
 from mmseg_sats.models.losses.background_residual import (
     BackgroundFeatureLoss,
@@ -36,6 +34,8 @@ from mmseg_sats.models.losses.background_residual import (
 from mmseg_sats.models.losses.class_similarity import ClassSimilarityDistillationLoss
 from mmseg_sats.models.losses.classifier import AuxiliaryClassifierLoss, DecomposedDistillationLoss
 from mmseg_sats.models.losses.contrastive import ContrastiveDistillationLoss
+
+# The function takes the place of its module, which is imported by ``mmseg_sats.models.losses.crp_loss`` all the same.
 from mmseg_sats.models.losses.crp_loss import CRPDistillationLoss, crp_loss
 from mmseg_sats.models.losses.features import (
     FeatureMSELoss,

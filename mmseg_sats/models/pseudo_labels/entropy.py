@@ -78,19 +78,11 @@ class EntropyPseudoLabeler(PseudoLabeler):
     def histograms(self) -> Tensor:
         """(K_o, bins) int64 counts of background pixels by predicted class and entropy in [0, 1].
 
-        In a distributed run they must be summed over all ranks before :meth:`compute`, in place or by
-        setting them to the sum.
+        In a distributed run they must be summed over all ranks, in place, before :meth:`compute`.
         """
         if self._histograms is None:
             raise RuntimeError('EntropyPseudoLabeler has no histograms: call reset(num_old) first')
         return self._histograms
-
-    @histograms.setter
-    def histograms(self, value: Tensor) -> None:
-        if value.shape != self.histograms.shape or value.dtype != torch.int64:
-            raise ValueError(f'histograms must be int64 of shape {tuple(self.histograms.shape)}, '
-                             f'got {value.dtype} of {tuple(value.shape)}')
-        self._histograms = value
 
     @property
     def thresholds(self) -> Tensor | None:

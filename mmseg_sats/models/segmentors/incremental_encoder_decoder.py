@@ -5,7 +5,6 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
@@ -21,6 +20,7 @@ from mmseg_sats.models.heads.new_rows import NewRows, measured_classifier
 from mmseg_sats.models.heads.split_classifier import AUXILIARY
 from mmseg_sats.models.heads.unknown import fold_unknown
 from mmseg_sats.models.losses.over_ranks import losses_over_ranks
+from mmseg_sats.models.padding import labels_of_batch
 from mmseg_sats.models.parts import DistillationPart, PseudoLabeler, check_flags, flag
 from mmseg_sats.models.pixel_losses.image_weights import product_of_weights, weighted_images
 from mmseg_sats.models.pixel_losses.shared import check_targets, shared_losses
@@ -222,9 +222,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             Name to scalar; mmengine sums those whose name contains ``loss``. In a distributed run
             they are the losses of the whole batch, see ``mmseg_sats.models.losses.over_ranks``.
         """
-        labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1).long()
         # Unknown pixels count as background, except in the heads' own losses.
-        labels, unknown = self.without_unknown(labels)
+        labels, unknown = self.without_unknown(labels_of_batch(data_samples))
         # The old model is neither read nor run in stage 0 or by methods that do not use it.
         taught = self._old_model_cfg is not None and (
             len(self.distillation) > 0 or len(self._labelers) > 0 or self.pixel_weights is not None

@@ -96,7 +96,6 @@ class OldModel:
             model_cfg: ``backbone``, ``decode_head`` and, if any, ``neck`` of the student.
             num_old: channels of the old model, background included.
             checkpoint: path of the snapshot.
-            unknown: whether the model has an unknown class.
             form: of its classifier; mmseg's own if not given.
             earlier: ``num_old`` and ``checkpoint`` of the models of the stages before.
 

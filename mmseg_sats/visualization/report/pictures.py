@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from mmseg_sats.datasets.folder import IGNORED_COLOUR
 from mmseg_sats.visualization import attention_view, panel, theme
-from mmseg_sats.visualization.masks import IGNORED, encode
+from mmseg_sats.visualization.masks import encode
 from mmseg_sats.visualization.report.run_record import RunRecord
 from mmseg_sats.visualization.stage_model import StageModel, eval_dataset, load_stage
 
@@ -98,7 +99,7 @@ def _legend(
     legend = [(f'{first}: the photograph as it is', 'transparent')]
     legend += [(name, colour) for name, colour in colours.items() if name in shown]
     if any(row.ignored for row in rows):
-        legend.append(('ignored', '#{:02x}{:02x}{:02x}'.format(*IGNORED)))
+        legend.append(('ignored', '#{:02x}{:02x}{:02x}'.format(*IGNORED_COLOUR)))
     return legend
 
 

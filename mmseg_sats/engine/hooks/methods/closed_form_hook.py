@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import all_reduce, is_main_process
@@ -19,12 +18,14 @@ from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
 from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
-from mmseg_sats.models.padding import with_padding, without_padding
+from mmseg_sats.models.padding import labels_of_batch, with_padding, without_padding
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.pseudo_labels.completion import complete_labels
 from mmseg_sats.models.segmentors.old_model import run_segmentor
 from mmseg_sats.protocol import Stage
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import read_arrays, write_arrays
+
+SUMS = 'closed_form.npz'
 
 
 @HOOKS.register_module()
@@ -35,7 +36,7 @@ class ClosedFormHook(Hook):
     The sums ``E^T E`` and ``Y^T E`` over their pixels, E the expanded features and Y the one-hot labels, are added to
     those of the earlier stages, and the ridge regression of all of them gives the rows of all classes. Since nothing
     else is trained after stage 0, the result does not depend on how the images were divided into stages where their
-    labels do not either. The sums are kept in a file beside the snapshot.
+    labels do not either. The sums are kept in ``closed_form.npz`` beside the snapshot.
 
     In later stages the segmentor's ``pseudo_labeler`` completes the labels, by the scores that the model has so far.
 
@@ -45,20 +46,18 @@ class ClosedFormHook(Hook):
         gamma: the weight of ``|W|^2``, above 0.
         stride: pixels of the image from one position to the next that is used, in each direction; where the features'
             positions are further apart, all are used. The paper's network has one position every 16 pixels.
-        file_name: name of the file with the sums.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    def __init__(self, gamma: float = 1.0, stride: int = 16, file_name: str = 'closed_form.npz') -> None:
+    def __init__(self, gamma: float = 1.0, stride: int = 16) -> None:
         if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not gamma > 0:
             raise ValueError(f'ClosedFormHook: gamma={gamma!r}, expected a number above 0')
         if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
             raise ValueError(f'ClosedFormHook: stride={stride!r}, expected a whole number from 1')
         self.gamma = gamma
         self.stride = stride
-        self.file_name = file_name
 
     def before_run(self, runner: Runner) -> None:
         """Refuses models and options that do not go with it, before anything is trained.
@@ -95,12 +94,11 @@ class ClosedFormHook(Hook):
             all_reduce(total)  # once at the end, since ranks may differ by one image
         if stage.old:
             # A class that no image has shown yet may have no row there.
-            before = _read(Path(runner.start_from).with_name(self.file_name), gram.shape[0], stage.num_old)
+            before = _read(Path(runner.start_from).with_name(SUMS), gram.shape[0], stage.num_old)
             gram += before[0].to(gram)
             cross[: len(before[1])] += before[1].to(cross)
         if is_main_process():
-            arrays = dict(gram=gram.cpu().numpy(), cross=cross.cpu().numpy())
-            write_atomically(Path(runner.work_dir) / self.file_name, lambda file: np.savez(file, **arrays))
+            write_arrays(Path(runner.work_dir) / SUMS, gram=gram.cpu().numpy(), cross=cross.cpu().numpy())
         classifier.set_rows(ridge_rows(gram, cross, self.gamma))
         seconds = time.perf_counter() - start
         runner.message_hub.update_scalar('train/time', seconds)  # it is this stage's training
@@ -112,35 +110,29 @@ class ClosedFormHook(Hook):
         device, width = classifier.expansion.device, len(classifier.expansion)
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         cross = torch.zeros(stage.num_channels, width, dtype=torch.float64, device=device)
-        seen: list[Tensor] = []
-        watch = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            for batch in images_seen_once(runner, 'the closed-form classifier'):
-                labels, height = _completed_labels(model, batch, stage)
-                features = seen.pop()
-                labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode='nearest')[:, 0].long()
-                step = max(1, round(self.stride * features.shape[2] / height))
-                features, labels = (maps[..., ::step, ::step] for maps in (features, labels))
-                pixels = classifier.expand(features).movedim(1, -1).flatten(0, 2)
-                for total, part in zip((gram, cross), ridge_sums(pixels, labels.flatten(), len(cross)), strict=True):
-                    total += part
-        finally:
-            watch.remove()
+        for batch in images_seen_once(runner, 'the closed-form classifier'):
+            features, labels, height = _features_and_labels(model, batch, stage)
+            labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode='nearest')[:, 0].long()
+            step = max(1, round(self.stride * features.shape[2] / height))
+            features, labels = (maps[..., ::step, ::step] for maps in (features, labels))
+            pixels = classifier.expand(features).movedim(1, -1).flatten(0, 2)
+            for total, part in zip((gram, cross), ridge_sums(pixels, labels.flatten(), len(cross)), strict=True):
+                total += part
         return gram, cross
 
 
-def _completed_labels(model: nn.Module, batch: dict[str, Any], stage: Stage) -> tuple[Tensor, int]:
-    """Runs the model; returns the labels (B, H, W) that cover the padded images, and the height of these."""
+def _features_and_labels(model: nn.Module, batch: dict[str, Any], stage: Stage) -> tuple[Tensor, Tensor, int]:
+    """The classifier's input, the completed labels (B, H, W) of the padded images, and the height of these."""
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
-    labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long().to(inputs.device)
-    output, _ = run_segmentor(model, inputs, with_attention=False)
+    labels = labels_of_batch(samples).to(inputs.device)
+    output, _ = run_segmentor(model, inputs, with_attention=False, with_classifier=True)
     if stage.old and model.pseudo_labeler is not None:
         # Until the new rows are computed, the model's old channels are the old model's.
         old = dataclasses.replace(output, logits=output.logits[:, : stage.num_old])
         old = without_padding(old, samples, inputs.shape[-2:])
         labels, _ = complete_labels(labels, samples, dict(stage=model.pseudo_labeler), None, old)
-    return with_padding(labels, samples, inputs.shape[-2:]), inputs.shape[-2]
+    return output.classifier.features, with_padding(labels, samples, inputs.shape[-2:]), inputs.shape[-2]
 
 
 def _read(path: Path, width: int, num_old: int) -> tuple[Tensor, Tensor]:
@@ -150,11 +142,7 @@ def _read(path: Path, width: int, num_old: int) -> tuple[Tensor, Tensor]:
             f"{path} does not exist: the earlier stages' sums, which a stage with ClosedFormHook leaves beside its "
             'snapshot'
         )
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            gram, cross = (torch.from_numpy(arrays[name]) for name in ('gram', 'cross'))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f'{path} does not hold the sums of a closed-form classifier: {error}') from error
+    gram, cross = read_arrays(path, ('gram', 'cross'), 'the sums of a closed-form classifier').values()
     if gram.shape != (width, width) or cross.shape[1:] != (width,) or len(cross) > num_old:
         raise ValueError(
             f'{path} holds sums of {len(cross)} channels and width {len(gram)}, expected at most {num_old} channels '

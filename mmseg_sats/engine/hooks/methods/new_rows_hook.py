@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.hooks import Hook
@@ -20,12 +19,13 @@ from mmseg_sats.engine.hooks.methods.pretuning import pretune
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.functional.new_rows import align_norms
 from mmseg_sats.models.heads.classifier import Rows
-from mmseg_sats.models.padding import with_padding
+from mmseg_sats.models.padding import labels_of_batch, with_padding
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import read_arrays, write_arrays
 from mmseg_sats.utils.randomness import seeded
 
+ROWS = 'new_rows.npz'
 # Apart from the keys of the training loop.
 _KEY = 3
 
@@ -36,15 +36,11 @@ class NewRowsHook(Hook):
 
     That is done before the stage is trained, where the model's ``classifier_init`` is a :class:`MeasuredStart`. The
     images go through the config's ``test_pipeline``, each once, whatever the number of processes; a start that is
-    trained gets them as the training does. The classifier is written to a file in the stage's work dir, from which a
-    resumed run reads it.
-
-    Args:
-        file_name: name of the file.
+    trained gets them as the training does. The classifier is written to ``new_rows.npz`` in the stage's work dir, from
+    which a resumed run reads it.
     """
 
-    def __init__(self, file_name: str = 'new_rows.npz') -> None:
-        self.file_name = file_name
+    def __init__(self) -> None:
         self._done = False
 
     def before_stage(self, runner: Runner, stage: object) -> None:
@@ -54,17 +50,18 @@ class NewRowsHook(Hook):
         rows = getattr(model, 'new_rows', None)
         if rows is None or rows.measured is None or not runner.cfg.model.get('old_model'):
             return
-        path = Path(runner.work_dir) / self.file_name
+        path = Path(runner.work_dir) / ROWS
         if not path.exists():
             made = self._make(runner, model)
             barrier()
             if is_main_process():
                 weight, bias = (part.numpy() for part in made)
-                write_atomically(path, lambda file: np.savez(file, weight=weight, bias=bias))
+                write_arrays(path, weight=weight, bias=bias)
             barrier()
         # All processes and a resumed run read the same file.
         classifier = model.decode_head.get_submodule(model.measured_classifier)
-        classifier.load_state_dict(dict(classifier.state_dict()) | _read(path))
+        made = read_arrays(path, ('weight', 'bias'), 'the rows of a classifier')
+        classifier.load_state_dict(dict(classifier.state_dict()) | made)
         runner.logger.info(f'the rows of the new classes are those of {path.name}')
 
     def before_train(self, runner: Runner) -> None:
@@ -102,7 +99,7 @@ class NewRowsHook(Hook):
         for batch in images_seen_once(runner, 'what the old model sees in new classes'):
             data = model.data_preprocessor(batch, False)
             images, samples = data['inputs'], data['data_samples']
-            labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long().to(images.device)
+            labels = labels_of_batch(samples).to(images.device)
             labels = labels_on_grid(with_padding(labels, samples, images.shape[2:]), images.shape[2:])
             for rows, columns in windows(images.shape[2:], model.test_cfg):
                 features = inputs_of(images[..., rows, columns])
@@ -121,14 +118,6 @@ class NewRowsHook(Hook):
         if missing:
             runner.logger.warning(f'no pixel of the new channels {missing} was seen: they start without it')
         return sums / counts.clamp(min=1).view(-1, *[1] * empty.dim()), counts > 0
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in ('weight', 'bias')}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f'{path} does not hold the rows of a classifier: {error}') from error
 
 
 def windows(size: tuple[int, int], test_cfg: Any) -> Iterator[tuple[slice, slice]]:

@@ -17,6 +17,7 @@ from mmseg_sats.engine.hooks.methods.image_pass import INTERVAL
 from mmseg_sats.functional.pixels.per_pixel import per_pixel_losses
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy_of_pixels
 from mmseg_sats.models.heads.new_rows import MeasuredStart
+from mmseg_sats.models.padding import labels_of_batch
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import ClassifierInputs
 
@@ -51,10 +52,10 @@ def pretune(
         _set_epoch(loader, epoch)
         for batch in loader:
             data = model.data_preprocessor(batch, True)
-            labels = torch.stack([sample.gt_sem_seg.data for sample in data['data_samples']]).squeeze(1)
+            labels = labels_of_batch(data['data_samples'])
             with torch.no_grad():
                 features = inputs_of(data['inputs'])
-            labels = labels.to(features.device).long()
+            labels = labels.to(features.device)
             pixels = torch.tensor(float(labels.numel()), device=features.device)
             all_reduce(pixels)
             weight, bias = mixture()

@@ -1,11 +1,10 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Carries the classes' prototypes from stage to stage, and through a resumed run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook
@@ -15,11 +14,12 @@ from mmengine.runner import Runner
 from mmseg_sats.datasets.incremental_dataset import NoImagesError
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
-from mmseg_sats.models.padding import with_padding
+from mmseg_sats.models.padding import labels_of_batch, with_padding
 from mmseg_sats.models.prototypes import ClassPrototypes, ReplayPrototypes
-from mmseg_sats.utils.checkpoint import write_atomically
+from mmseg_sats.utils.checkpoint import read_arrays, write_arrays
 
 KEY = 'prototypes'
+FILE = 'prototypes.npz'
 Prototypes = ClassPrototypes | ReplayPrototypes
 
 
@@ -36,13 +36,9 @@ class PrototypeHook(Hook):
     stage begins, the old model sees its images once, to count the old classes in them.
 
     Does nothing for a model without prototypes.
-
-    Args:
-        file_name: name of the file with the prototypes.
     """
 
-    def __init__(self, file_name: str = 'prototypes.npz') -> None:
-        self.file_name = file_name
+    def __init__(self) -> None:
         self._begun = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -68,13 +64,13 @@ class PrototypeHook(Hook):
         if prototypes is None or self._begun or not old_model:
             return
         self._begun = True
-        path = Path(old_model.checkpoint).parent / self.file_name
+        path = Path(old_model.checkpoint).parent / FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist: the previous stage's prototypes, which a stage with "
                 'PrototypeHook leaves beside its snapshot'
             )
-        prototypes.load_state_dict(_read(path, prototypes.names))
+        prototypes.load_state_dict(read_arrays(path, prototypes.names, 'prototypes'))
         if isinstance(prototypes, ReplayPrototypes):
             old = unwrap(runner.model).old_model
             prototypes.present = _over_images(
@@ -90,7 +86,7 @@ class PrototypeHook(Hook):
     def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
         """Computes the prototypes of a stage that was not trained, and those that do not grow in training."""
         prototypes = self._prototypes(runner)
-        if prototypes is not None and not (Path(runner.work_dir) / self.file_name).exists():
+        if prototypes is not None and not (Path(runner.work_dir) / FILE).exists():
             self._begin(runner)  # a run that was resumed behind the training has not begun
             self._gather(runner, prototypes)
             self._write(runner, prototypes)
@@ -112,7 +108,7 @@ class PrototypeHook(Hook):
     def _write(self, runner: Runner, prototypes: Prototypes) -> None:
         if is_main_process():
             arrays = {name: value.numpy() for name, value in prototypes.state_dict().items()}
-            write_atomically(Path(runner.work_dir) / self.file_name, lambda file: np.savez(file, **arrays))
+            write_arrays(Path(runner.work_dir) / FILE, **arrays)
 
     @staticmethod
     def _prototypes(runner: Runner) -> Prototypes | None:
@@ -126,17 +122,8 @@ def _over_images(runner: Runner, of_batch: Callable[[torch.Tensor, torch.Tensor]
     for batch in images_seen_once(runner, "the classes' prototypes"):
         data = model.data_preprocessor(batch, False)
         inputs, samples = data['inputs'], data['data_samples']
-        labels = torch.stack([sample.gt_sem_seg.data for sample in samples]).squeeze(1).long()
-        batch_total = of_batch(inputs, with_padding(labels, samples, inputs.shape[-2:]))
+        batch_total = of_batch(inputs, with_padding(labels_of_batch(samples), samples, inputs.shape[-2:]))
         total = batch_total if total is None else total + batch_total
     # Once at the end, not per batch, since ranks may differ by one image. One without any does not know the size.
     parts = all_gather_object(None if total is None else total.cpu())
     return sum(part for part in parts if part is not None)
-
-
-def _read(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in names}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f'{path} does not hold prototypes: {error}') from error

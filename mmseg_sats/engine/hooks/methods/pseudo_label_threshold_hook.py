@@ -11,11 +11,13 @@ from mmengine.runner import Runner
 
 from mmseg_sats.engine.files.snapshot import unwrap
 from mmseg_sats.engine.hooks.methods.image_pass import images_seen_once
-from mmseg_sats.models.padding import without_padding
+from mmseg_sats.models.padding import labels_of_batch, without_padding
 from mmseg_sats.models.parts import PseudoLabeler, flag
 from mmseg_sats.models.segmentor_output import labelling_chunks
 from mmseg_sats.models.segmentors.incremental_encoder_decoder import IncrementalEncoderDecoder
 from mmseg_sats.utils.checkpoint import read_json, write_json
+
+THRESHOLDS = 'pseudo_label_thresholds.json'
 
 
 @HOOKS.register_module()
@@ -25,13 +27,7 @@ class PseudoLabelThresholdHook(Hook):
     The images go through the config's ``test_pipeline``, without augmentation, so that the thresholds
     depend only on the stage and are the same for any number of ranks. They are saved in
     ``pseudo_label_thresholds.json`` in the stage's work dir, from which a resumed run reads them.
-
-    Args:
-        file_name: name of the file with the thresholds.
     """
-
-    def __init__(self, file_name: str = 'pseudo_label_thresholds.json') -> None:
-        self.file_name = file_name
 
     def before_train(self, runner: Runner) -> None:
         """Sets the thresholds of the model's pseudo-labeler, if there is an old model and the labeler needs them."""
@@ -39,7 +35,7 @@ class PseudoLabelThresholdHook(Hook):
         labeler = getattr(model, 'pseudo_labeler', None)
         if labeler is None or model.old_model is None or not flag(labeler, 'needs_pass', PseudoLabeler):
             return
-        path = Path(runner.work_dir) / self.file_name
+        path = Path(runner.work_dir) / THRESHOLDS
         if path.exists():
             labeler.load_state_dict(read_json(path))
         else:
@@ -58,15 +54,12 @@ class PseudoLabelThresholdHook(Hook):
         device = next(model.parameters()).device
         for batch in images_seen_once(runner, "the pseudo-labels' thresholds"):
             data = model.data_preprocessor(batch, False)
-            labels = torch.stack(
-                [sample.gt_sem_seg.data for sample in data['data_samples']]
-            ).squeeze(1)
             # Unknown pixels count as background here, as they do in training.
-            labels, _ = model.without_unknown(labels)
+            labels, _ = model.without_unknown(labels_of_batch(data['data_samples']))
             inputs = data['inputs']
             output = model.old_model.on_test_images(inputs, model.test_cfg)
             output = without_padding(output, data['data_samples'], inputs.shape[-2:])
-            labels = labels.to(device).long()
+            labels = labels.to(device)
             for chunk, logits in labelling_chunks(labels, [output], range(len(labels))):
                 labeler.update(chunk, *logits)
         all_reduce(labeler.histograms)
