@@ -168,14 +168,16 @@ def test_without_an_old_class_or_a_difference_nothing_changes(snapshot: str) -> 
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast_loses_no_small_gradient(dtype: torch.dtype, snapshot: str) -> None:
+@pytest.mark.parametrize('factor', [1e-9, 100.0])
+def test_autocast_loses_no_gradient(factor: float, dtype: torch.dtype, snapshot: str) -> None:
+    """Neither a small one nor a large one."""
     torch.manual_seed(0)
     backbone = nn.ModuleDict(dict(layer=nn.Linear(8, 8)))
     inputs = torch.randn(4, 8)
     norms = []
     for enabled in (False, True):
         with torch.autocast('cpu', dtype=dtype, enabled=enabled):
-            loss = backbone['layer'](inputs).float().square().sum() * 1e-9
+            loss = backbone['layer'](inputs).float().square().sum() * factor
             norms.append(gradient_norm(loss, backbone, 'layer', 'it'))
     assert norms[1].dtype == torch.float32
     torch.testing.assert_close(norms[1], norms[0], rtol=0.02, atol=0)

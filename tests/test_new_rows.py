@@ -100,6 +100,11 @@ def test_aligned_rows_have_the_old_ones_size_on_average() -> None:
     means = [sum(abs(b) for b in part.tolist()) / len(part) for part in (biases, bias[OLD:])]
     torch.testing.assert_close(values[OLD:], means[0] / means[1] * bias[OLD:])
     assert sum(norms(found[OLD:])) / NEW == pytest.approx(sum(norms(old)) / OLD)
+    # The row of a constant background, of zeros, is no measure.
+    constant = align_norms(*(rows.index_fill(0, torch.tensor(0), 0) for rows in (weight, bias, old, biases)))
+    others = [sum(part[1:]) / (OLD - 1) for part in (norms(old), biases.abs().tolist())]
+    torch.testing.assert_close(constant[0][OLD:], others[0] / (sum(norms(weight[OLD:])) / NEW) * weight[OLD:])
+    torch.testing.assert_close(constant[1][OLD:], others[1] / means[1] * bias[OLD:])
     zero = align_norms(torch.cat([old, 0 * weight[OLD:]]), 0 * bias, old, biases)
     assert not zero[0][OLD:].any()
     assert not zero[1].any()

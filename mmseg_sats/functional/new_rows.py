@@ -71,7 +71,7 @@ def align_norms(
 
     The new weights are multiplied by gamma = mean ||w_old|| / mean ||w_new||, the new biases by the same ratio of
     their mean absolute values. Of the old rows, those whose weight has changed get back the norm they had.
-    What is 0 stays 0.
+    What is 0 stays 0, and a row of zeros, such as that of a constant background, counts in no mean.
 
     Args:
         weight: (K, d), the first K_o rows of which are those of the old classes as the stage begins.
@@ -82,10 +82,11 @@ def align_norms(
     num_old = len(old_weight)
     before, now = old_weight.norm(dim=1), weight.norm(dim=1)
     kept = _ratio(before, now[:num_old])
-    grown = _ratio(before.mean(), now[num_old:].mean()).expand(len(weight) - num_old)
-    biases = _ratio(old_bias.abs().mean(), bias[num_old:].abs().mean())
+    rows = before > 0
+    grown = _ratio(before[rows].mean(), now[num_old:].mean()).expand(len(weight) - num_old)
+    biases = _ratio(old_bias[rows].abs().mean(), bias[num_old:].abs().mean())
     return torch.cat([kept, grown])[:, None] * weight, torch.cat([bias[:num_old], biases * bias[num_old:]])
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> Tensor:
-    return torch.where(got > 0, wanted / got, torch.ones_like(got))
+    return torch.where((got > 0) & wanted.isfinite(), wanted / got, torch.ones_like(got))

@@ -23,7 +23,8 @@ class UncertaintyBalanceWeights:
 
     The entropy is that of the old model's prediction; annotated pixels have entropy 0. The classes' pixels are
     counted in the completed labels, from the beginning of the stage on. Ignored pixels count in the mean, as they do
-    in the mean of the loss.
+    in the mean of mmseg's cross-entropy. A loss that is a mean over labelled pixels alone (``OneVsRestLoss``, or
+    ``avg_non_ignore=True``) is made smaller where these are less certain than the ignored ones.
 
     It is a plain object, so nothing of it enters a model's ``state_dict``. ``PixelWeightHook`` saves its counts for
     resuming.

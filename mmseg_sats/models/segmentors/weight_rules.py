@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """The rules by which an ``AdaptiveWeight`` measures the factor of a part's loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -12,9 +12,9 @@ from mmseg_sats.functional.over_ranks import sum_over_ranks
 from mmseg_sats.functional.precision import full_precision, working_dtype
 from mmseg_sats.utils.spelling import near_match
 
-# Gradients of means over many pixels are below what float16 can hold, as in a GradScaler. A power of two changes no
-# other precision.
-_SCALE = 2.0**16
+# Gradients of means over many pixels are below what float16 can hold, as in a GradScaler; large ones would be above it.
+# A power of two changes no other precision.
+_SCALES = (2.0**16, 1.0)
 _RECOMPUTED = (
     "with rule='gradient_norm' needs gradients of a single layer, which are not available where activations are "
     "recomputed; expected no activation checkpointing (with_cp=False in model.backbone), or rule='old_regions'"
@@ -157,9 +157,18 @@ def gradient_norm(loss: Tensor, backbone: nn.Module, layer: str, what: str) -> T
         ValueError: the loss does not depend on the layer, or activations are recomputed.
     """
     weights = list(trained(backbone.get_submodule(layer)))
+    norm = loss.new_tensor(float('inf'))
+    for scale in _SCALES:
+        if not norm.isfinite():  # it is the same on all processes
+            norm = _scaled_norm(loss, weights, scale, f'{what} does not depend on backbone.{layer}')
+    return norm
+
+
+def _scaled_norm(loss: Tensor, weights: Sequence[Tensor], factor: float, without: str) -> Tensor:
+    """The norm, by the gradients of the loss times ``factor``; ``without`` says that there are none."""
     found: tuple[Tensor | None, ...] = (None,) * len(weights)
     if loss.requires_grad:
-        scale = torch.full_like(loss, _SCALE)
+        scale = torch.full_like(loss, factor)
         try:
             with full_precision(loss):
                 found = torch.autograd.grad(loss, weights, scale, retain_graph=True, allow_unused=True)
@@ -169,14 +178,14 @@ def gradient_norm(loss: Tensor, backbone: nn.Module, layer: str, what: str) -> T
             raise ValueError(f'AdaptiveWeight {_RECOMPUTED}') from error
         if all(gradient is None for gradient in found):
             raise ValueError(
-                f'{what} does not depend on backbone.{layer}, whose gradients AdaptiveWeight compares; expected losses '
+                f'{without}, whose gradients AdaptiveWeight compares; expected losses '
                 "that reach the encoder's last block, layer='NAME' of another module of the encoder, and no activation "
                 'checkpointing, which hides the weights'
             )
     pairs = zip(weights, found, strict=True)
     flat = torch.cat([(torch.zeros_like(weight) if own is None else own).flatten() for weight, own in pairs])
     with torch.no_grad():
-        flat = flat.to(working_dtype(flat)) / _SCALE
+        flat = flat.to(working_dtype(flat)) / factor
         # The last element counts the processes.
         total = sum_over_ranks(torch.cat([flat, flat.new_ones(1)]))
         return torch.linalg.vector_norm(total[:-1] / total[-1])
