@@ -224,10 +224,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         """
         # Unknown pixels count as background, except in the heads' own losses.
         labels, unknown = self.without_unknown(labels_of_batch(data_samples))
-        # The old model is neither read nor run in stage 0 or by methods that do not use it.
-        taught = self._old_model_cfg is not None and (
-            len(self.distillation) > 0 or len(self._labelers) > 0 or self.pixel_weights is not None
-        )
+        taught = self._is_taught()
         parts = {
             name: part
             for name, part in self.distillation.items()
@@ -241,15 +238,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, **asked)
-        weights = []  # of images or of pixels
-        if teacher is not None:
-            given = labels
-            labels, of_images = complete_labels(
-                labels, data_samples, self._labelers, outputs and outputs[0], teacher
-            )
-            weights.append(of_images)
-            if self.pixel_weights is not None:
-                weights.append(self.pixel_weights(given, labels, teacher))
+        labels, weights = self._complete(labels, data_samples, outputs and outputs[0], teacher)
         # Unknown pixels that the labelers gave a class, or ignored as unsure, are no longer unknown.
         targets = labels.masked_fill(unknown & (labels == 0), self.num_classes)
         # Everything that must wait for results of the GPU is done here, while the GPU has little queued work.
@@ -266,7 +255,52 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         weights += [
             part.image_weights(student, teacher, labels) for part in parts.values() if hasattr(part, 'image_weights')
         ]
-        weights = product_of_weights(weights)
+        losses = self._losses(parts, student, head_inputs, teacher, labels, targets, product_of_weights(weights))
+        heads = {_prefix(name): head for name, head in self._named_heads()}
+        losses = losses_over_ranks(losses, heads, self.distillation, targets)
+        return adapt_weights(self, losses, parts, labels, teacher)
+
+    def _is_taught(self) -> bool:
+        """Whether the old model is run. In stage 0, and by methods that do not use it, it is not even read."""
+        used = len(self.distillation) > 0 or len(self._labelers) > 0 or self.pixel_weights is not None
+        return self._old_model_cfg is not None and used
+
+    def _complete(
+        self,
+        labels: Tensor,
+        data_samples: SampleList,
+        student: SegmentorOutput | None,
+        teacher: SegmentorOutput | None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The labels completed by the old model, and weights of images or of pixels in the heads' losses."""
+        if teacher is None:
+            return labels, []
+        completed, of_images = complete_labels(labels, data_samples, self._labelers, student, teacher)
+        if self.pixel_weights is None:
+            return completed, [of_images]
+        return completed, [of_images, self.pixel_weights(labels, completed, teacher)]
+
+    def _losses(
+        self,
+        parts: Mapping[str, nn.Module],
+        student: SegmentorOutput,
+        head_inputs: tuple[Tensor, ...],
+        teacher: SegmentorOutput | None,
+        labels: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The losses of heads and parts; those of pixels that go well together are computed in one pass.
+
+        Args:
+            parts: of the distillation, by name.
+            student: the model's output.
+            head_inputs: the inputs of the heads.
+            teacher: the old model's output, if it is run.
+            labels: (B, H, W), completed.
+            targets: (B, H, W), the same with K on unknown pixels, for the heads.
+            weights: of images or pixels in the heads' losses.
+        """
         plain = {name: without_weight(part) for name, part in parts.items()}
         shared = shared_losses(self.decode_head, plain, student, teacher, targets, weights)
         heads = dict(self._named_heads())
@@ -278,9 +312,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         for name, part in parts.items():
             key = f'loss_{name}'
             losses[key] = shared[key] if key in shared else part(student, teacher, labels)
-        heads = {_prefix(name): head for name, head in self._named_heads()}
-        losses = losses_over_ranks(losses, heads, self.distillation, targets)
-        return adapt_weights(self, losses, parts, labels, teacher)
+        return losses
 
     def without_unknown(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels in which unknown is replaced by background, and a mask of the unknown pixels, both (B, H, W).
