@@ -15,8 +15,8 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from yapf.yapflib import yapf_api
 
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from tests.conftest import CONFIGS
+from tests.runs import weights
 
 MakeConfig = Callable[..., Config]
 UPERNET = dict(decode_head=dict(channels=8), auxiliary_head=dict(channels=8))
@@ -94,10 +94,6 @@ def run(request: pytest.FixtureRequest, shapes_cfg: MakeConfig) -> tuple[str, Co
         if key in model:
             cfg[key] = model[key]
     return backbone, cfg
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
 
 
 def test_two_stages_and_a_snapshot_for_everybody(run: tuple[str, Config]) -> None:

@@ -22,7 +22,8 @@ from mmseg_sats.functional.features.ridge import ridge_rows, ridge_sums
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
 from mmseg_sats.protocol import Protocol
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json
+from mmseg_sats.utils.checkpoint import read_json
+from tests.runs import train_interrupted, weights
 from tests.small_models import build, images, model_cfg, samples, save_weights
 from tests.stage_folder import make_stage
 
@@ -312,31 +313,16 @@ def test_a_stage_with_an_expansion_is_not_exported(tmp_path: Path) -> None:
 # Whole runs
 
 
-def weights(path: Path) -> dict[str, Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
 def test_runs_with_other_stages_and_one_that_is_killed(
-    shapes_cfg: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes_cfg: Callable[..., Config], tmp_path: Path
 ) -> None:
     options = dict(
         setting='sequential', pseudo_labeler=None, num_shapes=5, image_size=48, crop_size=48, val_images=4,
         train_images=16, expansion_width=64,
     )  # fmt: skip
     cfg = shapes_cfg('crls', 'one_by_one', **options)
-    inner = ClosedFormClassifier.set_rows
-
-    def kill(self: ClosedFormClassifier, rows: Tensor) -> None:
-        if len(rows) == 5:
-            raise KeyboardInterrupt  # stage 1 has written its sums, not its snapshot
-        inner(self, rows)
-
-    monkeypatch.setattr(ClosedFormClassifier, 'set_rows', kill)
-    with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(cfg).train()
-    monkeypatch.undo()
-    cfg.resume = True
-    RUNNERS.build(cfg).train()
+    # Where stage 1 has written its sums, not its snapshot.
+    train_interrupted(cfg, ClosedFormClassifier, 'set_rows', lambda _, rows: len(rows) == 5)
     folder = tmp_path / 'one_by_one'
     assert read_json(folder / 'stage_1/metrics.json')['train_seconds'] > 0
     assert not [*(folder / 'stage_1').glob('epoch_*'), *(folder / 'stage_1').glob('iter_*')]

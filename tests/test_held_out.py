@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
@@ -26,6 +25,7 @@ from mmseg_sats.engine.hooks import BestEpochHook
 from mmseg_sats.engine.run_plan import build_protocol
 from mmseg_sats.engine.training.train_loop import EXIT_PREEMPTED
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely, read_json, write_json
+from tests.runs import same, weights
 
 MakeConfig = Callable[..., Config]
 
@@ -101,14 +101,6 @@ def test_a_stage_trains_with_the_rest_and_validates_on_the_held_out(
         assert names[0] == 'LoadImageFromFile'
         assert 'RandomCrop' not in names
     assert len(held) <= 6  # of 24, the same ones in every stage
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture

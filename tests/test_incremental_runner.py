@@ -24,6 +24,7 @@ from mmseg_sats.engine.files import work_dir
 from mmseg_sats.engine.files.snapshot import latest_checkpoint
 from mmseg_sats.models import AttentionMixVisionTransformer
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.runs import same, weights
 
 MakeConfig = Callable[..., Config]
 STAGES = 4
@@ -52,14 +53,6 @@ class BorderLog(Hook):
 
     def after_stage(self, runner: Runner, stage: object, metrics: dict) -> None:
         self.calls.append(('after', stage.index, metrics['mIoU_all']))
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture(scope='module')

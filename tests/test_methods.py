@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmseg.registry import MODELS
 
+from tests.runs import logged
 from tests.shared import shared_path
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -29,13 +30,6 @@ def two_iterations_a_stage(cfg: Config, epochs: int = 1) -> dict[str, Any]:
     cfg.test_dataloader.num_batch_per_epoch = 2
     cfg.default_hooks.logger.interval = 1
     return RUNNERS.build(cfg).train()
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    """What each iteration of a stage wrote down."""
-    (path,) = folder.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if 'loss' in line]
 
 
 def parts_of(folder: Path, stage: int) -> set[str]:

@@ -14,9 +14,8 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmseg.registry import MODELS
 
-from mmseg_sats.engine import ResumableTrainLoop
 from mmseg_sats.engine.experiments.own_configs import find_configs
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.runs import train_interrupted_in_stage_1, weights
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'new_method.md'
@@ -113,28 +112,11 @@ def test_the_pages_configs_train(
     assert losses[1] > 0
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
 def test_the_hook_puts_old_rows_back_after_a_resume_too(
-    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Config], tmp_path: Path
 ) -> None:
     options = dict(protocol='3-1', num_shapes=4, epochs=2)
-    cfg = config('sats_cwr', **options)
-    inner = ResumableTrainLoop.run_iter
-
-    def kill(self: ResumableTrainLoop, idx: int, batch: Any) -> None:
-        if self.runner.work_dir.endswith('stage_1') and self._epoch == 1:
-            raise KeyboardInterrupt
-        inner(self, idx, batch)
-
-    monkeypatch.setattr(ResumableTrainLoop, 'run_iter', kill)
-    with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(cfg).train()
-    monkeypatch.undo()
-    cfg.resume = True
-    RUNNERS.build(cfg).train()
+    train_interrupted_in_stage_1(config('sats_cwr', **options))
     stage = tmp_path / 'run/stage_1'
     old, trained, kept = (
         weights(path) for path in (tmp_path / 'run/stage_0/snapshot.pth', stage / 'epoch_2.pth', stage / 'snapshot.pth')

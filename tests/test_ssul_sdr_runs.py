@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """SSUL and SDR through all stages: what is frozen, what is carried on, what is served."""
 
-import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -26,7 +25,7 @@ from mmseg_sats.engine.config.stage_config import build_stage_config
 from mmseg_sats.engine.hooks import PrototypeHook
 from mmseg_sats.models import ClassPrototypes
 from mmseg_sats.protocol import UNKNOWN_LABEL, Protocol
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.runs import logged, same, weights
 
 PROTOCOL = Protocol('3-1', num_classes=6)
 MakeConfig = Callable[..., Config]
@@ -61,23 +60,9 @@ def small(make: MakeConfig, method: str, **options: Any) -> Config:
     return cfg
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
-def logged(folder: Path) -> list[dict]:
-    (path,) = folder.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if 'loss' in line]
-
-
 def prototypes_of(folder: Path) -> dict[str, torch.Tensor]:
     with np.load(folder / 'prototypes.npz', allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_ssul_trains_nothing_but_its_classifiers(shapes_cfg: MakeConfig, tmp_path: Path) -> None:

@@ -12,14 +12,12 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
-from torch import Tensor
 
 from mmseg_sats.engine import unwrap
 from mmseg_sats.engine.hooks import BestEpochHook
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.runs import Weights, same, weights
 
 MakeConfig = Callable[..., Config]
-Weights = dict[str, Tensor]
 MOMENTS = ['before_run', 'before_stage', 'before_train', 'after_train', 'before_snapshot', 'after_stage']
 BIAS = 'decode_head.conv_seg.bias'
 
@@ -89,14 +87,6 @@ def run(shapes_cfg: MakeConfig) -> Callable[..., dict[tuple[int, str], Weights]]
         return Watch.seen
 
     return train
-
-
-def weights(path: Path) -> Weights:
-    return load_checkpoint_safely(path)['state_dict']
-
-
-def same(one: Weights, other: Weights) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def starts_from(grown: Weights, snapshot: Weights) -> bool:

@@ -14,10 +14,9 @@ from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, RUNNERS
 from torch import Tensor, nn
 
-from mmseg_sats.engine import ResumableTrainLoop
 from mmseg_sats.engine.hooks.methods.weight_fusion_hook import fused
 from mmseg_sats.protocol import Protocol
-from mmseg_sats.utils.checkpoint import load_checkpoint_safely
+from tests.runs import train_interrupted_in_stage_1, weights
 from tests.small_models import (
     RESNET_CHANNELS,
     auxiliary_head_cfg,
@@ -186,12 +185,8 @@ def test_rows_of_zeros_cannot_be_aligned(tmp_path: Path) -> None:
         before_snapshot(model, path, 'ClassifierAligningHook')
 
 
-def weights(path: Path) -> dict[str, Tensor]:
-    return load_checkpoint_safely(path)['state_dict']
-
-
 def test_a_run_fuses_what_it_keeps_killed_and_resumed_too(
-    shapes_cfg: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes_cfg: Callable[..., Config], tmp_path: Path
 ) -> None:
     options = dict(protocol='3-3', epochs=2, image_size=48, crop_size=48, train_images=12, val_images=4)
     RUNNERS.build(shapes_cfg('ewf', **options)).train()
@@ -204,19 +199,7 @@ def test_a_run_fuses_what_it_keeps_killed_and_resumed_too(
         if value.is_floating_point():
             torch.testing.assert_close(value[known], torch.lerp(old[key], trained[key][known], (1 / 2) ** 0.5))
     ended = shapes_cfg('ewf', 'killed', **options)
-    inner = ResumableTrainLoop.run_iter
-
-    def kill(self: ResumableTrainLoop, idx: int, batch: Any) -> None:
-        if self.runner.work_dir.endswith('stage_1') and self._epoch == 1:
-            raise KeyboardInterrupt
-        inner(self, idx, batch)
-
-    monkeypatch.setattr(ResumableTrainLoop, 'run_iter', kill)
-    with pytest.raises(KeyboardInterrupt):
-        RUNNERS.build(ended).train()
-    monkeypatch.undo()
-    ended.resume = True
-    RUNNERS.build(ended).train()
+    train_interrupted_in_stage_1(ended)
     again = weights(tmp_path / 'killed/stage_1/snapshot.pth')
     assert all(torch.equal(again[key], value) for key, value in kept.items())
     # Stopped behind the snapshot: it is not fused again.
