@@ -18,7 +18,7 @@ CONSTRAINTS := requirements/constraints.txt
 REQUIREMENTS := requirements.txt $(wildcard requirements/*.txt) pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill test-mutants test-stacks bench bench-check lint format docs clean
+.PHONY: help venv demo test test-slow test-kill test-mutants test-stacks bench bench-check gpu-bundle lint format docs clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,10 @@ bench: $(STAMP) ## what the parts cost, as ratios (ARGS=step for one benchmark)
 
 bench-check: $(STAMP) ## the same, beside the ratios on file: what got worse by more than 15 %
 	$(PY) -W ignore -m benchmarks --check $(ARGS)
+
+gpu-bundle: $(STAMP) ## what benchmarks/on_gpu.sh needs on a machine with a GPU and without internet
+	rm -rf gpu_bundle
+	$(PY) -W ignore -m benchmarks.bundle $(ARGS)
 
 lint: $(STAMP) ## what ruff has to say
 	$(PY) -m ruff check .

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from prettytable import PrettyTable, TableStyle
 
-from benchmarks.measure import Ratio, device
+from benchmarks.measure import PRECISIONS, Ratio, device
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_FILE = ROOT / f'benchmarks/ratios_{device().type}.json'
@@ -40,26 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('names', nargs='*', metavar='NAME', help='default: all')
     action = parser.add_mutually_exclusive_group()
-    action.add_argument('--check', action='store_true', help=f'compare with benchmarks/{ON_FILE.name}')
-    action.add_argument('--write', action='store_true', help=f'put the ratios into benchmarks/{ON_FILE.name}')
+    action.add_argument('--check', action='store_true', help='compare with the ratios on file')
+    action.add_argument('--write', action='store_true', help='put the ratios on file')
+    parser.add_argument('--file', type=Path, default=ON_FILE, help=f'default: benchmarks/{ON_FILE.name}')
+    parser.add_argument(
+        '--precisions', nargs='+', choices=PRECISIONS,
+        help='of throughput, default: all; --write keeps the ratios of the others',
+    )  # fmt: skip
     parser.add_argument('--threads', type=int, default=1, help='of torch (default: 1)')
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(BENCHMARKS)
     if unknown:
         parser.error(f'{", ".join(sorted(unknown))}: expected some of {", ".join(BENCHMARKS)}')
-    on_file = json.loads(ON_FILE.read_text()) if ON_FILE.exists() else {}
+    if args.precisions and (args.check or args.names != ['throughput']):
+        parser.error('--precisions: expected throughput alone, and no --check')
+    on_file = json.loads(args.file.read_text()) if args.file.exists() else {}
     print(machine(args.threads))
     measured = {}
     for name in args.names or BENCHMARKS:
-        measured[name] = run(name, args.threads)
+        measured[name] = run(name, args.threads, args.precisions)
         if args.write and measured[name]:  # after each: the next may be stopped
-            write(on_file := on_file | {name: {r.name: r.value for r in measured[name]}})
+            kept = on_file.get(name, {}) if args.precisions else {}
+            on_file |= {name: kept | {ratio.name: ratio.value for ratio in measured[name]}}
+            args.file.write_text(json.dumps(on_file, indent=2, sort_keys=True) + '\n')
     return compare(measured, on_file) if args.check else 0
-
-
-def write(ratios: Mapping[str, Mapping[str, float]]) -> None:
-    """Puts ratios on file, by benchmark and name."""
-    ON_FILE.write_text(json.dumps(ratios, indent=2, sort_keys=True) + '\n')
 
 
 def machine(threads: int) -> str:
@@ -76,12 +80,12 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def run(name: str, threads: int) -> list[Ratio]:
+def run(name: str, threads: int, precisions: Sequence[str] | None = None) -> list[Ratio]:
     """One benchmark in a process of its own, so that none inherits another's memory."""
     print(f'\n{name}: {BENCHMARKS[name]}', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'ratios.json'
-        code = f'from benchmarks.__main__ import measure; measure({name!r}, {str(path)!r})'
+        code = f'from benchmarks.__main__ import measure; measure({name!r}, {str(path)!r}, {precisions!r})'
         subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', code],
             check=True,
@@ -101,9 +105,9 @@ def run(name: str, threads: int) -> list[Ratio]:
     return ratios
 
 
-def measure(name: str, path: str) -> None:
-    """Runs one benchmark here and leaves its ratios in the JSON file ``path``."""
-    ratios = importlib.import_module(f'benchmarks.{name}').measure()
+def measure(name: str, path: str, precisions: Sequence[str] | None = None) -> None:
+    """Runs one benchmark here, in those precisions if any are given; leaves its ratios in the JSON file ``path``."""
+    ratios = importlib.import_module(f'benchmarks.{name}').measure(*[precisions] * bool(precisions))
     Path(path).write_text(json.dumps([ratio.to_dict() for ratio in ratios]))
 
 

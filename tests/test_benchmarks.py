@@ -73,7 +73,7 @@ def test_the_check_prints_each_pair_and_names_what_got_worse(
     on_file.write_text(json.dumps({'step': {'time': 1.0, 'memory': 1.1, 'gone': 1.0}}))
     monkeypatch.setattr(command, 'ON_FILE', on_file)
     measured = [Ratio('time', 1.3), Ratio('memory', 1.1)]
-    monkeypatch.setattr(command, 'run', lambda name, threads: measured)
+    monkeypatch.setattr(command, 'run', lambda name, *_: measured)
     assert command.main(['step', '--check']) == 1
     printed = capsys.readouterr().out
     assert 'step: time was 1, is 1.3' in printed
@@ -113,7 +113,7 @@ def test_the_losses_at_full_size_are_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_benchmark_that_is_listed_is_there() -> None:
     folder = Path(command.__file__).parent
-    files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure', 'models', 'voc_size'}
+    files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure', 'models', 'voc_size', 'bundle', 'killed_run'}
     assert files == set(command.BENCHMARKS)
 
 
@@ -128,6 +128,6 @@ def test_what_was_not_measured_is_not_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, 'ON_FILE', tmp_path / 'ratios.json')
-    monkeypatch.setattr(command, 'run', lambda name, threads: [])
+    monkeypatch.setattr(command, 'run', lambda name, *_: [])
     assert command.main(['throughput', '--write']) == 0
     assert not (tmp_path / 'ratios.json').exists()
