@@ -6,6 +6,7 @@ That is wheels, some photographs of voc_mini and the encoder's weights (docs/dat
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ WHEELS = (
     'onedl-mmengine', 'onedl-mmcv', 'onedl-mmsegmentation', 'addict', 'ftfy', 'platformdirs', 'prettytable',
     'termcolor', 'wcwidth', 'yapf',
 )  # fmt: skip
-"""What a machine with torch, OpenCV, matplotlib, scipy, pytest, pytest-xdist and rich lacks; all pure Python."""
+"""What a machine with torch, OpenCV, matplotlib, scipy, pytest, pytest-xdist and rich lacks."""
+FITTING = r'-py3-none-any\.whl$|-py2\.py3-none-any\.whl$|-abi3-manylinux.*x86_64\.whl$'
 LIMIT_MIB = 60
 """Of the 64 that may be carried: the project itself needs some."""
 IGNORED = {0, 255}
@@ -30,7 +32,7 @@ IGNORED = {0, 255}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for option, default in (('voc-mini', 'data/voc_mini'), ('weights', 'weights/mit_b0.pth')):
+    for option, default in (('voc-mini', 'data/voc_mini'), ('mit-b0', 'weights/mit_b0.pth')):
         variable = option.upper().replace('-', '_')
         path = os.environ.get(variable, SHARED / default)
         parser.add_argument(f'--{option}', type=Path, default=path, help=f'default: ${variable}, or {path}')
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--val', type=int, default=150, help='images to evaluate (default: 150)')
     parser.add_argument('--out', type=Path, default=ROOT / 'gpu_bundle', help='a new folder')
     args = parser.parse_args(argv)
-    for option in ('voc_mini', 'weights'):
+    for option in ('voc_mini', 'mit_b0'):
         path = getattr(args, option)
         if not path.exists():
             parser.error(f'{path} does not exist: name it by --{option.replace("_", "-")} or ${option.upper()}')
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for split, number in (('train', args.train), ('val', args.val)):
             copy_images(args.voc_mini, args.out / 'voc_mini', split, number)
-        shutil.copy(args.weights, args.out / 'mit_b0.pth')
+        shutil.copy(args.mit_b0, args.out / 'mit_b0.pth')
         build_wheels(args.out / 'wheels')
         print(f'{args.out}: {weigh(args.out)}')
     except (ValueError, subprocess.CalledProcessError) as error:
@@ -104,13 +106,13 @@ def build_wheels(folder: Path) -> None:
     """The tested versions of ``WHEELS``, built where the index has none.
 
     Raises:
-        ValueError: one fits only this machine's Python or processor.
+        ValueError: one fits only this machine's Python, or its processor where that is not x86-64.
     """
     pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check', 'wheel', '-q', '--no-deps')
     subprocess.run([*pip, '-c', str(ROOT / 'requirements/constraints.txt'), '-w', str(folder), *WHEELS], check=True)
-    bound = [path.name for path in folder.iterdir() if not path.name.endswith('-none-any.whl')]
+    bound = [path.name for path in folder.iterdir() if not re.search(FITTING, path.name)]
     if bound:
-        raise ValueError(f'{", ".join(bound)}: expected wheels for any Python 3 and machine')
+        raise ValueError(f'{", ".join(bound)}: expected wheels for any Python 3, and any machine or x86-64')
 
 
 def weigh(folder: Path) -> str:

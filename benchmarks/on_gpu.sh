@@ -60,9 +60,10 @@ run() {
     table >"$out/table.md"
 }
 
-table() { # every Markdown table of the logs, under its step and the machine
+table() { # every Markdown table of the logs, under its step and the machine; not those in boxes, as a run prints them
     awk '/^== / { print "### " $2 "\n" } / threads, torch / { print $0 "\n" }
-        /^\|/ { print; inside = 1; next } inside { print ""; inside = 0 }' "$out"/*.log
+        /^\+/ { boxed = 1 } !/^[|+]/ { boxed = 0 }
+        /^\|/ && !boxed { print; inside = 1; next } inside { print ""; inside = 0 }' "$out"/*.log
 }
 
 if (($# < 2)); then
@@ -90,12 +91,13 @@ mkdir -p "$out"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cd "$root" || exit
-{
-    timeout 90 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$scratch/site" "$bundle"/wheels/*.whl
-    export PYTHONPATH="$scratch/site:$root" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-    timeout 90 "$python" -W ignore -c 'import torch, mmseg_sats
-torch.cuda.is_available() or exit("torch finds no GPU")'
-} >"$out/start.log" 2>&1 || { note 'start: failed, see start.log'; cat "$out/start.log"; exit 1; }
+install=(-m pip install -q --no-index --no-deps --no-compile --target "$scratch/site")
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+timeout 90 "$python" "${install[@]}" "$bundle"/wheels/*.whl >"$out/start.log" 2>&1 &&
+    export PYTHONPATH="$scratch/site:$root" &&
+    timeout 90 "$python" -W ignore -c \
+        'import torch, mmseg_sats; torch.cuda.is_available() or exit("torch finds no GPU")' >>"$out/start.log" 2>&1 ||
+    { note 'start: failed'; cat "$out/start.log"; exit 1; }
 rm "$out/start.log"
 all_steps run
 exit $bad

@@ -131,3 +131,34 @@ def test_what_was_not_measured_is_not_written(
     monkeypatch.setattr(command, 'run', lambda name, *_: [])
     assert command.main(['throughput', '--write']) == 0
     assert not (tmp_path / 'ratios.json').exists()
+
+
+def test_one_precision_leaves_the_others_on_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / 'ratios.json'
+    path.write_text(json.dumps({'throughput': {'bf16': 1.2, 'fp32': 1.3}, 'step': {'time': 1.0}}))
+    asked = []
+    monkeypatch.setattr(command, 'run', lambda *words: asked.append(words) or [Ratio('bf16', 1.1)])
+    words = ['throughput', '--precisions', 'bf16', '--write', '--file', str(path)]
+    assert command.main(words) == 0
+    assert asked == [('throughput', 1, ['bf16'])]
+    assert json.loads(path.read_text()) == {'throughput': {'bf16': 1.1, 'fp32': 1.3}, 'step': {'time': 1.0}}
+    for wrong in (['step', '--precisions', 'bf16'], ['throughput', '--check', '--precisions', 'bf16']):
+        with pytest.raises(SystemExit):
+            command.main(wrong)
+
+
+def test_throughput_prints_each_row_as_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def row(size: str, precision: str) -> tuple[list[str], Ratio]:
+        before = {'B0': '| ---', 'B2': '| B0 | bf16 | 429 |', 'B5': '| B2 | bf16 | not measured'}[size]
+        assert capsys.readouterr().out.splitlines()[-1].startswith(before)
+        if size == 'B2':
+            raise torch.cuda.OutOfMemoryError
+        return ['429'], Ratio(f'{size}, {precision}', 1.2)
+
+    monkeypatch.setattr(throughput, 'device', lambda: torch.device('cuda'))
+    monkeypatch.setattr(throughput, '_row', row)
+    command.measure('throughput', str(tmp_path / 'ratios.json'), ['bf16'])
+    assert [ratio['name'] for ratio in json.loads((tmp_path / 'ratios.json').read_text())] == ['B0, bf16', 'B5, bf16']
+    assert capsys.readouterr().out == '| B5 | bf16 | 429 |\n\n'
