@@ -15,7 +15,7 @@ total=${TOTAL:-570}
 
 all_steps() { # calls "$1" with the name of each step, its limit in seconds, and the words after `python`
     local write=(--write --file "$out/ratios_cuda.json")
-    "$1" tests 70 -m pytest -q -n 8 -p no:cacheprovider tests/test_on_gpu.py tests/test_triton_pooling.py \
+    "$1" tests 70 -m pytest -v -n 8 -p no:cacheprovider tests/test_on_gpu.py tests/test_triton_pooling.py \
         tests/test_crp_loss.py tests/test_shared_losses.py tests/test_losses_over_ranks.py
     "$1" throughput.bf16 85 -W ignore -m benchmarks throughput --precisions bf16 "${write[@]}"
     "$1" throughput.fp16 85 -W ignore -m benchmarks throughput --precisions fp16 "${write[@]}"
