@@ -10,12 +10,12 @@ from mmseg_sats.functional.pixels.class_similarity import (
     class_similarities,
     class_similarity_distillation,
 )
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 @MODELS.register_module()
-class ClassSimilarityDistillationLoss(DistillationPart):
+class ClassSimilarityDistillationLoss(WeightedPart):
     """:func:`class_similarity_distillation`, with the similarities of the classes' prototypes.
 
     The prototypes are the running means of the segmentor's ``prototypes``. Only pixels that are labelled as a new
@@ -34,12 +34,11 @@ class ClassSimilarityDistillationLoss(DistillationPart):
     reduces_over_ranks: ClassVar[bool] = True
 
     def __init__(self, loss_weight: float = 0.5, temperature: float = 3.0, delta: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(loss_weight)
         if not temperature > 0:
             raise ValueError(f'ClassSimilarityDistillationLoss.temperature must be above 0, got {temperature}')
         if not delta >= 0:
             raise ValueError(f'ClassSimilarityDistillationLoss.delta must be at least 0, got {delta}')
-        self.loss_weight = loss_weight
         self.temperature = temperature
         self.delta = delta
 

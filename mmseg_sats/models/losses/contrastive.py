@@ -10,12 +10,12 @@ from torch import Tensor
 from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.functional.precision import full_precision, working_dtype
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 @MODELS.register_module()
-class ContrastiveDistillationLoss(DistillationPart):
+class ContrastiveDistillationLoss(WeightedPart):
     """:func:`contrastive_distillation` of the pixels of foreground classes, on the grid of a block's features.
 
     The labels are resized to this grid by nearest neighbour, the old model's logits bilinearly. A background pixel
@@ -38,12 +38,11 @@ class ContrastiveDistillationLoss(DistillationPart):
     def __init__(
         self, loss_weight: float = 0.01, temperature: float = 0.07, block: int = -1, max_pixels: int = 2048
     ) -> None:
-        super().__init__()
+        super().__init__(loss_weight)
         if not temperature > 0:
             raise ValueError(f'ContrastiveDistillationLoss.temperature must be above 0, got {temperature}')
         if max_pixels < 1:
             raise ValueError(f'ContrastiveDistillationLoss.max_pixels must be at least 1, got {max_pixels}')
-        self.loss_weight = loss_weight
         self.temperature = temperature
         self.block = block
         self.max_pixels = max_pixels

@@ -13,12 +13,12 @@ from mmseg_sats.functional.features.local_pod import fold_new_into_background, l
 from mmseg_sats.functional.features.pooled_cube import check_kernels, pooled_cube
 from mmseg_sats.functional.pixels.means import check_distillation
 from mmseg_sats.models.losses.blocks import block_indices, pick_blocks
-from mmseg_sats.models.parts import DistillationPart
+from mmseg_sats.models.parts import DistillationPart, WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
 
 @MODELS.register_module()
-class FeatureMSELoss(DistillationPart):
+class FeatureMSELoss(WeightedPart):
     """:func:`feature_mse` between student and old model.
 
     Args:
@@ -30,9 +30,8 @@ class FeatureMSELoss(DistillationPart):
     """
 
     def __init__(self, blocks: Sequence[int] = (3,), loss_weight: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(loss_weight)
         self.blocks = block_indices(blocks)
-        self.loss_weight = loss_weight
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; the labels are not used.
