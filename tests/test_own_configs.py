@@ -16,6 +16,7 @@ from mmseg_sats import commands
 from mmseg_sats.engine.experiments.own_configs import find_configs, own_cells
 from mmseg_sats.engine.experiments.plan import Run
 from mmseg_sats.engine.experiments.record import Record
+from mmseg_sats.engine.experiments.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 SHAPES = "_base_ = ['mmseg_sats::_base_/segformer_tiny_shapes.py', 'mmseg_sats::{0}/{0}.py']\nprotocol = '{1}'\n"
@@ -108,7 +109,7 @@ def test_a_config_with_a_base_of_its_own_takes_no_other_stage_0(write: Write) ->
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ([], 'expected a table (table1, table2, table3, table4, figure6, ablations), or --configs DIR'),
+        ([], f'expected a table ({", ".join(TABLES)}), or --configs DIR'),
         (['table1', '--configs', 'own'], 'or --configs DIR with configs of your own'),
         (['--configs', 'none'], '--configs none does not exist: expected a folder of configs'),
         (['--configs', 'empty'], 'expected configs of runs in it, with a model, a method and a protocol; found none'),
