@@ -1,15 +1,18 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """`mmseg-sats`: what it answers before torch is imported, and the configs that it knows by name."""
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
+from mmseg_sats import commands
 from mmseg_sats.commands import COMMANDS, build_parser, main, report, script, table
 from mmseg_sats.engine.command_line import read_config
 from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES
@@ -165,3 +168,17 @@ def test_figures_of_the_stages_measured_so_far_are_kept(
     with pytest.raises(SystemExit, match='the second stage fails'):
         main(['test', str(tiny_runs[1]), '--out', str(tmp_path)])
     assert json.loads((tmp_path / 'test.json').read_text()) == [dict(stage=0)]
+
+
+def test_a_process_that_ran_commands_looks_for_garbage_once_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_end: list[Callable] = []
+    monkeypatch.setattr(commands.atexit, 'register', at_end.append)
+    monkeypatch.setattr(commands.atexit, 'unregister', lambda one: at_end.remove(one) if one in at_end else None)
+    for _ in range(3):
+        assert commands._run(argparse.Namespace(run=lambda _: None)) == 0
+    done: list[str] = []
+    for name in ('collect', 'freeze'):
+        monkeypatch.setattr(commands.gc, name, lambda name=name: done.append(name))
+    for one in at_end:
+        one()
+    assert done == ['collect', 'freeze']

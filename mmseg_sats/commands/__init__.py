@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace) -> int:
+    atexit.unregister(_leave_objects_alone)  # once, however many commands a process runs
     atexit.register(_leave_objects_alone)
     try:
         if out := getattr(args, 'out', None):

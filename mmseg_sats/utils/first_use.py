@@ -69,6 +69,7 @@ def register_on_first_use(register: Callable[[], None]) -> None:
         stock = module.Registry.import_from_location
 
         def import_from_location(registry: Any) -> None:
+            """mmengine's, behind the first call of ``register``."""
             # First, because the parts may look names up while they are imported.
             module.Registry.import_from_location = stock
             try:

@@ -14,7 +14,7 @@ from mmseg_sats.engine.diagnosis.images import TrainingImages, some, training_im
 from mmseg_sats.engine.diagnosis.kept_attention import KeptAttention
 from mmseg_sats.engine.diagnosis.oracle import fit_oracle, oracle_in_place
 from mmseg_sats.engine.diagnosis.pseudo_labels import pseudo_label_quality
-from mmseg_sats.engine.files.snapshot import check_classes, stage_folders
+from mmseg_sats.engine.files.snapshot import check_classes, stage_folders, stage_number
 from mmseg_sats.evaluation.incremental_iou import IncrementalIoUMetric
 from mmseg_sats.visualization.stage_model import StageModel, eval_dataset, load_stage
 
@@ -51,7 +51,7 @@ def diagnose(
         raise ValueError(f'--images {images}: expected 1 or more')
     old: StageModel | None = None
     for folder in stage_folders(work_dir, only):
-        before = folder.with_name(f'stage_{int(folder.name.removeprefix("stage_")) - 1}')
+        before = folder.with_name(f'stage_{stage_number(folder) - 1}')
         if old is None and (before / 'snapshot.pth').is_file():
             old = load_stage(before, device)
         stage = load_stage(folder, device)

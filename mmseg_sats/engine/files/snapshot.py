@@ -25,24 +25,24 @@ def stage_folders(work_dir: Path, only: int | None = None) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, or not that of stage ``only``.
     """
-    found = sorted((path.parent for path in work_dir.glob('stage_*/snapshot.pth')), key=_number)
+    found = sorted((path.parent for path in work_dir.glob('stage_*/snapshot.pth')), key=stage_number)
     if not found:
         own = work_dir.resolve()
         of_stage = own.name.startswith('stage_') and (own / 'snapshot.pth').is_file()
-        hint = f'; for one stage: {own.parent} --stage {_number(own)}' if of_stage else ''
+        hint = f'; for one stage: {own.parent} --stage {stage_number(own)}' if of_stage else ''
         raise FileNotFoundError(
             f"{work_dir} is no run's folder, or no stage of it is finished: expected stage_0/snapshot.pth in it{hint}"
         )
     if only is None:
         return found
-    chosen = [folder for folder in found if _number(folder) == only]
+    chosen = [folder for folder in found if stage_number(folder) == only]
     if not chosen:
-        there = ', '.join(str(_number(folder)) for folder in found)
+        there = ', '.join(str(stage_number(folder)) for folder in found)
         raise FileNotFoundError(f'{work_dir}/stage_{only}/snapshot.pth does not exist: expected one of stages {there}')
     return chosen
 
 
-def _number(folder: Path) -> int:
+def stage_number(folder: Path) -> int:
     """The number of a stage's folder."""
     return int(folder.name.removeprefix('stage_'))
 
