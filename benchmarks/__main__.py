@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_FILE = ROOT / f'benchmarks/ratios_{device().type}.json'
 BENCHMARKS = {
     'step': 'a SATS step over a fine-tuning step and the old model',
+    'against_stock': "a SATS step over stock mmseg's fine-tuning step and old model",
     'crp': 'pooled attention against the dense map and against a loop',
     'backbone': 'the attention backbones against mmseg\'s own',
     'many_classes': 'a step with 21, 151 and 1000 classes',

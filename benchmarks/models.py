@@ -107,8 +107,8 @@ def stage(
     torch.manual_seed(0)
     values = _method_values(method) | changes
     with device():
-        model = MODELS.build(_model(size, num_old + num_new, values)).train()
-        model._old_model = OldModel(MODELS.build(_model(size, num_old, _method_values('finetune'))))
+        model = MODELS.build(_method_model(size, num_old + num_new, values)).train()
+        model._old_model = OldModel(MODELS.build(_method_model(size, num_old, _method_values('finetune'))))
     model._old_model_cfg = dict(num_old=num_old)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     inputs = torch.randn(batch_size, 3, crop_size, crop_size, device=device())
@@ -158,18 +158,21 @@ def _method_values(method: str) -> dict[str, Any]:
     return {name: cfg.get(name) for name in METHOD_WORDS}
 
 
-def _model(size: str, num_classes: int, values: dict[str, Any]) -> Config:
-    """The model's config without what a run puts in: pretrained weights, data, SyncBN."""
-    cfg = Config.fromfile(CONFIGS / '_base_/models/segformer.py').model
-    cfg.pop('data_preprocessor')
-    cfg.backbone.pop('init_cfg')
-    cfg.backbone.update(SIZES[size])
-    cfg.decode_head.in_channels = [heads * SIZES[size]['embed_dims'] for heads in cfg.backbone.num_heads]
-    norm_cfg = dict(type='BN', requires_grad=True)
-    cfg.decode_head.update(num_classes=num_classes, norm_cfg=norm_cfg)
+def _method_model(size: str, num_classes: int, values: dict[str, Any]) -> Config:
+    cfg = model_config(size, num_classes)
     cfg.decode_head.loss_decode = values['segmentation_loss']
     for name in METHOD_WORDS[1:]:
         cfg[name] = values[name]
     return cfg
 
 
+def model_config(size: str, num_classes: int) -> Config:
+    """The model's config without what a method and a run put in: loss parts, pretrained weights, data, SyncBN."""
+    cfg = Config.fromfile(CONFIGS / '_base_/models/segformer.py').model
+    cfg.pop('data_preprocessor')
+    cfg.backbone.pop('init_cfg')
+    cfg.backbone.update(SIZES[size])
+    cfg.decode_head.in_channels = [heads * SIZES[size]['embed_dims'] for heads in cfg.backbone.num_heads]
+    norm_cfg = dict(type='BN', requires_grad=True)
+    cfg.decode_head.update(num_classes=num_classes, norm_cfg=norm_cfg, loss_decode=dict(type='CrossEntropyLoss'))
+    return cfg

@@ -100,7 +100,8 @@ def test_without_background_to_a_model_that_stock_mmseg_runs(data: Path, tmp_pat
     assert set(added.before) == {'background', *OLD}
     assert added.before['background'] is None
     assert None not in [added.after[name] for name in added.table.names[1:]]
-    assert Config.fromfile(out / 'run/stage_1/config.py').model.backbone.type == 'AttentionMixVisionTransformer'
+    model = Config.fromfile(out / 'run/stage_1/config.py').model
+    assert (model.backbone.type, model.decode_head.type) == ('AttentionMixVisionTransformer', 'LeanSegformerHead')
     assert {path.name for path in out.iterdir()} >= {
         'config.py', 'model.pth', 'model.safetensors', 'README.md', 'add_classes.py', 'add_classes.json'
     }

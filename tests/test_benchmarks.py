@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmseg.models import EncoderDecoder, MixVisionTransformer, SegformerHead
 
 from benchmarks import __main__ as command
-from benchmarks import crp, many_classes, throughput
+from benchmarks import against_stock, crp, many_classes, throughput
 from benchmarks.measure import Ratio, median_seconds, peak_bytes
+from benchmarks.models import stage
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
 from mmseg_sats.models.pixel_losses.shared import shared_losses
 
@@ -109,6 +111,27 @@ def test_the_losses_at_full_size_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, student.logits)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_stock_mmseg_is_given_the_same_work() -> None:
+    """The old model's logits, and a fine-tuning step whose loss and gradients are those of ours."""
+    sats, tuned = (stage(method, 4, 1, crop_size=64, size='B0') for method in ('sats', 'finetune'))
+    old = against_stock.stock_old_model(sats, 'B0', 4)
+    with torch.no_grad():
+        torch.testing.assert_close(old(sats.inputs), sats.model.old_model(sats.inputs).logits, rtol=1e-4, atol=1e-5)
+    stock = against_stock.stock_step(tuned, 'B0', 5)
+    assert {type(stock.model), type(stock.model.backbone), type(stock.model.decode_head)} == {
+        EncoderDecoder, MixVisionTransformer, SegformerHead
+    }  # fmt: skip
+    stock.model.load_state_dict(tuned.model.state_dict())
+    losses = []
+    for one in (stock, tuned):
+        torch.manual_seed(0)  # the same dropout and stochastic depth
+        losses.append(one.loss())
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    for theirs, ours in zip(stock.model.parameters(), tuned.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4)
 
 
 def test_every_benchmark_that_is_listed_is_there() -> None:

@@ -40,6 +40,7 @@ GROW: dict[str, dict[str, Any]] = {
     'FPNHead': dict(in_channels=(8,) * 4, in_index=(0, 1, 1, 1), feature_strides=(4, 8, 8, 8)),
     'GCHead': LAST,
     'ISAHead': dict(LAST, isa_channels=4, down_factor=(2, 2)),
+    'LeanSegformerHead': ALL,
     'LRASPPHead': dict(
         in_channels=(8, 16, 32), in_index=(0, 2, 3), branch_channels=(4, 8), input_transform='multiple_select'
     ),

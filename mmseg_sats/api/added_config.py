@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 from mmseg_sats.api.class_table import IGNORED, ClassTable
 from mmseg_sats.api.folders import MaskedImages
 from mmseg_sats.api.old_model import OldModel
-from mmseg_sats.models import backbones
+from mmseg_sats.models import LeanSegformerHead, backbones
 from mmseg_sats.models.own_options import stock_parent
 from mmseg_sats.utils.installed import CONFIGS, method_names
 from mmseg_sats.utils.spelling import check_choice
@@ -139,7 +139,7 @@ def _check_export(method: str) -> None:
 
 
 def _model(old: OldModel, table: ClassTable, method: str, replay: bool) -> dict[str, Any]:
-    """What depends on the old model: the backbone with attention, or a distillation that does without; labels."""
+    """What depends on the old model: this package's backbone and head, or a distillation without attention; labels."""
     stock = old.cfg.model.backbone.type
     own = attention_backbone(stock)
     recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
@@ -150,7 +150,10 @@ def _model(old: OldModel, table: ClassTable, method: str, replay: bool) -> dict[
     if not table.old_background and 'output' in parts:
         # MiB's distillation lets new classes take probability from background alone, which has none yet.
         distillation['output'] = None
-    found: dict[str, Any] = {} if own is None else dict(model=dict(backbone=dict(type=own)))
+    model: dict[str, Any] = {} if own is None else dict(backbone=dict(type=own))
+    if old.cfg.model.decode_head.type == stock_parent(LeanSegformerHead).__name__:
+        model['decode_head'] = dict(type=LeanSegformerHead.__name__)
+    found: dict[str, Any] = dict(model=model) if model else {}
     if distillation:
         found['distillation'] = distillation
     if labeler.get('type') == 'EntropyPseudoLabeler' and table.old_background and not replay:

@@ -12,6 +12,7 @@ from mmseg_sats.models.backbones import (
     check_attention,
 )
 from mmseg_sats.models.heads.cascade import CascadeHead
+from mmseg_sats.models.heads.segformer_head import LeanSegformerHead
 from mmseg_sats.models.losses import (
     AccumulativeDistillationLoss,
     AuxiliaryClassifierLoss,
@@ -75,6 +76,7 @@ __all__ = [
     'IncrementalEncoderDecoder',
     'KnowledgeDistillationLoss',
     'LabelGuidedDistillationLoss',
+    'LeanSegformerHead',
     'LocalPODLoss',
     'SegmentorOutput',
     'SigmoidCrossEntropyLoss',

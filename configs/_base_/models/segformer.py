@@ -23,7 +23,7 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='$pretrained')),
     decode_head=dict(
-        type='SegformerHead',
+        type='LeanSegformerHead',
         in_channels=[64, 128, 320, 512],
         in_index=[0, 1, 2, 3],
         channels=256,
