@@ -47,7 +47,7 @@ def overlay(
     ignore_index: int = 255,
     strength: float = 0.65,
 ) -> np.ndarray:
-    """The photograph with its classes in colour, background as it is: RGB (H, W, 3) uint8.
+    """The photograph with its classes in colour and outlined, background as it is: RGB (H, W, 3) uint8.
 
     Args:
         image: RGB (H, W, 3) uint8.
@@ -57,19 +57,18 @@ def overlay(
         strength: how much of the colour, 0 to 1.
     """
     colours = colour_mask(labels, palette, ignore_index)
-    mixed = (image * (1 - strength) + colours * strength).astype(np.uint8)
-    background = (labels == 0)[..., None]
-    result = np.where(background, image, mixed)
+    mixed = cv2.addWeighted(image, 1 - strength, colours, strength, 0)
+    result = np.where((labels == 0)[..., None], image, mixed)
     edges = outline(labels)
-    result[edges] = np.where((labels == ignore_index)[edges][:, None], IGNORED_COLOUR, colours[edges])
+    result[edges] = colours[edges]
     return result
 
 
 def outline(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of a class whose neighbour below or to the right has another label."""
+    """(H, W) bool: pixels of a class whose neighbour above or to the left has another label."""
     edges = np.zeros(labels.shape, bool)
-    edges[:-1] |= labels[:-1] != labels[1:]
-    edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edges[1:] |= labels[1:] != labels[:-1]
+    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     return edges & (labels != 0)
 
 
