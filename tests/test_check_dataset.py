@@ -205,7 +205,7 @@ def test_a_list_that_is_not_there_and_shared_images(config: Path, tmp_path: Path
 
 
 def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmseg_sats.datasets.checks import whole_dataset
+    from mmseg_sats.datasets.class_index import mask_scan
 
     infos = [
         dict(img_path=str(path), seg_map_path=str(tmp_path / 'labels/train' / f'{path.stem}.png'))
@@ -214,7 +214,7 @@ def test_workers_find_the_same(config: Path, tmp_path: Path, monkeypatch: pytest
     infos.append(infos[0] | dict(seg_map_path='nowhere.png'))
     sizes = PairSizes([LoadImageFromFile()])
     one = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=1)
-    monkeypatch.setattr(whole_dataset, '_IN_PROCESS', 0)
+    monkeypatch.setattr(mask_scan, '_IN_PROCESS', 0)
     two = examine(infos, sizes, 3, {0: 0, 10: 1, 20: 2, 30: 3}, workers=2)
     assert (one.images, one.faults) == (two.images, two.faults)
     assert one.faults == ['mask nowhere.png does not exist']

@@ -19,23 +19,21 @@ def test_colours_lie_over_the_classes_and_background_is_left_alone() -> None:
     labels[10:30, 100:200] = 2
     picture = draw_overlay(IMAGE, labels, CLASSES, PALETTE)
     assert picture[5, 5].tolist() == [100, 100, 100]
-    blue, green, red = 60, 200, 40
-    expected = [(100 + blue) / 2, (100 + green) / 2, (100 + red) / 2]
+    expected = [(100 + colour) / 2 for colour in PALETTE[2]]
     np.testing.assert_allclose(picture[20, 150], expected, atol=1)
-    assert picture[20, 100].tolist() == [blue, green, red]  # the outline is opaque
+    assert picture[20, 100].tolist() == list(PALETTE[2])  # the outline is opaque
 
 
 def test_the_legend_names_what_is_found_and_nothing_else() -> None:
     labels = np.zeros((40, 300), np.int64)
     labels[:, :30] = 3
-    colours = np.asarray(PALETTE, np.uint8)[:, ::-1]
-    legend = draw_legend(labels, CLASSES, colours, 300)
+    legend = draw_legend(labels, CLASSES, PALETTE, 300)
     present = {tuple(pixel) for pixel in legend.reshape(-1, 3)}
     for channel in range(5):
-        assert (tuple(colours[channel]) in present) == (channel == 3), CLASSES[channel]
+        assert (tuple(PALETTE[channel]) in present) == (channel == 3), CLASSES[channel]
     # One row: both names fit beside each other; in a narrow one they stand below each other.
     assert len(legend) == 22
-    assert len(draw_legend(labels, CLASSES, colours, 140)) == 44
+    assert len(draw_legend(labels, CLASSES, PALETTE, 140)) == 44
 
 
 def test_a_legend_wider_than_the_image_is_not_cut() -> None:

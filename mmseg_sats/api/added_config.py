@@ -50,7 +50,8 @@ def config_text(
         ValueError: there is no such method, or its models cannot be exported.
     """
     check_choice('method', method, [name for name in method_names() if name != 'joint'])  # joint has one stage
-    _check_export(method)
+    recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
+    _check_export(method, recipe)
     numbers = table.numbers_for_all()
     own = dict(img_path='$val_images', seg_map_path='$val_masks')
     content = dict(
@@ -81,7 +82,7 @@ def config_text(
         ),
         memory=_memory(table, new, replayed),
         **_as_trained(old),
-        **_model(old, table, method, replayed is not None),
+        **_model(old, table, recipe, replayed is not None),
     )  # fmt: skip
     batch_size = values.get('batch_size') or content.get('batch_size') or _BATCH_SIZE
     stage_images = int(new.showing(table.drawn[name] for name in table.new).sum())
@@ -125,9 +126,8 @@ def attention_backbone(stock: str) -> str | None:
     return next((cls.__name__ for cls in own if cls is not None and stock_parent(cls).__name__ == stock), None)
 
 
-def _check_export(method: str) -> None:
+def _check_export(method: str, recipe: Config) -> None:
     """Refuses a method whose models :func:`export_stage` refuses, which would be after the training."""
-    recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
     for stages in ('method_initial_stage', 'method_later_stages'):
         model = (recipe.get(stages) or {}).get('model') or {}
         for option in ('unknown', 'background_residuals', 'closed_form'):
@@ -138,11 +138,10 @@ def _check_export(method: str) -> None:
                 )
 
 
-def _model(old: OldModel, table: ClassTable, method: str, replay: bool) -> dict[str, Any]:
+def _model(old: OldModel, table: ClassTable, recipe: Config, replay: bool) -> dict[str, Any]:
     """What depends on the old model: this package's backbone and head, or a distillation without attention; labels."""
     stock = old.cfg.model.backbone.type
     own = attention_backbone(stock)
-    recipe = Config.fromfile(CONFIGS / method / f'{method}.py')
     parts, labeler = recipe.get('distillation') or {}, recipe.get('pseudo_labeler') or {}
     distillation: dict[str, Any] = {}
     if own is None and not stock.startswith('Attention') and 'attention' in parts:

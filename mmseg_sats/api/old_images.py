@@ -20,13 +20,12 @@ from mmseg_sats.utils.checkpoint import write_atomically
 Pairs = Sequence[tuple[str, str]]
 
 
-def picked_old_images(old: OldModel, size: int, seed: int = 0) -> Pairs:
-    """Image and mask of some of the old model's own training images, evenly over its classes.
+def picked_old_images(old: OldModel, size: int) -> Pairs:
+    """Image and mask of some of the old model's own training images, evenly over its classes, the same ones each time.
 
     Args:
         old: its config names the data.
         size: how many.
-        seed: which ones.
 
     Raises:
         FileNotFoundError: the data are not there.
@@ -38,7 +37,7 @@ def picked_old_images(old: OldModel, size: int, seed: int = 0) -> Pairs:
     infos = [dataset.get_data_info(row) for row in range(len(dataset))]
     present = np.unpackbits(scan_masks([info['seg_map_path'] for info in infos]), axis=1).astype(bool)
     holds = present[:, [old.numbers[name] for name in old.classes]]
-    rows, _ = ClassBalancedMemory(size, seed).select(Candidates(holds, np.zeros(0, np.int64)), 0)
+    rows, _ = ClassBalancedMemory(size, seed=0).select(Candidates(holds, np.zeros(0, np.int64)), 0)
     return [(infos[row]['img_path'], infos[row]['seg_map_path']) for row in sorted(rows.tolist())]
 
 

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """A trained mmseg model as its checkpoint and config describe it: classes, data and pipelines."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mmseg.registry import DATASETS, MODELS
 from torch import Tensor
 
 from mmseg_sats.api.class_table import BACKGROUND
+from mmseg_sats.datasets.wrapped_dataset import leaves_out_zero
 from mmseg_sats.engine.files.snapshot import write_weights
 from mmseg_sats.models.heads.cascade import join_cascade
 from mmseg_sats.models.heads.class_tensors import class_tensors
@@ -21,6 +21,7 @@ from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 from mmseg_sats.utils.spelling import near_match
 from mmseg_sats.utils.user_modules import read_file
 
+# Fewer than label_numbers.BACKGROUND_NAMES, which hold for a first class: here any channel may be background.
 _CALLED_BACKGROUND = (BACKGROUND, '_background_', 'bg')
 
 
@@ -245,11 +246,7 @@ def _reduces_zero_label(dataset: Mapping[str, Any]) -> bool:
     if 'reduce_zero_label' in dataset:
         return bool(dataset['reduce_zero_label'])
     kind = _class(dataset)
-    for cls in () if kind is None else kind.__mro__:
-        parameter = inspect.signature(cls.__init__).parameters.get('reduce_zero_label')
-        if parameter is not None and parameter.default is not inspect.Parameter.empty:
-            return bool(parameter.default)
-    return False
+    return kind is not None and leaves_out_zero(kind)
 
 
 def old_dataset(old: OldModel) -> Any:

@@ -22,11 +22,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from mmseg_sats.engine.export.stock import load_for_export
-    from mmseg_sats.visualization.predictions import (
-        find_images,
-        predicted_overlay,
-        write_png,
-    )
+    from mmseg_sats.utils.checkpoint import write_atomically
+    from mmseg_sats.visualization.masks import encode
+    from mmseg_sats.visualization.predictions import find_images, predicted_overlay
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -45,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     console, failed = Console(stderr=True), 0
     for path, name in track(images, description='predicting', console=console):
         try:
-            overlay = predicted_overlay(model, path)
+            png = encode(predicted_overlay(model, path), '.png')
         except ValueError as error:
             failed += 1
             console.print(str(error), style='red', markup=False, soft_wrap=True)
             continue
-        write_png(out / name, overlay)
+        write_atomically(out / name, lambda file, png=png: file.write(png))
     written = f'overlays in {out}' if failed < len(images) else 'nothing written'
     print(f'{len(images) - failed} of {len(images)} images: {written}')
     return 1 if failed else 0

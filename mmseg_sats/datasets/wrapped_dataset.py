@@ -166,7 +166,7 @@ def classes_by_label(
         numbers = label_ids(names, mask_values)
     elif no_background:
         numbers = {class_id - 1: class_id for class_id in range(1, len(names))}
-    return Labels(names, palette, numbers, not named and numbers is None and not _leaves_out_zero(type(dataset)))
+    return Labels(names, palette, numbers, not named and numbers is None and not leaves_out_zero(type(dataset)))
 
 
 def _check_options(where: str, names: Sequence[str], background: str | None, no_background: bool) -> None:
@@ -183,7 +183,7 @@ def _check_options(where: str, names: Sequence[str], background: str | None, no_
         )
 
 
-def _leaves_out_zero(kind: type) -> bool:
+def leaves_out_zero(kind: type) -> bool:
     """Whether a data set of mmseg, as ADE20K, numbers its classes from 1 and has no class for 0."""
     for base in kind.__mro__:
         option = inspect.signature(base.__init__).parameters.get('reduce_zero_label')

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from mmseg_sats.datasets.folder import IGNORED_COLOUR
+from mmseg_sats.datasets.folder import IGNORED, IGNORED_COLOUR
 
 
 def rgb_image(inputs: Tensor) -> np.ndarray:
@@ -24,19 +24,16 @@ def rgb_image(inputs: Tensor) -> np.ndarray:
     return np.ascontiguousarray(bands.astype(np.uint8))
 
 
-def colour_mask(
-    labels: np.ndarray, palette: Sequence[Sequence[int]], ignore_index: int = 255
-) -> np.ndarray:
+def colour_mask(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
     """Labels (H, W) in their colours, RGB (H, W, 3) uint8.
 
     Args:
-        labels: indices into ``palette``, or ``ignore_index``.
+        labels: indices into ``palette``, or 255 for ignored pixels, which have a pale colour of their own.
         palette: RGB 0..255 of each label.
-        ignore_index: shown in a pale colour of its own.
     """
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = np.asarray(palette, np.uint8)
-    table[ignore_index] = IGNORED_COLOUR
+    table[IGNORED] = IGNORED_COLOUR
     return table[labels.astype(np.uint8)]
 
 
@@ -44,32 +41,29 @@ def overlay(
     image: np.ndarray,
     labels: np.ndarray,
     palette: Sequence[Sequence[int]],
-    ignore_index: int = 255,
     strength: float = 0.65,
 ) -> np.ndarray:
-    """The photograph with its classes in colour, background as it is: RGB (H, W, 3) uint8.
+    """The photograph with its classes in colour and outlined, background as it is: RGB (H, W, 3) uint8.
 
     Args:
         image: RGB (H, W, 3) uint8.
-        labels: (H, W), 0 is background.
-        palette: as in :func:`colour_mask`.
-        ignore_index: the label without a class.
+        labels: (H, W), as in :func:`colour_mask`; 0 is background.
+        palette: RGB 0..255 of each label.
         strength: how much of the colour, 0 to 1.
     """
-    colours = colour_mask(labels, palette, ignore_index)
-    mixed = (image * (1 - strength) + colours * strength).astype(np.uint8)
-    background = (labels == 0)[..., None]
-    result = np.where(background, image, mixed)
+    colours = colour_mask(labels, palette)
+    mixed = cv2.addWeighted(image, 1 - strength, colours, strength, 0)
+    result = np.where((labels == 0)[..., None], image, mixed)
     edges = outline(labels)
-    result[edges] = np.where((labels == ignore_index)[edges][:, None], IGNORED_COLOUR, colours[edges])
+    result[edges] = colours[edges]
     return result
 
 
 def outline(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of a class whose neighbour below or to the right has another label."""
+    """(H, W) bool: pixels of a class whose neighbour above or to the left has another label."""
     edges = np.zeros(labels.shape, bool)
-    edges[:-1] |= labels[:-1] != labels[1:]
-    edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edges[1:] |= labels[1:] != labels[:-1]
+    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     return edges & (labels != 0)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from mmseg_sats.visualization.masks import overlay
+
 _FONT, _SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.45
 _ROW, _SWATCH, _GAP, _MIN_WIDTH = 22, 14, 8, 240
 
@@ -15,21 +17,17 @@ def draw_overlay(
     labels: np.ndarray,
     classes: Sequence[str],
     palette: Sequence[Sequence[int]],
-    opacity: float = 0.5,
 ) -> np.ndarray:
-    """The image under its classes' colours, outlined, and the legend below it.
-
-    Background stays as it is.
+    """The image under its classes' colours, see :func:`overlay`, and the legend below it.
 
     Args:
-        image: (H, W, 3) uint8, BGR.
+        image: RGB (H, W, 3) uint8.
         labels: (H, W), a channel per pixel, 0 is background.
         classes: names by channel.
         palette: (r, g, b) by channel.
-        opacity: of the colours, 0 to 1.
 
     Returns:
-        (H', W', 3) uint8, BGR: the image at its own size in the top left corner; wider than that
+        RGB (H', W', 3) uint8: the image at its own size in the top left corner; wider than that
         only where the legend needs it.
 
     Raises:
@@ -37,28 +35,23 @@ def draw_overlay(
     """
     if image.shape[:2] != labels.shape:
         raise ValueError(f'the image has {image.shape[:2]} pixels, its labels {labels.shape}')
-    colours = np.asarray(palette, dtype=np.uint8)[:, ::-1]  # to BGR
-    painted = colours[labels]
-    mixed = cv2.addWeighted(image, 1 - opacity, painted, opacity, 0)
-    picture = np.where((labels > 0)[..., None], mixed, image)
-    edges = _edges(labels)
-    picture[edges] = painted[edges]
-    return _above(picture, draw_legend(labels, classes, colours, max(image.shape[1], _MIN_WIDTH)))
+    picture = overlay(image, labels, palette, strength=0.5)
+    return _above(picture, draw_legend(labels, classes, palette, max(image.shape[1], _MIN_WIDTH)))
 
 
 def draw_legend(
-    labels: np.ndarray, classes: Sequence[str], colours: np.ndarray, width: int
+    labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], width: int
 ) -> np.ndarray:
     """Colour, name and share of pixels of each class found, the largest first; background has no colour.
 
     Args:
         labels: (H, W), a channel per pixel.
         classes: names by channel.
-        colours: (K, 3) uint8, BGR.
+        palette: (r, g, b) by channel.
         width: of the legend, in pixels; a name longer than that widens it.
 
     Returns:
-        (rows * 22, at least width, 3) uint8 on white.
+        RGB (rows * 22, at least width, 3) uint8 on white.
     """
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     found = [int(i) for i in np.argsort(-counts, kind='stable') if counts[i]]
@@ -75,7 +68,7 @@ def draw_legend(
         corner = (left + _GAP, top + 4)
         opposite = (corner[0] + _SWATCH, corner[1] + _SWATCH)
         if index:  # background is the image itself
-            cv2.rectangle(legend, corner, opposite, colours[index].tolist(), cv2.FILLED)
+            cv2.rectangle(legend, corner, opposite, [int(value) for value in palette[index]], cv2.FILLED)
         cv2.rectangle(legend, corner, opposite, (90, 90, 90), 1)
         at = (opposite[0] + _GAP, top + 16)
         cv2.putText(legend, text, at, _FONT, _SCALE, (20, 20, 20), 1, cv2.LINE_AA)
@@ -84,14 +77,6 @@ def draw_legend(
 
 def _text_width(text: str) -> int:
     return cv2.getTextSize(text, _FONT, _SCALE, 1)[0][0]
-
-
-def _edges(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: foreground pixels beside one of another class."""
-    edges = np.zeros(labels.shape, dtype=bool)
-    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edges[1:] |= labels[1:] != labels[:-1]
-    return edges & (labels > 0)
 
 
 def _above(picture: np.ndarray, legend: np.ndarray) -> np.ndarray:

@@ -1,12 +1,11 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""Overlays of a model's predictions: which images, how they are read, drawn and written."""
+"""Overlays of a model's predictions: which images, how they are read and drawn."""
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmseg.apis import inference_model
@@ -14,7 +13,6 @@ from mmseg.registry import TRANSFORMS
 from torch import nn
 
 from mmseg_sats.datasets.folder import IMAGE_SUFFIXES
-from mmseg_sats.utils.checkpoint import write_atomically
 from mmseg_sats.visualization.masks import rgb_image
 from mmseg_sats.visualization.overlay import draw_overlay
 
@@ -40,7 +38,7 @@ def find_images(given: Sequence[Path]) -> list[tuple[Path, str]]:
 
 
 def read_image(model: nn.Module, path: Path) -> np.ndarray:
-    """A file as the model's test pipeline loads it, for showing: (H, W, 3) uint8, BGR.
+    """A file as the model's test pipeline loads it, for showing: RGB (H, W, 3) uint8.
 
     Raises:
         ValueError: there is no such file, or it is no image.
@@ -57,7 +55,7 @@ def read_image(model: nn.Module, path: Path) -> np.ndarray:
         raise ValueError(f'{path} cannot be read: {error}') from error
     except Exception as error:  # a user's own loader may raise anything
         raise ValueError(f'{path} is no image, or a broken one: {error}') from error
-    return np.ascontiguousarray(rgb_image(torch.from_numpy(image).permute(2, 0, 1))[..., ::-1])
+    return rgb_image(torch.from_numpy(image).permute(2, 0, 1))
 
 
 def predicted_overlay(model: nn.Module, path: Path) -> np.ndarray:
@@ -70,9 +68,3 @@ def predicted_overlay(model: nn.Module, path: Path) -> np.ndarray:
     labels = inference_model(model, str(path)).pred_sem_seg.data[0].cpu().numpy()
     meta = model.dataset_meta
     return draw_overlay(image, labels, meta['classes'], meta['palette'])
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture (H, W, 3) uint8, BGR; the file is there whole or not at all."""
-    png = cv2.imencode('.png', picture)[1].tobytes()
-    write_atomically(path, lambda file: file.write(png))

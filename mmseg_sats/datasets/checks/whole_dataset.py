@@ -3,9 +3,8 @@
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ import numpy as np
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_decodes
 from mmseg_sats.datasets.class_index.deal import deal
 from mmseg_sats.datasets.class_index.index import select_eval, select_train
-from mmseg_sats.datasets.class_index.mask_scan import available_cores, may_fork, read_labels
+from mmseg_sats.datasets.class_index.mask_scan import mapped, read_labels
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')
-_IN_PROCESS = 200  # fewer pairs than this are read faster than processes start
 
 
 class Pair(NamedTuple):
@@ -83,7 +81,8 @@ def examine(
         progress: wraps the iteration over the files, to show how far it is.
         workers: processes; the available cores by default.
     """
-    found = list(progress(_examine_all(infos, sizes, workers)))
+    with mapped(partial(examine_pair, sizes=sizes), infos, workers) as pairs:
+        found = list(progress(pairs))
     ids = {number: number for number in range(num_classes + 1)} if label_ids is None else label_ids
     ids = {ignore_index: ignore_index, **ids}
     known = np.zeros(256, bool)
@@ -104,30 +103,6 @@ def examine(
         counts.append(by_class)
     stacked = np.stack(counts) if counts else np.zeros((0, 256), np.int64)
     return Examination(images, stacked, faults)
-
-
-def _examine_all(infos: Sequence[Mapping[str, Any]], sizes: PairSizes, workers: int | None) -> Iterable[Pair]:
-    workers = min(available_cores(), 16) if workers is None else workers
-    if len(infos) < _IN_PROCESS or workers < 2 or not may_fork():
-        yield from (examine_pair(info, sizes) for info in infos)
-        return
-    # Forked children decode and count, and touch neither torch nor OpenMP; see class_index. A user's loader comes
-    # along without being pickled.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context('fork'), initializer=_open_with, initargs=(sizes,)
-    ) as pool:
-        yield from pool.map(_examine_in_child, infos, chunksize=32)
-
-
-_sizes: list[PairSizes] = []  # of a child process
-
-
-def _open_with(sizes: PairSizes) -> None:
-    _sizes.append(sizes)
-
-
-def _examine_in_child(info: Mapping[str, Any]) -> Pair:
-    return examine_pair(info, _sizes[-1])
 
 
 def examine_pair(info: Mapping[str, Any], sizes: PairSizes) -> Pair:

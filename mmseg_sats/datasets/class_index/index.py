@@ -47,7 +47,6 @@ class ClassIndex:
         files: Sequence[str],
         *,
         cache_dir: str | Path | None = None,
-        workers: int | None = None,
         imdecode_backend: str = 'pillow',
     ) -> 'ClassIndex':
         """Read the index from the cache, scanning only masks that are new or have changed.
@@ -60,7 +59,6 @@ class ClassIndex:
             cache_dir: Where the cache is kept; defaults to the environment variable
                 ``MMSEG_SATS_CACHE``, else ``~/.cache/mmseg_sats``. A cache that cannot be read or
                 written only costs time; it does not stop the run.
-            workers: Number of processes; defaults to the available cores, 16 at most.
             imdecode_backend: Decoder, as in mmseg's ``LoadAnnotations``.
 
         Raises:
@@ -69,13 +67,13 @@ class ClassIndex:
         """
         paths = tuple(os.path.abspath(file) for file in files)
         if not dist.is_distributed():
-            return cls(paths, _load_or_scan(paths, cache_dir, workers, imdecode_backend))
+            return cls(paths, _load_or_scan(paths, cache_dir, imdecode_backend))
         message: list = [None]
         if dist.is_main_process():
             # The other ranks wait for a message: an error must reach them too, or they would
             # hang until the process group's time-out hides the reason.
             try:
-                message[0] = _load_or_scan(paths, cache_dir, workers, imdecode_backend)
+                message[0] = _load_or_scan(paths, cache_dir, imdecode_backend)
             except Exception as error:
                 message[0] = error
         dist.broadcast_object_list(message)
@@ -206,9 +204,7 @@ def _has_any(presence: np.ndarray, class_ids: Sequence[int]) -> np.ndarray:
     return presence[:, np.asarray(class_ids, dtype=np.intp)].any(axis=1)
 
 
-def _load_or_scan(
-    files: Sequence[str], cache_dir: str | Path | None, workers: int | None, backend: str
-) -> np.ndarray:
+def _load_or_scan(files: Sequence[str], cache_dir: str | Path | None, backend: str) -> np.ndarray:
     # Stamps come before the scan: a mask that changes meanwhile is scanned again next time.
     stamps = _stamps(files)
     cache_file = _cache_file(files, cache_dir, backend)
@@ -218,7 +214,7 @@ def _load_or_scan(
     else:
         packed, stale = cached[1], np.flatnonzero((cached[0] != stamps).any(axis=1))
     if stale.size:
-        packed[stale] = scan_masks([files[i] for i in stale], workers, backend)
+        packed[stale] = scan_masks([files[i] for i in stale], None, backend)
         _write_cache(cache_file, stamps, packed)
     return packed
 

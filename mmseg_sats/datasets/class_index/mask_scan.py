@@ -5,20 +5,24 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import current_process, get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mmcv
 import numpy as np
 from PIL.Image import DecompressionBombError
 from rich.progress import track
 
-_CHUNK = 64  # masks per message between processes
-_IN_PROCESS = 200  # fewer masks than this are read faster than processes start
+_CHUNK = 32  # files per message between processes
+_IN_PROCESS = 200  # fewer files than this are read faster than processes start
 _SHOW_PROGRESS = 500  # about a second of work
+
+Item, Result = TypeVar('Item'), TypeVar('Result')
 
 
 def scan_masks(
@@ -38,34 +42,49 @@ def scan_masks(
         FileNotFoundError: If a mask does not exist.
         ValueError: If a mask is unreadable or not single-channel 8-bit.
     """
-    workers = min(available_cores(), 16) if workers is None else workers
-    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
-    scan = partial(_scan_chunk, backend=backend)
-    if len(files) < _IN_PROCESS or workers < 2 or not may_fork():
-        return _gather(map(scan, chunks), len(files))
+    with mapped(partial(_packed_labels, backend=backend), files, workers) as rows:
+        if len(files) >= _SHOW_PROGRESS:
+            rows = track(rows, description=f'reading the labels of {len(files)} masks', total=len(files))
+        return np.array(list(rows), np.uint8).reshape(len(files), 32)
+
+
+def _packed_labels(file: str, backend: str) -> np.ndarray:
+    return np.packbits(labels_of(file, backend))
+
+
+@contextmanager
+def mapped(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Iterable[Result]]:
+    """What ``work`` makes of each item, in their order, by several processes if there are many.
+
+    Args:
+        work: called with an item; it is not pickled, and may touch neither torch nor OpenMP.
+        items: paths of files, or what names them.
+        workers: Number of processes; defaults to the available cores, 16 at most.
+    """
+    workers = min(_available_cores(), 16) if workers is None else workers
+    if len(items) < _IN_PROCESS or workers < 2 or not _may_fork():
+        yield map(work, items)
+        return
     # Forking after torch was imported is safe as long as the children touch neither torch nor
-    # OpenMP, which these do not: they decode and count. Spawned ones would first import the whole
-    # stack, for longer than the scan takes; threads wait for each other in the decoder. All
-    # processes are forked at the first submission, before the progress bar starts its thread.
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=get_context('fork')) as pool:
-        return _gather(pool.map(scan, chunks), len(files))
+    # OpenMP. Spawned ones would first import the whole stack, for longer than the work takes;
+    # threads wait for each other in the decoder. All processes are forked here, at the first
+    # submission, before a progress bar starts its thread.
+    workers = min(workers, -(-len(items) // _CHUNK))
+    with ProcessPoolExecutor(workers, get_context('fork'), initializer=_keep_work, initargs=(work,)) as pool:
+        yield pool.map(_call_work, items, chunksize=_CHUNK)
 
 
-def _gather(parts: Iterator[np.ndarray], num_files: int) -> np.ndarray:
-    packed = np.zeros((num_files, 32), dtype=np.uint8)
-    shown: Iterable[np.ndarray] = parts
-    if num_files >= _SHOW_PROGRESS:
-        total = -(-num_files // _CHUNK)
-        shown = track(parts, description=f'reading the labels of {num_files} masks', total=total)
-    start = 0
-    for part in shown:
-        packed[start : start + len(part)] = part
-        start += len(part)
-    return packed
+_work: list[Callable] = []  # of a child process
 
 
-def _scan_chunk(files: Sequence[str], backend: str) -> np.ndarray:
-    return np.stack([np.packbits(labels_of(file, backend)) for file in files])
+def _keep_work(work: Callable) -> None:
+    _work.append(work)
+
+
+def _call_work(item: Any) -> Any:
+    return _work[-1](item)
 
 
 def read_labels(file: str, backend: str = 'pillow') -> np.ndarray:
@@ -105,14 +124,14 @@ def labels_of(file: str, backend: str = 'pillow') -> np.ndarray:
     return held
 
 
-def available_cores() -> int:
+def _available_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def may_fork() -> bool:
+def _may_fork() -> bool:
     """Whether worker processes may be forked here."""
     # A daemonic process, such as a data loader's worker, may not have children; macOS' own
     # libraries do not survive a fork.

@@ -4,7 +4,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmengine.dataset import BaseDataset
@@ -53,19 +53,7 @@ class Exemplars:
 
 def write_exemplars(path: str | os.PathLike, memory: Exemplars) -> None:
     """Writes the file atomically."""
-    images = [
-        dict(image=item.image, stands_for=item.stands_for, holds=list(item.holds))
-        for item in memory.exemplars
-    ]
-    head = dict(
-        format=FORMAT,
-        stage=memory.stage,
-        selection=memory.selection,
-        size=memory.size,
-        seed=memory.seed,
-        offered=memory.offered,
-    )
-    write_json(path, head | dict(exemplars=images))
+    write_json(path, dict(format=FORMAT) | asdict(memory))
 
 
 def read_exemplars(path: str | os.PathLike, size: int | None = None) -> Exemplars:

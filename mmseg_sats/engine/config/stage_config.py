@@ -68,15 +68,7 @@ def build_stage_config(
         ValueError: a module of ``method_imports`` cannot be imported, the batch size is too small for
             replay, ``held_out`` is impossible, or a loss has weights for another number of classes.
     """
-    # Its file tells where the user's modules may be.
-    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()), filename=cfg.filename)
-    import_method(merged)
-    take_trained_model(merged)
-    parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
-    for owner in ('method_', ''):
-        part = 'initial_stage' if stage.index == 0 else 'later_stages'
-        prefer_length(merged, parts[owner + part])
-        merged.merge_from_dict(parts[owner + part])
+    merged = _with_stage_parts(cfg, 'initial_stage' if stage.index == 0 else 'later_stages')
     set_length(merged)
     variables = config_variables(merged) | dict(
         stage=stage.index,
@@ -112,6 +104,19 @@ def build_stage_config(
         result.load_from = str(stage_dir(work_dir, stage.index - 1) / 'snapshot.pth')
         add_replay(result, stage_dir(work_dir, stage.index - 1))
     return result
+
+
+def _with_stage_parts(cfg: Config, part: str) -> Config:
+    """A copy of the run's config in which the partial configs of that kind of stage are merged."""
+    # Its file tells where the user's modules may be.
+    merged = Config(copy.deepcopy(cfg._cfg_dict.to_dict()), filename=cfg.filename)
+    import_method(merged)
+    take_trained_model(merged)
+    parts = {name: merged.pop(name, None) or {} for name in STAGE_PARTS}
+    for name in (f'method_{part}', part):
+        prefer_length(merged, parts[name])
+        merged.merge_from_dict(parts[name])
+    return merged
 
 
 def _set_pipeline(cfg: Config) -> None:
