@@ -228,7 +228,7 @@ def test_the_wrapper_has_the_flags_and_hooks_of_its_part() -> None:
     (dict(momentum=1), r'momentum=1: expected a number in \[0, 1\)'),
     (dict(bounds=(5, 2)), r'bounds=\(5, 2\)'),
     (dict(bounds=(0, 2)), r'bounds=\(0, 2\)'),
-    (dict(initial=0.5), 'initial=0.5: expected a number within bounds'),
+    (dict(initial=0.005), 'initial=0.005: expected a number within bounds'),
     (dict(ratio=0), 'ratio=0'),
     (dict(rule='old_regions', expected=2), 'expected=2'),
     (dict(rule='old_regions', ratio=2.0), 'ratio does nothing with rule='),

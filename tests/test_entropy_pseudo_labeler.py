@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_sats.functional import unbiased_cross_entropy
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
@@ -91,6 +92,19 @@ def test_an_unsure_pixel_is_ignored_and_a_sure_one_is_taught() -> None:
     # As unsure as the threshold is not sure.
     even = torch.zeros(1, 2, 1, 1)
     assert EntropyPseudoLabeler(threshold=1.0)(torch.tensor([[[0]]]), even).item() == 255
+
+
+def test_an_unsure_pixel_that_stays_background_is_taught_not_to_be_new() -> None:
+    """With an unbiased cross-entropy: the new class loses its probability, the old ones keep their proportions."""
+    old = torch.tensor([0.3, 0.1, 0.2])[None, :, None, None]
+    labels = EntropyPseudoLabeler(threshold=0.5, ignore_index=0)(torch.tensor([[[0]]]), old)
+    assert labels.tolist() == [[[0]]]
+    logits = torch.cat([old, torch.full((1, 1, 1, 1), 0.4)], 1).double().requires_grad_()
+    unbiased_cross_entropy(logits, labels, num_old=3).backward()
+    p = logits.detach().softmax(1).flatten()
+    gradient = logits.grad.flatten()
+    assert gradient[3].item() == pytest.approx(p[3].item())
+    torch.testing.assert_close(gradient[:3], -p[3] * p[:3] / p[:3].sum())
 
 
 def test_thresholds_are_the_medians_over_several_updates() -> None:
@@ -369,6 +383,8 @@ def test_bad_arguments_are_named() -> None:
         EntropyPseudoLabeler(threshold=1.5)
     with pytest.raises(ValueError, match=r'floor must be in .* got -1'):
         EntropyPseudoLabeler(floor=-1)
+    with pytest.raises(ValueError, match='scale_images=True with ignore_index=0'):
+        EntropyPseudoLabeler(scale_images=True, ignore_index=0)
     labeler = EntropyPseudoLabeler()
     with pytest.raises(ValueError, match='at least 1, got 0'):
         labeler.reset(0)

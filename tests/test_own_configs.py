@@ -173,7 +173,7 @@ def test_every_method_runs_on_a_data_set_of_the_user_s(
     methods = [line.split('|')[1].strip() for line in printed.splitlines() if '0 of 1 (not run)' in line]
     assert ' '.join(methods) == (
         'joint finetune finetune_frozen lwf lwf_mc ilt mib plop sdr ssul sats '
-        'barm cit crls dft dkd ewf lgkd mbs nest rcil reminder star ucd'
+        'barm cit crls dft dkd ewf lgkd mbs nest rcil reminder sats_plus star ucd'
     )
     assert 'left out: recall needs images from outside: --cfg-options outside_root=FOLDER' in printed
     assert 'paper' not in printed

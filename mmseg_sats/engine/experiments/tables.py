@@ -165,6 +165,18 @@ CONTRAST = Row(
     ('distillation.contrast.type=ContrastiveDistillationLoss', 'distillation.contrast.loss_weight=0.01'),
 )  # fmt: skip
 
+UNCERTAIN = Row(
+    'uncertain pixels are background or old', 'uncertain',
+    ('segmentation_loss._delete_=True', 'segmentation_loss.type=UnbiasedCrossEntropyLoss',
+     'segmentation_loss.num_old=$num_old', 'pseudo_labeler.ignore_index=0'),
+)  # fmt: skip
+ADAPTIVE = Row(
+    'attention weighed by gradients', 'adaptive',
+    ('distillation.attention._delete_=True', 'distillation.attention.type=AdaptiveWeight',
+     'distillation.attention.part.type=CRPDistillationLoss', 'distillation.attention.every=5'),
+)  # fmt: skip
+OUTPUT_5 = Row('output distillation weighs 5', 'output_5', ('distillation.output.loss_weight=5',))
+
 
 def _together(*rows: Row) -> Row:
     """A row with the options of several."""
@@ -235,12 +247,21 @@ TABLES = {
         'Combinations: attention transfer with parts of other methods', 'voc', 'none',
         (
             Part('single', 'SATS with one other part', (
-                Row('sats'), LABEL_GUIDED, SELECTIVE, KEEP_BACKGROUND, FUSION, CONTRAST,
+                Row('sats'), LABEL_GUIDED, SELECTIVE, KEEP_BACKGROUND, UNCERTAIN, ADAPTIVE, FUSION, CONTRAST,
+                WITHOUT_ATTENTION,
             ), ('15-1',)),
             Part('pairs', 'SATS with several', tuple(
                 _together(*rows) for rows in (
                     (LABEL_GUIDED, KEEP_BACKGROUND), (LABEL_GUIDED, SELECTIVE), (LABEL_GUIDED, FUSION),
                     (KEEP_BACKGROUND, FUSION), (LABEL_GUIDED, KEEP_BACKGROUND, FUSION),
+                    (LABEL_GUIDED, UNCERTAIN), (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN),
+                    (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, ADAPTIVE),
+                    (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, WITHOUT_ATTENTION),
+                    (LABEL_GUIDED, KEEP_BACKGROUND, FUSION, ADAPTIVE),
+                    (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, FUSION, ADAPTIVE),
+                    (LABEL_GUIDED, KEEP_BACKGROUND, SELECTIVE, WITHOUT_ATTENTION),
+                    (UNCERTAIN, OUTPUT_5), (UNCERTAIN, OUTPUT_5, ADAPTIVE),
+                    (UNCERTAIN, OUTPUT_5, WITHOUT_ATTENTION),
                 )
             ), ('15-1',)),
             *(Part(method, f'{method}, without and with attention transfer', (

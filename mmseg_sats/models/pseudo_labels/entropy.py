@@ -40,12 +40,15 @@ class EntropyPseudoLabeler(PseudoLabeler):
             median's running sum adds bin numbers instead of counts (on ADE20K every pixel passes). Its
             second division is by the log of old and new channels together; here it is by that of the old
             model's channels, which changes the labels of a few pixels in a thousand.
-        ignore_index: label of the background pixels that are not confident.
+        ignore_index: label of the background pixels that are not confident. With 0 they stay background, for a
+            segmentation loss in which background stands for the old classes too, such as
+            :class:`UnbiasedCrossEntropyLoss`: then they are only taught not to be new.
         scale_images: whether the cross-entropy of an image is scaled by the share of its background
             pixels that are confident, as in PLOP. SATS does not do this.
 
     Raises:
-        ValueError: ``threshold`` is unknown or a number is out of range.
+        ValueError: ``threshold`` is unknown, a number is out of range, or images are to be scaled with
+            ``ignore_index=0``, which does not tell the confident pixels from the others.
     """
 
     pixelwise = True
@@ -59,6 +62,11 @@ class EntropyPseudoLabeler(PseudoLabeler):
     ) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f'floor must be in [0, 1], got {floor}')
+        if scale_images and ignore_index == 0:
+            raise ValueError(
+                'EntropyPseudoLabeler: scale_images=True with ignore_index=0, which labels confident background and '
+                'uncertain pixels alike; expected another ignore_index, such as 255'
+            )
         self.floor = floor
         self.threshold = threshold
         self.ignore_index = ignore_index

@@ -65,7 +65,7 @@ class AdaptiveWeight(nn.Module):
         expected: float | None = None,
         every: int = 20,
         momentum: float = 0.9,
-        bounds: Sequence[float] = (1.0, 1000.0),
+        bounds: Sequence[float] = (0.01, 1000.0),
         initial: float = 20.0,
     ) -> None:
         super().__init__()

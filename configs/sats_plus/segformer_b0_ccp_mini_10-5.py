@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b0_ccp_mini.py', './sats_plus.py']
+protocol = '10-5'

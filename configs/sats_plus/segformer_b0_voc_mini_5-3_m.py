@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b0_voc_mini.py', './sats_plus.py']
+protocol = '5-3'
+memory = 40

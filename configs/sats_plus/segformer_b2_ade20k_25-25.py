@@ -1,0 +1,2 @@
+_base_ = ['../_base_/segformer_b2_ade20k.py', './sats_plus.py']
+protocol = '25-25'

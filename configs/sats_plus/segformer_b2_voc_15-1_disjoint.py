@@ -1,0 +1,3 @@
+_base_ = ['../_base_/segformer_b2_voc.py', './sats_plus.py']
+protocol = '15-1'
+setting = 'disjoint'
