@@ -51,7 +51,7 @@ def quoted(*cells: str) -> set[str]:
 
 
 def term(part: dict[str, Any]) -> str:
-    """A part of the sum as the tables write it: its weight, its name, what it wraps, and its further weights in brackets."""
+    """A part of the sum as the tables write it: weight, name, what it wraps, and further weights in brackets."""
     weight = part.get('loss_weight', 1.0)
     factor = 'K_o ' if weight == '$num_old' else '' if weight == 1 else f'{weight:g} '
     further = [f'{value:g}' for name, value in part.items() if name.endswith('_weight') and name != 'loss_weight']

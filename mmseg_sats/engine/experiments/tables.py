@@ -2,7 +2,7 @@
 """The paper's tables as rows: a row is a method's config plus the options that override it. Pure Python."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmseg_sats.protocol import JOINT
 
@@ -173,7 +173,8 @@ UNCERTAIN = Row(
 ADAPTIVE = Row(
     'attention weighed by gradients', 'adaptive',
     ('distillation.attention._delete_=True', 'distillation.attention.type=AdaptiveWeight',
-     'distillation.attention.part.type=CRPDistillationLoss', 'distillation.attention.every=5'),
+     'distillation.attention.part.type=CRPDistillationLoss', 'distillation.attention.every=5',
+     'distillation.attention.initial=1'),
 )  # fmt: skip
 OUTPUT_5 = Row('output distillation weighs 5', 'output_5', ('distillation.output.loss_weight=5',))
 
@@ -258,11 +259,22 @@ TABLES = {
                     (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, ADAPTIVE),
                     (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, WITHOUT_ATTENTION),
                     (LABEL_GUIDED, KEEP_BACKGROUND, FUSION, ADAPTIVE),
-                    (LABEL_GUIDED, KEEP_BACKGROUND, UNCERTAIN, FUSION, ADAPTIVE),
                     (LABEL_GUIDED, KEEP_BACKGROUND, SELECTIVE, WITHOUT_ATTENTION),
                     (UNCERTAIN, OUTPUT_5), (UNCERTAIN, OUTPUT_5, ADAPTIVE),
                     (UNCERTAIN, OUTPUT_5, WITHOUT_ATTENTION),
                 )
+            ), ('15-1',)),
+            Part('sats_plus', 'SATS+ without one of its parts', (
+                Row('sats_plus', method='sats_plus'),
+                replace(WITHOUT_ATTENTION, method='sats_plus'),
+                Row('lambda_a = 20', 'lambda_a_20', ('distillation.attention._delete_=True', *ATTENTION), 'sats_plus'),
+                Row("MiB's distillation", 'unbiased', ('distillation.output.type=UnbiasedDistillationLoss',),
+                    'sats_plus'),
+                # An unbiased cross-entropy with one old channel is the plain one.
+                Row('uncertain pixels ignored', 'ignored',
+                    ('pseudo_labeler.ignore_index=255', 'segmentation_loss.num_old=1'), 'sats_plus'),
+                Row('balanced start', 'balanced', ('classifier_init=balanced',), 'sats_plus'),
+                Row('without fusion', 'without_fusion', ('method_hooks=None',), 'sats_plus'),
             ), ('15-1',)),
             *(Part(method, f'{method}, without and with attention transfer', (
                 Row(method, method=method),
