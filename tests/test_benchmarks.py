@@ -131,7 +131,7 @@ def test_stock_mmseg_is_given_the_same_work() -> None:
         losses[-1].backward()
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     for theirs, ours in zip(stock.model.parameters(), tuned.model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-3)
 
 
 def test_every_benchmark_that_is_listed_is_there() -> None:

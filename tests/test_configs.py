@@ -20,6 +20,7 @@ from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.datasets import voc
+from mmseg.models import EncoderDecoder
 from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
@@ -156,13 +157,15 @@ def build_model() -> Iterator[Callable[[Config], nn.Module]]:
     made: dict[str, nn.Module] = {}
 
     def build_once(cfg: dict[str, Any], *args: Any, **kwargs: Any) -> nn.Module:
-        kind = MODELS.get(cfg['type']).__module__.split('.')
-        if not {'backbones', 'segmentors'} & set(kind):
+        kind = MODELS.get(cfg['type'])
+        backbone = 'backbones' in kind.__module__.split('.')
+        if not (backbone or issubclass(kind, EncoderDecoder)):
             return build(cfg, *args, **kwargs)
         key = repr(cfg)
         if key not in made:
             made[key] = build(cfg, *args, **kwargs)
-        return made[key]
+        # Another method's model may have frozen it.
+        return made[key].requires_grad_() if backbone else made[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODELS, 'build', build_once)

@@ -113,6 +113,7 @@ METHOD_WEIGHTS: dict[str, dict[str, float]] = {
     'dkd': {'output.loss_weight': 5.0, 'decomposed.loss_weight': 5.0},
     'star': {'features.loss_weight': 5.0},
     'barm': {'output.loss_weight': 1.0, 'features.loss_weight': 4.0},
+    'sats_plus': {'output.loss_weight': 20.0, 'attention.ratio': 1.0},
 }
 
 
