@@ -110,13 +110,17 @@ def stage(
         model = MODELS.build(_method_model(size, num_old + num_new, values)).train()
         model._old_model = OldModel(MODELS.build(_method_model(size, num_old, _method_values('finetune'))))
     model._old_model_cfg = dict(num_old=num_old)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     inputs = torch.randn(batch_size, 3, crop_size, crop_size, device=device())
     labels = label_maps(batch_size, crop_size, range(num_old, num_old + num_new))
-    made = Stage(model, optimizer, inputs, samples_of(labels), dtype)
+    made = Stage(model, make_optimizer(model), inputs, samples_of(labels), dtype)
     if model.pseudo_labeler is not None:
         _label_as_trained(made)
     return made
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD as in the recipes, which all sides of a ratio are trained with."""
+    return torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
 
 
 def samples_of(labels: Tensor) -> list[SegDataSample]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmseg.models import SegformerHead
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg_sats.models import LeanSegformerHead
 
@@ -29,6 +30,7 @@ def make_pair(**options: Any) -> tuple[SegformerHead, LeanSegformerHead]:
 
 def make_levels() -> list[Tensor]:
     """Feature maps of two images, the sizes of which are no multiples of one another."""
+    torch.manual_seed(1)
     sizes = ((13, 10), (7, 5), (4, 3), (2, 2))
     return [
         torch.randn(2, channels, *size, dtype=torch.float64).requires_grad_()
@@ -73,7 +75,7 @@ def test_maps_of_all_levels_together_are_never_made() -> None:
     head, levels = make_pair()[1], make_levels()
     made: list[int] = []
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor) and out.shape[2:] == levels[0].shape[2:]:
@@ -85,7 +87,7 @@ def test_maps_of_all_levels_together_are_never_made() -> None:
     assert max(made) == head.channels < head.channels * len(head.convs)
 
 
-def test_under_autocast_it_is_as_exact_as_mmsegs() -> None:
+def test_under_autocast_it_is_off_by_less_than_three_times_what_mmsegs_is() -> None:
     levels = [level.detach().float() for level in make_levels()]
     stock, lean = (head.float().eval() for head in make_pair())
     exact = stock(levels)

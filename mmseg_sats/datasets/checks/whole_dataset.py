@@ -13,7 +13,7 @@ import numpy as np
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_decodes
 from mmseg_sats.datasets.class_index.deal import deal
 from mmseg_sats.datasets.class_index.index import select_eval, select_train
-from mmseg_sats.datasets.class_index.mask_scan import mapped, read_labels
+from mmseg_sats.datasets.class_index.mask_scan import map_in_processes, read_labels
 from mmseg_sats.protocol import Protocol, Stage
 
 _COUNTS = Path(__file__).with_name('published_counts.csv')
@@ -81,7 +81,7 @@ def examine(
         progress: wraps the iteration over the files, to show how far it is.
         workers: processes; the available cores by default.
     """
-    with mapped(partial(examine_pair, sizes=sizes), infos, workers) as pairs:
+    with map_in_processes(partial(examine_pair, sizes=sizes), infos, workers) as pairs:
         found = list(progress(pairs))
     ids = {number: number for number in range(num_classes + 1)} if label_ids is None else label_ids
     ids = {ignore_index: ignore_index, **ids}

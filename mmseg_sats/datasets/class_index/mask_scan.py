@@ -42,7 +42,7 @@ def scan_masks(
         FileNotFoundError: If a mask does not exist.
         ValueError: If a mask is unreadable or not single-channel 8-bit.
     """
-    with mapped(partial(_packed_labels, backend=backend), files, workers) as rows:
+    with map_in_processes(partial(_packed_labels, backend=backend), files, workers) as rows:
         if len(files) >= _SHOW_PROGRESS:
             rows = track(rows, description=f'reading the labels of {len(files)} masks', total=len(files))
         return np.array(list(rows), np.uint8).reshape(len(files), 32)
@@ -53,7 +53,7 @@ def _packed_labels(file: str, backend: str) -> np.ndarray:
 
 
 @contextmanager
-def mapped(
+def map_in_processes(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
 ) -> Iterator[Iterable[Result]]:
     """What ``work`` makes of each item, in their order, by several processes if there are many.
