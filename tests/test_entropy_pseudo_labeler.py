@@ -15,6 +15,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_sats.functional import unbiased_cross_entropy
+from mmseg_sats.functional.pseudo_labels.thresholds import find_rule
 from mmseg_sats.models.pseudo_labels.entropy import EntropyPseudoLabeler
 from mmseg_sats.models.pseudo_labels.selective import SelectivePseudoLabeler
 from mmseg_sats.models.pseudo_labels.sigmoid import SigmoidPseudoLabeler
@@ -92,6 +93,24 @@ def test_an_unsure_pixel_is_ignored_and_a_sure_one_is_taught() -> None:
     # As unsure as the threshold is not sure.
     even = torch.zeros(1, 2, 1, 1)
     assert EntropyPseudoLabeler(threshold=1.0)(torch.tensor([[[0]]]), even).item() == 255
+
+
+@pytest.mark.parametrize('rule', ['median', 'released'])
+def test_a_class_that_is_masked_out_adds_nothing_to_the_entropy(rule: str) -> None:
+    logits = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    masked = torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1)
+    entropy = find_rule(rule).entropy
+    # Only the normalisation knows of the fifth channel.
+    factor = {'median': math.log(4) / math.log(5), 'released': 4 * math.log(4) ** 2 / (5 * math.log(5) ** 2)}
+    torch.testing.assert_close(entropy(masked), entropy(logits) * factor[rule], rtol=1e-6, atol=0)
+
+
+def test_entropies_of_sure_predictions_are_right_to_rounding() -> None:
+    """Differences of large numbers would not be."""
+    logits = torch.tensor([0.0, -9.0, -12.0, -40.0])[None, :, None] + 1000
+    q = logits.double().softmax(1)
+    expected = -(q * q.log()).sum(1) / math.log(4)
+    torch.testing.assert_close(find_rule('median').entropy(logits), expected.float(), rtol=2e-4, atol=0)
 
 
 def test_an_unsure_pixel_that_stays_background_is_taught_not_to_be_new() -> None:

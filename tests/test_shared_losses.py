@@ -37,6 +37,7 @@ PLAIN = [CROSS_ENTROPY, dict(type='UnbiasedCrossEntropyLoss', num_old=3, loss_we
 def piece_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(resizing.CHUNK_ELEMENTS, 'cpu', request.param)
     monkeypatch.setitem(resizing.TILE_ELEMENTS, 'cpu', 3 * request.param)
+    monkeypatch.setitem(resizing.AXIS_POSITIONS, 'cpu', 7)
 
 
 def outputs(align_corners: bool = False) -> tuple[SegmentorOutput, SegmentorOutput, Tensor]:
@@ -123,6 +124,47 @@ def test_shared_losses_are_those_of_head_and_parts(align_corners: bool) -> None:
         gradients = [torch.autograd.grad(total, student.logits, retain_graph=True)[0] for total in sums]
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
     assert not found['decode.acc_seg'].requires_grad
+
+
+class Counted(PixelwiseDistillationLoss):
+    """A distillation that counts the pixels that it is computed for."""
+
+    pixels = 0
+
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        self.pixels += chunk.labels.numel()
+        return (chunk.student[:, :4] - chunk.teacher).square().sum(1)
+
+
+@pytest.mark.parametrize(('factors', 'passes'), [
+    ((1, 1), 1), ((0.3, 0.3), 1), ((-2**12, -2**12), 1), ((1, 2), 2), ((0, 1), 2), ((1, None), 2),
+])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_a_multiple_of_the_sum_takes_one_pass_and_another_gradient_one_more(
+    factors: tuple[float, float | None], passes: int, weighted: bool
+) -> None:
+    student, teacher, labels = outputs()
+    part = Counted(0.7)
+    weights = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64) if weighted else None
+    losses = shared_losses(head(), {'counted': part}, student, teacher, labels, weights)
+    asked = [(losses[name], factor) for name, factor in
+             zip(('decode.loss_ce', 'loss_counted'), factors, strict=True) if factor is not None]
+    (found,) = torch.autograd.grad(sum(factor * loss for loss, factor in asked), student.logits)
+    # A loss that backward does not ask for is not computed again.
+    assert part.pixels == labels.numel() * (1 if factors[1] is None else passes)
+    pixels = F.cross_entropy(student.resized(SIZE), labels, ignore_index=255, reduction='none')
+    cross_entropy = (pixels if weights is None else pixels * weights[:, None, None]).mean()
+    distance = (student.resized(SIZE)[:, :4] - teacher.resized(SIZE)).square().sum(1).mean()
+    total = factors[0] * cross_entropy + (factors[1] or 0) * 0.7 * distance
+    torch.testing.assert_close(found, torch.autograd.grad(total, student.logits)[0])
+
+
+def test_without_gradients_none_is_computed() -> None:
+    student, teacher, labels = outputs()
+    part = Counted()
+    with torch.no_grad():
+        assert not shared_losses(head(), {'counted': part}, student, teacher, labels)['loss_counted'].requires_grad
+    assert part.pixels == labels.numel()
 
 
 def test_weights_of_images_are_factors_of_the_heads_losses() -> None:

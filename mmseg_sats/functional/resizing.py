@@ -25,6 +25,11 @@ CHUNK_ELEMENTS = {'cpu': 2**19}
 TILE_ELEMENTS = {'cpu': 2**22}
 DEFAULT_ELEMENTS = 2**24
 
+# How many new positions of an axis are one matrix product. On a CPU, a product of the whole axis would mostly add
+# zeros, since a position depends on two others; an accelerator needs few large kernels.
+AXIS_POSITIONS = {'cpu': 128}
+DEFAULT_POSITIONS = 2**24
+
 TileIndex = tuple[slice | int, slice]
 """The place of a tile in labels (B, H, W): several whole images, or some rows of one image."""
 
@@ -155,8 +160,7 @@ class _ImageTile(Tile):
         """Takes the gradient (n, K, H * W) of the chunk."""
         own = self.logits
         grad = grad.unflatten(2, own.size)
-        if not own.across.same:
-            grad = grad @ own.across.weights
+        grad = own.across.adjoint(grad)
         if not own.down.same:
             grad = own.down.weights.mT @ grad
         self.grad = grad
@@ -179,9 +183,7 @@ class _RowTile(Tile):
         self.logits, self.image = logits, image
         self.near = logits.down.near(rows)
         # (h, K, w), so that neighbouring rows form one matrix.
-        self.wide = logits.logits[image, :, self.near].transpose(0, 1).to(logits.dtype)
-        if not logits.across.same:
-            self.wide = self.wide @ logits.across.weights.mT
+        self.wide = logits.across.resize(logits.logits[image, :, self.near].transpose(0, 1).to(logits.dtype))
         self.grad: Tensor | None = None
 
     def rows(self, rows: slice) -> Tensor:
@@ -209,8 +211,7 @@ class _RowTile(Tile):
 
     def give_gradient(self, total: Tensor) -> None:
         """Adds the gradient of the tile's source rows to ``total``."""
-        across = self.logits.across
-        grad = self.grad if across.same else self.grad @ across.weights
+        grad = self.logits.across.adjoint(self.grad)
         total[self.image, :, self.near].add_(grad.transpose(0, 1))
 
 
@@ -233,6 +234,34 @@ class _Axis(NamedTuple):
     def near(self, places: slice) -> slice:
         """The source positions that a range of new positions depends on."""
         return slice(self.first[places.start], self.stop[places.stop - 1])
+
+    def resize(self, values: Tensor) -> Tensor:
+        """Resizes the last dimension: (..., source) to (..., size)."""
+        if self.same:
+            return values
+        flat = values.reshape(-1, values.shape[-1])
+        resized = flat.new_empty(len(flat), len(self.weights))
+        for places, near in self._products():
+            torch.mm(flat[:, near], self.weights[places, near].mT, out=resized[:, places])
+        return resized.unflatten(0, values.shape[:-1])
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        """The gradient (..., source) of :meth:`resize` from that of its result, (..., size)."""
+        if self.same:
+            return grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        total = flat.new_zeros(len(flat), self.weights.shape[1])
+        for places, near in self._products():
+            total[:, near].addmm_(flat[:, places], self.weights[places, near])
+        return total.unflatten(0, grad.shape[:-1])
+
+    def _products(self) -> Iterator[tuple[slice, slice]]:
+        """The new positions of one product after the other, and the source positions that they depend on."""
+        size = len(self.weights)
+        step = AXIS_POSITIONS.get(self.weights.device.type, DEFAULT_POSITIONS)
+        for start in range(0, size, step):
+            places = slice(start, min(start + step, size))
+            yield places, self.near(places)
 
 
 # Cached: every training step needs the same few axes, and computing one would wait for the device.

@@ -1,16 +1,16 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Means of a loss over all pixels of a batch, and the checks of labels and logits."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.functional.pixels.per_pixel import PerPixelLoss, reduced_losses
 
 
 def mean_over_pixels(
-    pixels: Callable[[PixelChunk], Tensor],
+    pixels: PerPixelLoss,
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
@@ -35,12 +35,11 @@ def mean_over_pixels(
         )
     else:
         check_labels(student_logits, labels, ignore_index)
-    (loss,) = per_pixel_losses([pixels], student_logits, teacher_logits, labels, ignore_index=ignore_index)
-    return loss.mean()
+    return pixel_mean(pixels, student_logits, teacher_logits, labels, ignore_index=ignore_index)
 
 
 def mean_over_labels(
-    pixels: Callable[[PixelChunk], Tensor], logits: Tensor, labels: Tensor, ignore_index: int = 255
+    pixels: PerPixelLoss, logits: Tensor, labels: Tensor, ignore_index: int = 255
 ) -> Tensor:
     """The mean of a segmentation loss over all pixels, a scalar of at least float32.
 
@@ -54,8 +53,15 @@ def mean_over_labels(
         ValueError: the shapes disagree or a label has no channel.
     """
     check_labels(logits, labels, ignore_index)
-    (loss,) = per_pixel_losses([pixels], logits, None, labels, ignore_index=ignore_index)
-    return loss.mean()
+    return pixel_mean(pixels, logits, None, labels, ignore_index=ignore_index)
+
+
+def pixel_mean(
+    pixels: PerPixelLoss, student: Tensor, teacher: Tensor | None, labels: Tensor, **options: Any
+) -> Tensor:
+    """The mean over all pixels of one loss, a scalar; for the arguments see :func:`per_pixel_losses`."""
+    losses = reduced_losses(lambda maps: {'mean': maps[0].mean()}, [pixels], student, teacher, labels, **options)
+    return losses['mean']
 
 
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:

@@ -3,8 +3,9 @@
 
 Logits at the labels' size are the largest tensors of a training step, and their softmaxes are as
 large again. Here they are never built as a whole: the logits of both models are resized from the head's
-resolution chunk by chunk, and all losses use the same chunk and its log-probabilities. The backward pass
-computes each chunk again and resizes its gradient back to the head's resolution at once.
+resolution chunk by chunk, and all losses use the same chunk and its log-probabilities. The gradient of a chunk is
+resized back to the head's resolution at once. It is computed with the values where the factors of the losses are
+known by then (:func:`reduced_losses`); otherwise the backward pass computes each chunk again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,43 @@ class PixelChunk:
 
 PerPixelLoss = Callable[[PixelChunk], Tensor]
 """Computes the loss of each pixel of a chunk: (n, w)."""
+Maps = tuple[Tensor, ...]
+"""One map (B, H, W) for each loss."""
+
+
+def reduced_losses(
+    reduce: Callable[[Maps], dict[str, Tensor]],
+    losses: Sequence[PerPixelLoss],
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    align_corners: bool = False,
+    ignore_index: int = 255,
+) -> dict[str, Tensor]:
+    """Computes ``reduce(maps)`` of the maps of several losses, with the gradient of resized logits in the same pass.
+
+    The gradient is that of the sum of what ``reduce`` returns, and serves for multiples of it too. If backward asks
+    for another one, such as that of a single one of several losses, the chunks are computed once more.
+
+    Args:
+        reduce: makes scalars of the maps (B, H, W); linear in them, such as weighted means.
+        losses: see :func:`per_pixel_losses`, as all other arguments.
+    """
+    expected = None
+    # The gradient of logits of the labels' size is as large as what is avoided here, so it is not kept for backward.
+    if torch.is_grad_enabled() and student.requires_grad and student.shape[2:] != labels.shape[1:]:
+        # A linear function has the same gradient everywhere, so also at zeros.
+        dtype = working_dtype(student)
+        zeros = [student.new_zeros(labels.shape, dtype=dtype).requires_grad_() for _ in losses]
+        total = torch.stack([value for value in reduce(tuple(zeros)).values() if value.requires_grad]).sum()
+        expected = torch.autograd.grad(total, zeros, allow_unused=True)
+    return reduce(
+        per_pixel_losses(
+            losses, student, teacher, labels,
+            align_corners=align_corners, ignore_index=ignore_index, expected=expected,
+        )
+    )  # fmt: skip
 
 
 def per_pixel_losses(
@@ -68,7 +106,8 @@ def per_pixel_losses(
     *,
     align_corners: bool = False,
     ignore_index: int = 255,
-) -> tuple[Tensor, ...]:
+    expected: Sequence[Tensor | None] | None = None,
+) -> Maps:
     """Computes the maps of several losses over the same pixels in one pass over both models' logits.
 
     They are computed in at least float32, regardless of autocast. The old model gets no gradient.
@@ -80,16 +119,20 @@ def per_pixel_losses(
         labels: (B, H, W) integers.
         align_corners: how the logits are resized.
         ignore_index: the label of ignored pixels.
+        expected: the gradient (B, H, W) that backward will probably bring for each map, to a common factor, or None
+            for a map without one. The gradient of ``student`` is then computed at once, and again only if backward
+            brings others.
 
     Returns:
         One map (B, H, W) for each loss.
     """
     old = None if teacher is None else teacher.detach()
-    return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), align_corners, ignore_index)
+    outer = None if expected is None else tuple(expected)
+    return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), outer, align_corners, ignore_index)
 
 
 class _PerPixelLosses(torch.autograd.Function):
-    """The autograd function. It saves only the labels and the logits at the head's resolution."""
+    """The autograd function. It saves labels and logits, and their gradient if known, at the head's resolution."""
 
     @staticmethod
     def forward(
@@ -98,21 +141,17 @@ class _PerPixelLosses(torch.autograd.Function):
         teacher: Tensor | None,
         labels: Tensor,
         losses: tuple[PerPixelLoss, ...],
+        expected: tuple[Tensor | None, ...] | None,
         align_corners: bool,
         ignore_index: int,
-    ) -> tuple[Tensor, ...]:
+    ) -> Maps:
         """Computes one map (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, labels)
-        ctx.losses, ctx.options = losses, (align_corners, ignore_index)
+        ctx.losses, ctx.options, ctx.expected = losses, (align_corners, ignore_index), expected
         dtype = working_dtype(student)
         maps = tuple(student.new_empty(labels.shape, dtype=dtype) for _ in losses)
-        with full_precision(student):
-            for tile in _tiles(student, teacher, labels, *ctx.options):
-                for index, chunk in tile.chunks():
-                    for values, loss in zip(maps, losses, strict=True):
-                        at = values[index]
-                        at.copy_(loss(chunk).view_as(at))
+        gradient = _go_through(student, teacher, labels, losses, ctx.options, maps, expected)
+        ctx.save_for_backward(student, teacher, labels, gradient)
         return maps
 
     @staticmethod
@@ -125,19 +164,70 @@ class _PerPixelLosses(torch.autograd.Function):
         # torch's once_differentiable would silently give a second derivative of 0 if the outer gradient is constant.
         if torch.is_grad_enabled():
             raise RuntimeError('losses over pixels have first derivatives alone: create_graph=True')
-        student, teacher, labels = ctx.saved_tensors
-        asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
-        total = ResizedLogits(student, labels.shape[1:], ctx.options[0]).zeros()
-        with full_precision(student):
-            for tile in _tiles(student, teacher, labels, *ctx.options) if asked else ():
-                for index, chunk in tile.chunks():
-                    x = chunk.student.requires_grad_()
-                    with torch.enable_grad():
-                        values = [loss(chunk) for loss, _ in asked]
-                    outer = [grad[index].reshape_as(chunk.labels) for _, grad in asked]
-                    tile.student.add_gradient(*torch.autograd.grad(values, x, outer), index[1])
+        student, teacher, labels, gradient = ctx.saved_tensors
+        factor = None if gradient is None else _common_factor(grads, ctx.expected)
+        if factor is None:
+            asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
+            losses, outer = zip(*asked, strict=True) if asked else ((), ())
+            gradient = _go_through(student, teacher, labels, losses, ctx.options, None, outer)
+        else:
+            gradient = gradient * factor
+        return gradient.to(student.dtype), None, None, None, None, None, None
+
+
+def _common_factor(grads: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> Tensor | None:
+    """The factor between the expected gradients and ``grads``, which holds to rounding; None if there is none."""
+    if [one is None for one in grads] != [one is None for one in expected]:
+        return None
+    pairs = [pair for pair in zip(grads, expected, strict=True) if pair[0] is not None]
+    if not pairs:
+        return None
+    first, its_expected = pairs[0]
+    place = its_expected.abs().argmax()
+    factor = first.flatten()[place] / its_expected.flatten()[place]
+    tolerance = 8 * torch.finfo(first.dtype).eps  # of some multiplications in another order
+    same = all(torch.allclose(one, other * factor, rtol=tolerance, atol=0) for one, other in pairs)
+    return factor if same else None
+
+
+def _go_through(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    losses: Sequence[PerPixelLoss],
+    options: tuple[bool, int],
+    maps: Maps | None,
+    outer: Sequence[Tensor | None] | None,
+) -> Tensor | None:
+    """One pass over all chunks: fills the maps, if given, and returns the student's gradient, if those of the maps are.
+
+    Args:
+        student: (B, K, h, w), as all others up to ``losses`` an argument of :func:`per_pixel_losses`.
+        teacher: (B, K_o, h', w') or None.
+        labels: (B, H, W).
+        losses: the losses.
+        options: ``align_corners`` and ``ignore_index``.
+        maps: (B, H, W) for each loss, to be filled.
+        outer: (B, H, W) for each loss, the gradients of the maps, None for a map without one.
+    """
+    asked = () if outer is None else [number for number, grad in enumerate(outer) if grad is not None]
+    total = None if outer is None else ResizedLogits(student, labels.shape[1:], options[0]).zeros()
+    with full_precision(student):
+        for tile in _tiles(student, teacher, labels, *options) if losses else ():
+            for index, chunk in tile.chunks():
+                with torch.set_grad_enabled(bool(asked)):
+                    x = chunk.student.requires_grad_(bool(asked))
+                    values = [loss(chunk) for loss in losses]
+                for one, value in zip(maps or (), values, strict=maps is not None):
+                    at = one[index]
+                    at.copy_(value.detach().view_as(at))
+                if asked:
+                    grads = [outer[number][index].reshape_as(chunk.labels) for number in asked]
+                    (grad,) = torch.autograd.grad([values[number] for number in asked], x, grads)
+                    tile.student.add_gradient(grad, index[1])
+            if asked:
                 tile.student.give_gradient(total)
-        return total.to(student.dtype), None, None, None, None, None
+    return total
 
 
 class _TilePair(NamedTuple):

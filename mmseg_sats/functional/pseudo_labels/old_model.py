@@ -4,10 +4,12 @@
 import torch
 from torch import Tensor
 
+from mmseg_sats.functional.best_channel import best_channel
+
 
 def old_labels(teacher_logits: Tensor) -> Tensor:
     """The old model's class at each pixel, background included: (B, H, W) long."""
-    return teacher_logits.argmax(1)
+    return best_channel(teacher_logits)[1]
 
 
 def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -41,10 +43,10 @@ def fused_labels(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
             'expected (B, K_old, H, W) and (B, K, H, W) with K >= K_old, got '
             f'{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}'
         )
-    old_confidence, old = teacher_logits.softmax(1).max(1)
+    old_confidence, old = best_channel(teacher_logits.softmax(1))
     p = student_logits.softmax(1)
     p = torch.cat([p[:, :num_old].sum(1, keepdim=True), p[:, num_old:]], 1)
-    new_confidence, new = p.max(1)
+    new_confidence, new = best_channel(p)
     new_is_class = new > 0
     new_wins = new_is_class & ((old == 0) | (new_confidence > old_confidence))
     return torch.where(new_wins, new + num_old - 1, old)

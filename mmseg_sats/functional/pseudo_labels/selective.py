@@ -7,6 +7,7 @@ Park et al., "Mitigating Background Shift in Class-Incremental Semantic Segmenta
 import torch
 from torch import Tensor
 
+from mmseg_sats.functional.best_channel import best_channel
 from mmseg_sats.functional.resizing import logits_for_labels
 
 
@@ -38,7 +39,7 @@ def selective_labels(
     """
     resized = logits_for_labels(labels, teacher_logits)
     q = resized.to(torch.promote_types(resized.dtype, torch.float32)).softmax(1)
-    best, channel = q.max(1)
+    best, channel = best_channel(q)
     outweighed = q[:, 0] < q[:, 1:].sum(1)
     taught = torch.where(outweighed, ignore_index, 0)
     taught = torch.where((channel > 0) & (best >= threshold), channel, taught)

@@ -7,6 +7,7 @@ Cha et al., "SSUL", NeurIPS 2021, section 3.3.
 import torch
 from torch import Tensor
 
+from mmseg_sats.functional.best_channel import best_channel
 from mmseg_sats.functional.resizing import logits_for_labels
 
 
@@ -28,6 +29,6 @@ def sigmoid_labels(labels: Tensor, teacher_logits: Tensor, threshold: float = 0.
     Raises:
         ValueError: the shapes disagree.
     """
-    best, channel = logits_for_labels(labels, teacher_logits).max(1)
+    best, channel = best_channel(logits_for_labels(labels, teacher_logits))
     sure = (channel > 0) & (best.float().sigmoid() >= threshold)
     return torch.where((labels == 0) & sure, channel.to(labels.dtype), labels)

@@ -16,18 +16,26 @@ from torch import Tensor
 from mmseg_sats.utils.spelling import check_choice
 
 
-def _normalised_entropy(q: Tensor) -> Tensor:
-    """-sum_c q_c log q_c / log K over the K channels of (B, K, H, W), in [0, 1]."""
-    if q.shape[1] == 1:
-        return torch.zeros_like(q[:, 0])
-    return (torch.special.entr(q).sum(1) / math.log(q.shape[1])).clamp_(0, 1)
-
-
-def _released_entropy(q: Tensor) -> Tensor:
-    """As in PLOP's released code: a mean over the K channels, divided by log K twice. At most 1 / (K log K)."""
-    channels = q.shape[1]
+def _normalised_entropy(logits: Tensor) -> Tensor:
+    """-sum_c q_c log q_c / log K, in [0, 1], with q the softmax of logits (B, K, H, W) over their K channels."""
+    channels = logits.shape[1]
     if channels == 1:
-        return torch.zeros_like(q[:, 0])
+        return torch.zeros_like(logits[:, 0])
+    # With x below the largest logit, it is log sum e^x - sum x e^x / sum e^x: no logarithm for each channel.
+    below = logits - logits.amax(1, keepdim=True)
+    below.clamp_(min=torch.finfo(below.dtype).min)  # a logit of -inf adds 0, not NaN
+    weights = below.exp()
+    total = weights.sum(1)
+    mean = weights.mul_(below).sum(1) / total
+    return ((total.log() - mean) / math.log(channels)).clamp_(0, 1)
+
+
+def _released_entropy(logits: Tensor) -> Tensor:
+    """As in PLOP's released code: a mean over the K channels, divided by log K twice. At most 1 / (K log K)."""
+    channels = logits.shape[1]
+    if channels == 1:
+        return torch.zeros_like(logits[:, 0])
+    q = logits.softmax(1)
     mean = -(q * (q + 1e-8).log()).mean(1)
     return (mean / math.log(channels + 1e-8) / math.log(channels)).clamp_(0, 1)
 
@@ -74,7 +82,7 @@ def _released_median(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """How entropy is computed, and how a class's threshold is computed from its histogram with ``bins`` bins."""
+    """How entropy is computed from logits, and a class's threshold from its histogram with ``bins`` bins."""
 
     bins: int
     entropy: Callable[[Tensor], Tensor]

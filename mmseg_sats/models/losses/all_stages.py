@@ -12,8 +12,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_sats.functional.pixels.means import check_channels
-from mmseg_sats.functional.pixels.per_pixel import per_pixel_losses
+from mmseg_sats.functional.pixels.means import check_channels, pixel_mean
 from mmseg_sats.functional.pixels.sigmoid import sigmoid_distillation_of_pixels
 from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -34,14 +33,13 @@ class AccumulativeDistillationLoss(WeightedPart):
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar, a mean over all pixels of labels (B, H, W), whose values are not used."""
         check_channels(student.logits, teacher.logits)
-        (loss,) = per_pixel_losses(
-            [sigmoid_distillation_of_pixels],
+        return self.loss_weight * pixel_mean(
+            sigmoid_distillation_of_pixels,
             student.logits,
             first_logits(teacher),
             labels,
             align_corners=student.align_corners,
         )
-        return self.loss_weight * loss.mean()
 
 
 def first_logits(teacher: SegmentorOutput) -> Tensor:

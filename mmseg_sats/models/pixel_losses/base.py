@@ -10,7 +10,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mmseg_sats.functional.pixels.means import check_channels, check_labels, mean_over_pixels
+from mmseg_sats.functional.pixels.means import (
+    check_channels,
+    check_labels,
+    mean_over_pixels,
+    pixel_mean,
+)
 from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
 from mmseg_sats.models.parts import DistillationPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -150,11 +155,10 @@ class PixelwiseDistillationLoss(PixelwiseLoss, DistillationPart):
         """
         if teacher is not None:
             check_channels(student.logits, teacher.logits)
-        (loss,) = per_pixel_losses(
-            [self.per_pixel],
+        return self.loss_weight * pixel_mean(
+            self.per_pixel,
             student.logits,
             None if teacher is None else teacher.logits,
             labels,
             align_corners=student.align_corners,
         )
-        return self.loss_weight * loss.mean()

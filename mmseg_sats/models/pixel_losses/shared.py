@@ -14,7 +14,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from mmseg_sats.functional.pixels.means import check_channels, check_label_values
-from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.functional.pixels.per_pixel import Maps, PixelChunk, reduced_losses
 from mmseg_sats.models.pixel_losses.base import PixelwiseDistillationLoss, PixelwiseSegmentationLoss
 from mmseg_sats.models.pixel_losses.image_weights import weights_of_pixels
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -65,7 +65,24 @@ def shared_losses(
     if distilled and teacher is not None:  # some parts need no old model
         check_channels(student.logits, teacher.logits)
     observed = (_is_right,) if own else ()
-    maps = per_pixel_losses(
+    factors = None if weights is None else weights_of_pixels(weights, labels)
+
+    def reduce(maps: Maps) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for loss, values in zip(own, maps[len(observed) :], strict=False):
+            name = f'decode.{loss.loss_name}'
+            value = loss.reduce(values, labels, factors, ignore_index=head.ignore_index)
+            losses[name] = losses[name] + value if name in losses else value
+        if own:
+            losses['decode.acc_seg'] = _accuracy(maps[0].detach(), labels, head.ignore_index)
+        for (name, part), values in zip(
+            distilled.items(), maps[len(observed) + len(own) :], strict=True
+        ):
+            losses[f'loss_{name}'] = part.loss_weight * values.mean()
+        return losses
+
+    return reduced_losses(
+        reduce,
         [*observed, *(loss.per_pixel for loss in (*own, *distilled.values()))],
         student.logits,
         teacher.logits if distilled and teacher is not None else None,
@@ -73,19 +90,6 @@ def shared_losses(
         align_corners=student.align_corners,
         ignore_index=head.ignore_index,
     )
-    losses: dict[str, Tensor] = {}
-    factors = None if weights is None else weights_of_pixels(weights, labels)
-    for loss, values in zip(own, maps[len(observed) :], strict=False):
-        name = f'decode.{loss.loss_name}'
-        value = loss.reduce(values, labels, factors, ignore_index=head.ignore_index)
-        losses[name] = losses[name] + value if name in losses else value
-    if own:
-        losses['decode.acc_seg'] = _accuracy(maps[0].detach(), labels, head.ignore_index)
-    for (name, part), values in zip(
-        distilled.items(), maps[len(observed) + len(own) :], strict=True
-    ):
-        losses[f'loss_{name}'] = part.loss_weight * values.mean()
-    return losses
 
 
 def _pixel_losses(head: BaseDecodeHead) -> tuple[PixelwiseSegmentationLoss, ...]:

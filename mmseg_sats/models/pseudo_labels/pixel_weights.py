@@ -64,7 +64,7 @@ class UncertaintyBalanceWeights:
         entropies = torch.zeros(labels.shape, device=labels.device)
         entropy = find_rule('median').entropy
         for chunk, (logits,) in labelling_chunks(entropies, [teacher], range(len(labels))):
-            chunk.copy_(entropy(logits.float().softmax(1)))
+            chunk.copy_(entropy(logits.float()))
         entropies.masked_fill_((labels > 0) & (labels < self.num_channels), 0)
         factors = class_balance_weights(self.counts, teacher.logits.shape[1]).to(entropies)
         known = completed.masked_fill(completed >= self.num_channels, 0)
