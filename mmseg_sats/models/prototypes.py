@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.functional.features.prototype_replay import FeatureStatistics, feature_sums
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
+from mmseg_sats.functional.pseudo_labels.old_model import fill_background, old_labels
 from mmseg_sats.models.heads.linear_classifier import seen_classifier
 from mmseg_sats.protocol import SETTINGS
 from mmseg_sats.utils.spelling import check_choice
@@ -253,4 +254,4 @@ class ReplayPrototypes:
 def completed_on_grid(labels: Tensor, teacher_logits: Tensor) -> Tensor:
     """Labels (B, H, W) on the grid of the old model's logits (B, K_o, h, w), with its predictions for background."""
     small = labels_on_grid(labels, teacher_logits.shape[2:])
-    return torch.where(small == 0, teacher_logits.argmax(1), small)
+    return fill_background(small, old_labels(teacher_logits))

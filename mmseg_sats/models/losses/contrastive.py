@@ -10,6 +10,7 @@ from torch import Tensor
 from mmseg_sats.functional.features.contrastive import contrastive_distillation
 from mmseg_sats.functional.features.prototypes import labels_on_grid, pixels_of
 from mmseg_sats.functional.precision import full_precision, working_dtype
+from mmseg_sats.functional.pseudo_labels.old_model import fill_background, old_labels
 from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
@@ -54,7 +55,7 @@ class ContrastiveDistillationLoss(WeightedPart):
         with full_precision(logits):
             probabilities = logits.to(working_dtype(logits)).softmax(1)
         labels = labels_on_grid(labels, new.shape[2:])
-        labels = torch.where(labels == 0, logits.argmax(1), labels)
+        labels = fill_background(labels, old_labels(logits))
         chosen = self._choose((labels > 0) & (labels < student.logits.shape[1]))
         loss = contrastive_distillation(
             pixels_of(new, chosen),

@@ -14,6 +14,7 @@ from mmseg_sats.functional.features.prototype_replay import (
     replayed,
 )
 from mmseg_sats.functional.features.prototypes import labels_on_grid
+from mmseg_sats.functional.pseudo_labels.old_model import old_labels
 from mmseg_sats.models.losses.classifier import ClassifierLoss
 from mmseg_sats.models.prototypes import completed_on_grid
 from mmseg_sats.models.segmentor_output import SegmentorOutput
@@ -98,7 +99,7 @@ class PseudoLabelFeatureLoss(ClassifierLoss):
 
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
-        old = teacher.logits.argmax(1) > 0
+        old = old_labels(teacher.logits) > 0
         where = old & (labels_on_grid(labels, old.shape[1:]) == 0)
         return self.loss_weight * masked_feature_mse(student.classifier.features, teacher.classifier.features, where)
 

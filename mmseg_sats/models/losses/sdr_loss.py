@@ -12,6 +12,7 @@ from mmseg_sats.functional.features.prototypes import (
     repulsion,
     sparsity,
 )
+from mmseg_sats.functional.pseudo_labels.old_model import old_labels
 from mmseg_sats.models.parts import WeightedPart
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 
@@ -37,7 +38,7 @@ class PrototypeMatchingLoss(_FeatureLoss):
     def forward(self, student: SegmentorOutput, teacher: SegmentorOutput, labels: Tensor) -> Tensor:
         """The weighted loss, a scalar; labels (B, H, W)."""
         prototypes = student.prototypes
-        old = teacher.labelling_logits(labels.shape[-2:]).argmax(1).masked_fill(labels != 0, 0)
+        old = old_labels(teacher.labelling_logits(labels.shape[-2:])).masked_fill(labels != 0, 0)
         feature = student.features[prototypes.block]
         # `old` is background on pixels with a label, so they are left out: background has no prototype.
         loss = prototype_matching(feature, old, prototypes.means, prototypes.known)

@@ -9,7 +9,7 @@ from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from mmseg.utils import SampleList, add_prefix
+from mmseg.utils import OptSampleList, SampleList, add_prefix
 from torch import Tensor, nn
 
 from mmseg_sats.models.heads.class_tensors import check_kind, class_tensors
@@ -39,6 +39,7 @@ from mmseg_sats.models.segmentors.checks import (
 )
 from mmseg_sats.models.segmentors.freeze import freeze, hold_in_eval
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
+from mmseg_sats.models.segmentors.predictions import add_predictions
 from mmseg_sats.protocol import UNKNOWN_LABEL
 from mmseg_sats.utils.spelling import warn_renamed
 
@@ -332,6 +333,10 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         output = super()._forward(inputs, data_samples)
         logits = output[0] if isinstance(output, tuple) else output  # some heads return more, e.g. EncHead
         return logits[:, : self.out_channels]
+
+    def postprocess_result(self, seg_logits: Tensor, data_samples: OptSampleList = None) -> SampleList:
+        """Adds logits and predicted classes to the samples, or to new ones; see :func:`add_predictions`."""
+        return add_predictions(seg_logits, data_samples, self.align_corners)
 
     def _segmentation_losses(
         self,
