@@ -27,6 +27,7 @@ BENCHMARKS = {
     'many_classes': 'a step with 21, 151 and 1000 classes',
     'data': 'class index, relabelling, loader',
     'stages': 'the border between two stages, over many stages',
+    'whole_stage': 'where the seconds of a stage go',
     'startup': 'how long the command takes to answer',
     'throughput': 'images a second of MiT-B0, B2 and B5 (on a GPU)',
 }
