@@ -28,6 +28,7 @@ BENCHMARKS = {
     'data': 'class index, relabelling, loader',
     'stages': 'the border between two stages, over many stages',
     'whole_stage': 'where the seconds of a stage go',
+    'growth': 'how time and memory grow with classes, pixels, images and stages',
     'startup': 'how long the command takes to answer',
     'throughput': 'images a second of MiT-B0, B2 and B5 (on a GPU)',
 }

@@ -41,6 +41,14 @@ TAKEN_OUT = 'training', 'evaluation', 'thresholds'
 
 def measure() -> list[Ratio]:
     """Runs the stages, prints a border's parts, and returns border and memory."""
+    watch, checks = run_stages()
+    print(f'checks before the first stage: {checks:.1f} s for {STAGES} stages')
+    print(_table(watch))
+    return _ratios(watch, checks)
+
+
+def run_stages() -> tuple[Stopwatch, float]:
+    """Runs all stages; returns their stopwatch and the seconds that the checks before them took."""
     watch = Stopwatch()
     watch_all(watch)
     logging.disable(logging.INFO)
@@ -52,9 +60,7 @@ def measure() -> list[Ratio]:
         runner = RUNNERS.build(cfg)
         checks = time.perf_counter() - start
         runner.train()
-    print(f'checks before the first stage: {checks:.1f} s for {STAGES} stages')
-    print(_table(watch))
-    return _ratios(watch, checks)
+    return watch, checks
 
 
 def _config(folder: Path) -> Config:
@@ -76,7 +82,8 @@ def _border(watch: Stopwatch, index: int, clock: int) -> float:
     return sum(seconds[clock] for name, seconds in parts if name not in TAKEN_OUT)
 
 
-def _medians(watch: Stopwatch, window: Sequence[int], clock: int) -> float:
+def medians(watch: Stopwatch, window: Sequence[int], clock: int) -> float:
+    """The median of the borders' seconds; clock 0 for those that passed, 1 for those of the processor."""
     return statistics.median(_border(watch, index, clock) for index in window)
 
 
@@ -103,8 +110,8 @@ def _table(watch: Stopwatch) -> PrettyTable:
 
 def _ratios(watch: Stopwatch, checks: float) -> list[Ratio]:
     early, _, late = WINDOWS.values()
-    passed = _medians(watch, late, 0)  # on a busy machine mostly the others' time
-    first, last = (_medians(watch, window, 1) for window in (early, late))
+    passed = medians(watch, late, 0)  # on a busy machine mostly the others' time
+    first, last = (medians(watch, window, 1) for window in (early, late))
     before, after = watch.resident[5], watch.resident[-1]
     mib = 2**20
     return [

@@ -9,7 +9,7 @@ import torch
 from mmseg.models import EncoderDecoder, MixVisionTransformer, SegformerHead
 
 from benchmarks import __main__ as command
-from benchmarks import against_stock, crp, many_classes, throughput
+from benchmarks import against_stock, crp, growth, many_classes, throughput
 from benchmarks.measure import Ratio, median_seconds, peak_bytes
 from benchmarks.models import stage
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
@@ -88,6 +88,12 @@ def test_the_check_prints_each_pair_and_names_what_got_worse(
     assert 'Nothing got worse.' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(('seconds', 'exponent'), [((2, 18, 200), 2), ((5, 5, 5), 0), ((1, 1 / 3, 0.1), -1)])
+def test_an_exponent_is_that_of_a_power(seconds: tuple[float, ...], exponent: float) -> None:
+    own = growth.Growth('a step', 'pixels', (1, 3, 10), seconds, (1, 1, 1))
+    assert own.exponent(own.seconds) == pytest.approx(exponent)
+
+
 def test_what_the_attention_loss_is_compared_with_computes_the_same() -> None:
     blocks = [[crp.attention(64, block, 2, seed) for block in range(4)] for seed in (0, 1)]
     labels = crp.labels_on(64, batch=2)
@@ -138,7 +144,7 @@ def test_stock_mmseg_is_given_the_same_work() -> None:
 
 def test_every_benchmark_that_is_listed_is_there() -> None:
     folder = Path(command.__file__).parent
-    files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure', 'models', 'voc_size', 'bundle', 'killed_run'}
+    files = {path.stem for path in folder.glob('[!_]*.py')} - {'measure', 'models', 'voc_size', 'bundle', 'killed_run', 'stopwatch'}
     assert files == set(command.BENCHMARKS)
 
 
