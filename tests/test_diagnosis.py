@@ -24,6 +24,7 @@ from mmseg_sats.engine.diagnosis.kept_attention import KeptAttention
 from mmseg_sats.engine.diagnosis.oracle import add_moments, fit_oracle, oracle_in_place, oracle_rows
 from mmseg_sats.engine.diagnosis.pseudo_labels import labelled_as, quality
 from mmseg_sats.engine.diagnosis.sentences import findings
+from mmseg_sats.engine.diagnosis.write import write_diagnosis
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
 from mmseg_sats.visualization.attention_view import view_classes
 from mmseg_sats.visualization.stage_model import eval_dataset, load_stage
@@ -133,6 +134,24 @@ def test_a_bias_that_takes_all_is_named(skilled: Path, figures: list[dict], tmp_
     expected = f'The encoder separates background after stage 1 (ridge {oracle:.1f}) where the head does not (0.0).'
     assert expected in texts([shifted], 'oracle')
     assert not [text for text in texts([shifted], 'confusion') if 'after stage 0' in text]
+
+
+def test_a_class_that_its_own_stage_did_not_learn_is_named_first(
+    skilled: Path, figures: list[dict], tmp_path: Path
+) -> None:
+    run = copied(skilled, tmp_path / 'run')
+    channel = figures[1]['classes'].index(NEW)
+    # No pixel is the new class any more, and most that were are background.
+    change(run / 'stage_1', lambda weights: (weights[BIAS][channel].sub_(50), weights[BIAS][0].add_(2)))
+    found = write_diagnosis(run, None, None, 'cpu', lambda images, *_: images)
+    (text,) = (one['text'] for one in found['findings'] if (one['part'], one['class']) == ('learning', NEW))
+    counts = np.array(found['stages'][1]['confusion'])[channel]
+    share = 100 * counts[0] / counts.sum()
+    assert text == (
+        f"Stage 1 hardly learned {NEW}: {share:.0f} % of {NEW}'s pixels are predicted as background, although the "
+        f"encoder separates it (ridge {figures[1]['oracle']['iou'][NEW]:.1f})."
+    )
+    assert text in found['largest']
 
 
 def test_an_encoder_that_knows_nothing_is_named(skilled: Path, figures: list[dict], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mmseg_sats.engine.diagnosis.confusion import shares
 
 Figures = Mapping[str, Any]
 Finding = dict[str, Any]
-FORGETTING = ('confusion', 'oracle')  # the parts that say what is forgotten and where; the others, why that may be
+LACKING = ('learning', 'confusion', 'oracle')  # parts that say what is not known, and where; the others, why
 POINTS = 5.0  # of IoU or of a class's pixels, from which a change is told
 ODDS, LONGER = 0.5, 1.25  # difference of biases, and ratio of norms
 UNSURE = 20.0  # of pseudo-labels
@@ -63,7 +63,7 @@ def _confused(stage: Figures, earlier: Sequence[Figures]) -> Iterator[Finding]:
             text = f"{share:.0f} % of {name}'s pixels are predicted as {other}"
             if name in stage['new_classes']:
                 if share >= 50:
-                    text = f"Stage {stage['stage']} hardly learned {name}: {text}."
+                    text = f"Stage {stage['stage']} hardly learned {name}: {text}{_though_separated(stage, name)}."
                     yield _finding('learning', stage, name, share, text)
                 continue
             if other in stage['learned']:
@@ -74,6 +74,14 @@ def _confused(stage: Figures, earlier: Sequence[Figures]) -> Iterator[Finding]:
                 text += f" ({then[row, column]:.0f} % after stage {before['stage']})"
             if gained >= POINTS:
                 yield _finding('confusion', stage, name, gained, f"After stage {stage['stage']}, {text}.")
+
+
+def _though_separated(stage: Figures, name: str) -> str:
+    """What the oracle says of a class that the head does not know, if it knows it."""
+    own, oracle = stage['iou'][name], (stage['oracle'] or {}).get('iou', {}).get(name)
+    if own is None or oracle is None or oracle - own < 2 * POINTS:
+        return ''
+    return f', although the encoder separates it (ridge {oracle:.1f})'
 
 
 def _lost(stage: Figures, earlier: Sequence[Figures]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmseg_sats.engine.diagnosis.diagnose import Track, diagnose
-from mmseg_sats.engine.diagnosis.sentences import FORGETTING, findings
+from mmseg_sats.engine.diagnosis.sentences import LACKING, findings
 from mmseg_sats.utils.checkpoint import write_json
 from mmseg_sats.visualization.report.diagnosis_page import write_page
 
@@ -26,7 +26,7 @@ def write_diagnosis(
 
     Returns:
         The contents of the file: ``run``, the work dir's name, ``images``, ``skipped``, reasons by stage, ``stages``,
-        ``findings``, and ``largest``, the sentences on what is forgotten most.
+        ``findings``, and ``largest``, the sentences on what is known least.
 
     Raises:
         FileNotFoundError: as ``diagnose`` does.
@@ -44,7 +44,7 @@ def write_diagnosis(
             continue
         result['stages'].append(stage)
         result['findings'] = told = findings(result['stages'])
-        result['largest'] = [finding['text'] for finding in told if finding['part'] in FORGETTING][:LARGEST]
+        result['largest'] = [finding['text'] for finding in told if finding['part'] in LACKING][:LARGEST]
         write_json(work_dir / 'diagnosis.json', result)
         write_page(result, work_dir / 'diagnosis.html')
     if not result['stages']:
