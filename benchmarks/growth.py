@@ -21,7 +21,7 @@ PLOT = Path('work_dirs/growth.png')
 CLASSES = (21, 51, 151)
 SIDES = (256, 512, 1024)
 MASKS = (100, 1000, 10000)
-STAGES = {5: range(3, 10), 10: range(8, 15), 25: range(22, 29), 50: range(43, 50)}
+STAGES = {6: range(3, 10), 12: range(9, 16), 25: range(22, 29), 46: range(43, 50)}
 NEW = 5
 
 
@@ -49,13 +49,13 @@ class Growth:
 
 
 def measure() -> list[Ratio]:
-    """Prints the table, draws the plot, and returns the exponents."""
+    """Prints the table of exponents, draws the plot, and returns what ten times as much of everything costs."""
     growths = [of_classes(), of_pixels(), of_images(), of_stages()]
     print(_table(growths))
     _plot(growths)
     print(f'plot: {PLOT}')
     return [
-        Ratio(f'exponent of {name}, {growth.what}, over {growth.of}', growth.exponent(values))
+        Ratio(f'{name} of {growth.what} with ten times the {growth.of}', 10 ** growth.exponent(values))
         for growth in growths
         for name, values in (('time', growth.seconds), ('memory', growth.mib))
     ]

@@ -25,6 +25,7 @@ from mmseg_sats.engine.training.stage_work import StageWork
 from mmseg_sats.models import IncrementalEncoderDecoder
 from mmseg_sats.models.segmentors.old_model import OldModel
 
+MEASURING = 'measuring memory'  # of which a run has nothing
 PARTS: dict[str, list[tuple[Any, str]]] = {
     'training': [(IncrementalEncoderDecoder, 'train_step')],
     'evaluation': [(TestLoop, 'run')],
@@ -103,10 +104,11 @@ class Stopwatch:
 
         @functools.wraps(function)
         def wrapper(*args: Any, **options: Any) -> Any:
-            with self.part(name):
-                if name == 'training':
-                    self.new_sheet()
+            if name == 'training':
+                self.new_sheet()
+                with self.part(MEASURING):
                     self.resident.append(resident_bytes())
+            with self.part(name):
                 return function(*args, **options)
 
         return wrapper

@@ -15,7 +15,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from benchmarks.bundle import SHARED
 from benchmarks.measure import Ratio
-from benchmarks.stopwatch import Stopwatch, watch_all
+from benchmarks.stopwatch import MEASURING, Stopwatch, watch_all
 from mmseg_sats.engine.training.stage_work import StageWork
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs/sats'
@@ -106,6 +106,8 @@ def _sum(sheets: list[dict[str, list[float]]]) -> Counter[str]:
     total: Counter[str] = Counter(dict.fromkeys((*SHOWN.values(), BORDER), 0.0))
     for sheet in sheets:
         for name, (seconds, _) in sheet.items():
+            if name == MEASURING:
+                continue
             total[SHOWN.get(name, BORDER)] += seconds
     return total
 

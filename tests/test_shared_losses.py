@@ -10,9 +10,10 @@ from mmengine.config import ConfigDict
 from mmseg.models import CrossEntropyLoss, FCNHead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from mmseg_sats.functional import resizing
-from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses
+from mmseg_sats.functional.pixels.per_pixel import PixelChunk, per_pixel_losses, reduced_losses
 from mmseg_sats.functional.resizing import ResizedLogits
 from mmseg_sats.models.losses import (
     KnowledgeDistillationLoss,
@@ -137,7 +138,7 @@ class Counted(PixelwiseDistillationLoss):
 
 
 @pytest.mark.parametrize(('factors', 'passes'), [
-    ((1, 1), 1), ((0.3, 0.3), 1), ((-2**12, -2**12), 1), ((1, 2), 2), ((0, 1), 2), ((1, None), 2),
+    ((1, 1), 1), ((0.3, 0.3), 1), ((-2**12, -2**12), 1), ((0, 0), 1), ((1, 2), 2), ((0, 1), 2), ((1, None), 2),
 ])
 @pytest.mark.parametrize('weighted', [False, True])
 def test_a_multiple_of_the_sum_takes_one_pass_and_another_gradient_one_more(
@@ -157,6 +158,40 @@ def test_a_multiple_of_the_sum_takes_one_pass_and_another_gradient_one_more(
     distance = (student.resized(SIZE)[:, :4] - teacher.resized(SIZE)).square().sum(1).mean()
     total = factors[0] * cross_entropy + (factors[1] or 0) * 0.7 * distance
     torch.testing.assert_close(found, torch.autograd.grad(total, student.logits)[0])
+
+
+def test_a_loss_that_weighs_nothing_costs_no_second_pass() -> None:
+    student, teacher, labels = outputs()
+    part = Counted()
+    losses = shared_losses(
+        head(loss_decode=CROSS_ENTROPY | dict(loss_weight=0.0)), {'counted': part}, student, teacher, labels
+    )
+    sum(losses[name] for name in ('decode.loss_ce', 'loss_counted')).backward()
+    assert part.pixels == labels.numel()
+
+
+def test_checkpointing_computes_the_losses_once_more_and_no_more_than_that() -> None:
+    student, teacher, labels = outputs()
+    part = Counted()
+    expected = torch.autograd.grad(part(student, teacher, labels), student.logits)
+    part.pixels = 0
+
+    def loss(logits: Tensor) -> Tensor:
+        return part(SegmentorOutput(logits, ()), teacher, labels)
+
+    found = torch.autograd.grad(checkpoint(loss, student.logits, use_reentrant=False), student.logits)
+    assert part.pixels == 2 * labels.numel()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_batch_without_images_has_an_empty_gradient() -> None:
+    logits = random_tensor(0, 6, 7, 9).requires_grad_()
+    loss = reduced_losses(
+        lambda maps: {'loss': maps[0].sum()}, [lambda chunk: chunk.log_p.sum(1)], logits, None,
+        torch.zeros(0, *SIZE, dtype=torch.long),
+    )['loss']  # fmt: skip
+    loss.backward()
+    assert logits.grad.shape == logits.shape
 
 
 def test_without_gradients_none_is_computed() -> None:

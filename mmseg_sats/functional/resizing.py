@@ -26,9 +26,8 @@ TILE_ELEMENTS = {'cpu': 2**22}
 DEFAULT_ELEMENTS = 2**24
 
 # How many new positions of an axis are one matrix product. On a CPU, a product of the whole axis would mostly add
-# zeros, since a position depends on two others; an accelerator needs few large kernels.
+# zeros, since a position depends on two others; an accelerator needs few large kernels, and takes all at once.
 AXIS_POSITIONS = {'cpu': 128}
-DEFAULT_POSITIONS = 2**24
 
 TileIndex = tuple[slice | int, slice]
 """The place of a tile in labels (B, H, W): several whole images, or some rows of one image."""
@@ -258,7 +257,7 @@ class _Axis(NamedTuple):
     def _products(self) -> Iterator[tuple[slice, slice]]:
         """The new positions of one product after the other, and the source positions that they depend on."""
         size = len(self.weights)
-        step = AXIS_POSITIONS.get(self.weights.device.type, DEFAULT_POSITIONS)
+        step = AXIS_POSITIONS.get(self.weights.device.type, size)
         for start in range(0, size, step):
             places = slice(start, min(start + step, size))
             yield places, self.near(places)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from mmseg_sats.functional.precision import full_precision, working_dtype
 from mmseg_sats.functional.resizing import ResizedLogits, Tile, TileIndex
@@ -63,41 +64,6 @@ Maps = tuple[Tensor, ...]
 """One map (B, H, W) for each loss."""
 
 
-def reduced_losses(
-    reduce: Callable[[Maps], dict[str, Tensor]],
-    losses: Sequence[PerPixelLoss],
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    *,
-    align_corners: bool = False,
-    ignore_index: int = 255,
-) -> dict[str, Tensor]:
-    """Computes ``reduce(maps)`` of the maps of several losses, with the gradient of resized logits in the same pass.
-
-    The gradient is that of the sum of what ``reduce`` returns, and serves for multiples of it too. If backward asks
-    for another one, such as that of a single one of several losses, the chunks are computed once more.
-
-    Args:
-        reduce: makes scalars of the maps (B, H, W); linear in them, such as weighted means.
-        losses: see :func:`per_pixel_losses`, as all other arguments.
-    """
-    expected = None
-    # The gradient of logits of the labels' size is as large as what is avoided here, so it is not kept for backward.
-    if torch.is_grad_enabled() and student.requires_grad and student.shape[2:] != labels.shape[1:]:
-        # A linear function has the same gradient everywhere, so also at zeros.
-        dtype = working_dtype(student)
-        zeros = [student.new_zeros(labels.shape, dtype=dtype).requires_grad_() for _ in losses]
-        total = torch.stack([value for value in reduce(tuple(zeros)).values() if value.requires_grad]).sum()
-        expected = torch.autograd.grad(total, zeros, allow_unused=True)
-    return reduce(
-        per_pixel_losses(
-            losses, student, teacher, labels,
-            align_corners=align_corners, ignore_index=ignore_index, expected=expected,
-        )
-    )  # fmt: skip
-
-
 def per_pixel_losses(
     losses: Sequence[PerPixelLoss],
     student: Tensor,
@@ -106,7 +72,6 @@ def per_pixel_losses(
     *,
     align_corners: bool = False,
     ignore_index: int = 255,
-    expected: Sequence[Tensor | None] | None = None,
 ) -> Maps:
     """Computes the maps of several losses over the same pixels in one pass over both models' logits.
 
@@ -119,20 +84,66 @@ def per_pixel_losses(
         labels: (B, H, W) integers.
         align_corners: how the logits are resized.
         ignore_index: the label of ignored pixels.
-        expected: the gradient (B, H, W) that backward will probably bring for each map, to a common factor, or None
-            for a map without one. The gradient of ``student`` is then computed at once, and again only if backward
-            brings others.
 
     Returns:
         One map (B, H, W) for each loss.
     """
+    return _maps(losses, student, teacher, labels, None, align_corners, ignore_index)
+
+
+def reduced_losses(
+    reduce: Callable[[Maps], dict[str, Tensor]],
+    losses: Sequence[PerPixelLoss],
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    *,
+    align_corners: bool = False,
+    ignore_index: int = 255,
+) -> dict[str, Tensor]:
+    """Computes ``reduce(maps)`` of :func:`per_pixel_losses`, with the gradient of enlarged logits in the same pass.
+
+    The gradient is that of the sum of what ``reduce`` returns, and serves for multiples of it too. If backward asks
+    for another one, such as that of a single one of several losses, the chunks are computed once more.
+
+    Args:
+        reduce: makes scalars of the maps (B, H, W); linear in them, such as weighted means. It is called twice: first
+            on zeros, to see its gradient.
+        losses: see :func:`per_pixel_losses`, as all other arguments.
+    """
+    expected = None
+    # The gradient of logits of the labels' size is as large as what is avoided here, so it is not kept for backward.
+    enlarged = student.shape[2:].numel() < labels.shape[1:].numel()
+    if torch.is_grad_enabled() and student.requires_grad and enlarged:
+        zeros = [
+            student.new_zeros(labels.shape, dtype=working_dtype(student)).requires_grad_() for _ in losses
+        ]
+        # Of clones, since reduce may work in place.
+        total = sum(
+            value.sum() for value in reduce(tuple(zero.clone() for zero in zeros)).values() if value.requires_grad
+        )
+        if isinstance(total, Tensor):
+            # A linear function has the same gradient everywhere.
+            expected = torch.autograd.grad(total, zeros, allow_unused=True)
+    return reduce(_maps(losses, student, teacher, labels, expected, align_corners, ignore_index))
+
+
+def _maps(
+    losses: Sequence[PerPixelLoss],
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    expected: Maps | None,
+    align_corners: bool,
+    ignore_index: int,
+) -> Maps:
     old = None if teacher is None else teacher.detach()
-    outer = None if expected is None else tuple(expected)
-    return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), outer, align_corners, ignore_index)
+    options = (align_corners, ignore_index)
+    return _PerPixelLosses.apply(student, old, labels.long(), tuple(losses), options, *(expected or ()))
 
 
 class _PerPixelLosses(torch.autograd.Function):
-    """The autograd function. It saves labels and logits, and their gradient if known, at the head's resolution."""
+    """The autograd function. It saves labels and logits at the head's resolution, and their gradient if it is known."""
 
     @staticmethod
     def forward(
@@ -141,17 +152,19 @@ class _PerPixelLosses(torch.autograd.Function):
         teacher: Tensor | None,
         labels: Tensor,
         losses: tuple[PerPixelLoss, ...],
-        expected: tuple[Tensor | None, ...] | None,
-        align_corners: bool,
-        ignore_index: int,
+        options: tuple[bool, int],
+        *expected: Tensor | None,
     ) -> Maps:
-        """Computes one map (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`."""
+        """Computes one map (B, H, W) of at least float32 for each loss; see :func:`per_pixel_losses`.
+
+        If ``expected`` are given, the gradients that backward will probably bring for the maps, to a common factor,
+        that of the student's logits is computed at once.
+        """
         ctx.set_materialize_grads(False)
-        ctx.losses, ctx.options, ctx.expected = losses, (align_corners, ignore_index), expected
-        dtype = working_dtype(student)
-        maps = tuple(student.new_empty(labels.shape, dtype=dtype) for _ in losses)
-        gradient = _go_through(student, teacher, labels, losses, ctx.options, maps, expected)
-        ctx.save_for_backward(student, teacher, labels, gradient)
+        ctx.losses, ctx.options = losses, options
+        maps = tuple(student.new_empty(labels.shape, dtype=working_dtype(student)) for _ in losses)
+        gradient = _go_through(student, teacher, labels, losses, options, maps, expected or None)
+        ctx.save_for_backward(student, teacher, labels, gradient, *expected)
         return maps
 
     @staticmethod
@@ -164,30 +177,32 @@ class _PerPixelLosses(torch.autograd.Function):
         # torch's once_differentiable would silently give a second derivative of 0 if the outer gradient is constant.
         if torch.is_grad_enabled():
             raise RuntimeError('losses over pixels have first derivatives alone: create_graph=True')
-        student, teacher, labels, gradient = ctx.saved_tensors
-        factor = None if gradient is None else _common_factor(grads, ctx.expected)
+        student, teacher, labels, gradient, *expected = ctx.saved_tensors
+        factor = None if gradient is None else _common_factor(grads, expected)
         if factor is None:
             asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
             losses, outer = zip(*asked, strict=True) if asked else ((), ())
             gradient = _go_through(student, teacher, labels, losses, ctx.options, None, outer)
         else:
-            gradient = gradient * factor
-        return gradient.to(student.dtype), None, None, None, None, None, None
+            gradient = gradient * factor.to(gradient.dtype)
+        return gradient.to(student.dtype), None, None, None, None, *(None for _ in expected)
 
 
 def _common_factor(grads: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> Tensor | None:
     """The factor between the expected gradients and ``grads``, which holds to rounding; None if there is none."""
     if [one is None for one in grads] != [one is None for one in expected]:
         return None
-    pairs = [pair for pair in zip(grads, expected, strict=True) if pair[0] is not None]
+    pairs = [
+        (one.double(), other.double()) for one, other in zip(grads, expected, strict=True) if one is not None
+    ]
     if not pairs:
         return None
-    first, its_expected = pairs[0]
-    place = its_expected.abs().argmax()
-    factor = first.flatten()[place] / its_expected.flatten()[place]
-    tolerance = 8 * torch.finfo(first.dtype).eps  # of some multiplications in another order
-    same = all(torch.allclose(one, other * factor, rtol=tolerance, atol=0) for one, other in pairs)
-    return factor if same else None
+    product, square = (sum(terms) for terms in zip(*(((g * e).sum(), (e * e).sum()) for g, e in pairs), strict=True))
+    factor = product / square
+    dtype = next(one.dtype for one in grads if one is not None)
+    tolerance = 8 * torch.finfo(dtype).eps  # of some multiplications in another order
+    close = [torch.isclose(g, e * factor, rtol=tolerance, atol=0).all() for g, e in pairs]
+    return factor if torch.stack(close).all() else None  # the one place that waits for a GPU
 
 
 def _go_through(
@@ -212,15 +227,18 @@ def _go_through(
     """
     asked = () if outer is None else [number for number, grad in enumerate(outer) if grad is not None]
     total = None if outer is None else ResizedLogits(student, labels.shape[1:], options[0]).zeros()
-    with full_precision(student):
+    # Whoever recomputes or moves what a graph saves, such as checkpointing, must leave the small graphs of the chunks
+    # alone.
+    with full_precision(student), saved_tensors_hooks(_as_it_is, _as_it_is):
         for tile in _tiles(student, teacher, labels, *options) if losses else ():
             for index, chunk in tile.chunks():
                 with torch.set_grad_enabled(bool(asked)):
                     x = chunk.student.requires_grad_(bool(asked))
                     values = [loss(chunk) for loss in losses]
-                for one, value in zip(maps or (), values, strict=maps is not None):
-                    at = one[index]
-                    at.copy_(value.detach().view_as(at))
+                if maps is not None:
+                    for one, value in zip(maps, values, strict=True):
+                        at = one[index]
+                        at.copy_(value.detach().view_as(at))
                 if asked:
                     grads = [outer[number][index].reshape_as(chunk.labels) for number in asked]
                     (grad,) = torch.autograd.grad([values[number] for number in asked], x, grads)
@@ -228,6 +246,10 @@ def _go_through(
             if asked:
                 tile.student.give_gradient(total)
     return total
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _TilePair(NamedTuple):

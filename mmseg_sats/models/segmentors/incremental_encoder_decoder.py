@@ -336,6 +336,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
 
     def postprocess_result(self, seg_logits: Tensor, data_samples: OptSampleList = None) -> SampleList:
         """Adds logits and predicted classes to the samples, or to new ones; see :func:`add_predictions`."""
+        if seg_logits.shape[1] == 1:
+            return super().postprocess_result(seg_logits, data_samples)
         return add_predictions(seg_logits, data_samples, self.align_corners)
 
     def _segmentation_losses(

@@ -15,10 +15,10 @@ _FLIPPED_AXIS = {'horizontal': -1, 'vertical': -2}
 def add_predictions(logits: Tensor, samples: OptSampleList, align_corners: bool) -> SampleList:
     """Adds ``seg_logits`` (K, h, w) and ``pred_sem_seg`` (1, h, w), the channel of the largest, to each sample.
 
-    mmseg's also resizes logits that have the image's size already, which copies them, and takes torch's ``argmax``.
+    mmseg's also resizes logits that have the image's size already, and takes torch's ``argmax``.
 
     Args:
-        logits: (B, K, H, W), K > 1, of the padded and perhaps flipped images.
+        logits: (B, K, H, W), K > 1, of the padded and perhaps flipped images. Those of a single image are not copied.
         samples: those of the images, whose logits are brought to the size of the image's file; or None for new
             samples, with the logits as they are.
         align_corners: how logits are resized.
@@ -27,7 +27,7 @@ def add_predictions(logits: Tensor, samples: OptSampleList, align_corners: bool)
         samples = [SegDataSample() for _ in logits]
     else:
         logits = [
-            _at_original_size(one, sample.metainfo, align_corners)
+            _at_original_size(one if len(logits) == 1 else one.clone(), sample.metainfo, align_corners)
             for one, sample in zip(logits, samples, strict=True)
         ]
     for one, sample in zip(logits, samples, strict=True):
@@ -45,5 +45,5 @@ def _at_original_size(logits: Tensor, meta: dict, align_corners: bool) -> Tensor
         logits = logits.flip(_FLIPPED_AXIS[meta['flip_direction']])
     size = tuple(meta['ori_shape'][:2])
     if logits.shape[1:] == size:
-        return logits
+        return logits.contiguous()
     return resize(logits[None], size, mode='bilinear', align_corners=align_corners, warning=False)[0]

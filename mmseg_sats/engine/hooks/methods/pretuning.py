@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mmseg_sats.datasets.memory.replay import stage_dataset_cfg
 from mmseg_sats.engine.hooks.methods.image_pass import INTERVAL
-from mmseg_sats.functional.pixels.per_pixel import per_pixel_losses
+from mmseg_sats.functional.pixels.per_pixel import reduced_losses
 from mmseg_sats.functional.pixels.unbiased import unbiased_cross_entropy_of_pixels
 from mmseg_sats.models.heads.new_rows import MeasuredStart
 from mmseg_sats.models.padding import labels_of_batch
@@ -60,11 +60,10 @@ def pretune(
             all_reduce(pixels)
             weight, bias = mixture()
             logits = nn.functional.conv2d(features, weight[..., None, None], bias)
-            losses = per_pixel_losses(
-                [loss_of], logits, None, labels,
+            loss = reduced_losses(
+                lambda maps, pixels=pixels: {'loss': maps[0].sum() / pixels}, [loss_of], logits, None, labels,
                 align_corners=model.align_corners, ignore_index=model.decode_head.ignore_index,
-            )  # fmt: skip
-            loss = losses[0].sum() / pixels
+            )['loss']  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
             for parameter in parameters:
