@@ -183,26 +183,32 @@ class _PerPixelLosses(torch.autograd.Function):
             asked = [pair for pair in zip(ctx.losses, grads, strict=True) if pair[1] is not None]
             losses, outer = zip(*asked, strict=True) if asked else ((), ())
             gradient = _go_through(student, teacher, labels, losses, ctx.options, None, outer)
-        else:
-            gradient = gradient * factor.to(gradient.dtype)
+        elif factor != 1:
+            gradient = gradient * factor
         return gradient.to(student.dtype), None, None, None, None, *(None for _ in expected)
 
 
-def _common_factor(grads: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> Tensor | None:
+def _common_factor(grads: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float | None:
     """The factor between the expected gradients and ``grads``, which holds to rounding; None if there is none."""
     if [one is None for one in grads] != [one is None for one in expected]:
         return None
+    # Image by image, since all memory of the step is in use now.
     pairs = [
-        (one.double(), other.double()) for one, other in zip(grads, expected, strict=True) if one is not None
-    ]
+        pair for one, other in zip(grads, expected, strict=True) if one is not None
+        for pair in zip(one, other, strict=True)
+    ]  # fmt: skip
     if not pairs:
         return None
-    product, square = (sum(terms) for terms in zip(*(((g * e).sum(), (e * e).sum()) for g, e in pairs), strict=True))
+    product, square = (
+        torch.stack([torch.mul(*factors).sum(dtype=torch.float64) for factors in terms]).sum()
+        for terms in (pairs, [(other, other) for _, other in pairs])
+    )
     factor = product / square
-    dtype = next(one.dtype for one in grads if one is not None)
-    tolerance = 8 * torch.finfo(dtype).eps  # of some multiplications in another order
-    close = [torch.isclose(g, e * factor, rtol=tolerance, atol=0).all() for g, e in pairs]
-    return factor if torch.stack(close).all() else None  # the one place that waits for a GPU
+    tolerance = 8 * torch.finfo(pairs[0][0].dtype).eps  # of some multiplications in another order
+    close = [torch.isclose(one, other * factor.to(other.dtype), rtol=tolerance, atol=0).all() for one, other in pairs]
+    # The one place that waits for a GPU.
+    found, holds = torch.stack([factor, torch.stack(close).all().double()]).tolist()
+    return found if holds else None
 
 
 def _go_through(
