@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
 """Pixel-wise losses in one pass, a few rows at a time: the same numbers as each loss alone."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -182,6 +184,32 @@ def test_checkpointing_computes_the_losses_once_more_and_no_more_than_that() -> 
     found = torch.autograd.grad(checkpoint(loss, student.logits, use_reentrant=False), student.logits)
     assert part.pixels == 2 * labels.numel()
     torch.testing.assert_close(found, expected)
+
+
+class Watched(Counted):
+    """A distillation that notes the chunks' logits without keeping them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref] = []
+
+    def per_pixel(self, chunk: PixelChunk) -> Tensor:
+        self.seen.append(weakref.ref(chunk.student))
+        return super().per_pixel(chunk)
+
+
+@pytest.mark.parametrize('factor', [1, 2])  # in one pass, in two
+def test_nothing_of_a_chunk_outlives_it(factor: int) -> None:
+    student, teacher, labels = outputs()
+    part = Watched()
+    gc.disable()  # which would free cycles, but late
+    try:
+        losses = shared_losses(head(), {'watched': part}, student, teacher, labels)
+        (losses['decode.loss_ce'] + factor * losses['loss_watched']).backward()
+        assert part.seen
+        assert not any(reference() is not None for reference in part.seen)
+    finally:
+        gc.enable()
 
 
 def test_a_batch_without_images_has_an_empty_gradient() -> None:

@@ -234,8 +234,8 @@ def _go_through(
     asked = () if outer is None else [number for number, grad in enumerate(outer) if grad is not None]
     total = None if outer is None else ResizedLogits(student, labels.shape[1:], options[0]).zeros()
     # Whoever recomputes or moves what a graph saves, such as checkpointing, must leave the small graphs of the chunks
-    # alone.
-    with full_precision(student), saved_tensors_hooks(_as_it_is, _as_it_is):
+    # alone. Detached, for an output that is saved as it is would keep its own graph alive.
+    with full_precision(student), saved_tensors_hooks(Tensor.detach, Tensor.detach):
         for tile in _tiles(student, teacher, labels, *options) if losses else ():
             for index, chunk in tile.chunks():
                 with torch.set_grad_enabled(bool(asked)):
@@ -252,10 +252,6 @@ def _go_through(
             if asked:
                 tile.student.give_gradient(total)
     return total
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class _TilePair(NamedTuple):
