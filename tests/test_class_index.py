@@ -3,6 +3,7 @@
 
 import csv
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -48,6 +49,22 @@ def forbid_scan(monkeypatch):
         raise AssertionError(f'scanned again: {files}')
 
     monkeypatch.setattr(module, 'scan_masks', scan)
+
+
+def test_no_row_is_kept_while_masks_are_read(masks, monkeypatch):
+    """Each would hold memory of the size of its mask, which is fragmented by then."""
+    rows = []
+
+    def counted(file, backend):
+        assert sum(row() is not None for row in rows) <= 1
+        row = mask_scan.np.packbits(labels_of(file, backend))
+        rows.append(weakref.ref(row))
+        return row
+
+    monkeypatch.setattr(mask_scan, '_packed_labels', counted)
+    packed = mask_scan.scan_masks(masks, workers=1)
+    assert len(rows) == len(masks)
+    assert [np.flatnonzero(np.unpackbits(row)).tolist() for row in packed] == LABELS
 
 
 def test_scan(masks, tmp_path):

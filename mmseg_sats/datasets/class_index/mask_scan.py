@@ -45,7 +45,11 @@ def scan_masks(
     with map_in_processes(partial(_packed_labels, backend=backend), files, workers) as rows:
         if len(files) >= _SHOW_PROGRESS:
             rows = track(rows, description=f'reading the labels of {len(files)} masks', total=len(files))
-        return np.array(list(rows), np.uint8).reshape(len(files), 32)
+        packed = np.empty((len(files), 32), np.uint8)
+        # A list of all rows would have each hold a hole open in memory, of the size of its decoded mask.
+        for index, row in enumerate(rows):
+            packed[index] = row
+        return packed
 
 
 def _packed_labels(file: str, backend: str) -> np.ndarray:
