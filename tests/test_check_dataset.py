@@ -3,6 +3,7 @@
 
 import csv
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from PIL import Image
 
-from mmseg_sats.datasets.checks import image_sizes
+from mmseg_sats.datasets.checks import image_sizes, whole_dataset
 from mmseg_sats.datasets.checks.image_sizes import PairSizes, check_sizes
 from mmseg_sats.datasets.checks.whole_dataset import examine, examine_pair, published_counts
 from mmseg_sats.datasets.class_index.index import ClassIndex
@@ -333,3 +334,21 @@ def test_a_run_begins_with_its_labels(street: Path) -> None:
     assert '  stage 1: 1 a > 2 (2 / 1), 2 b > 3 (0 / 1)' in told
     assert 'train: no image of stage 1 shows b: it cannot be learned' in told
     assert 'train: 1 entries repeat an image' in told
+
+
+def test_no_count_is_kept_while_pairs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would keep the memory of the images decoded around it from being used again."""
+    counts: list[weakref.ref] = []
+
+    def counted(info: dict[str, str], sizes: object) -> whole_dataset.Pair:
+        assert sum(count() is not None for count in counts) <= 1
+        numbers = np.bincount([len(counts)], minlength=256)
+        counts.append(weakref.ref(numbers))
+        return whole_dataset.Pair(numbers, None)
+
+    monkeypatch.setattr(whole_dataset, 'examine_pair', counted)
+    infos = [dict(img_path=f'{name}.jpg', seg_map_path=f'{name}.png') for name in 'abcd']
+    found = examine(infos, None, num_classes=2, workers=1)
+    assert found.images == ['a.jpg', 'b.jpg', 'c.jpg']
+    assert found.counts.argmax(1).tolist() == [0, 1, 2]
+    assert 'd.png holds the numbers [3]' in found.faults[0]

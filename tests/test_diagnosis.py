@@ -136,7 +136,7 @@ def test_a_bias_that_takes_all_is_named(skilled: Path, figures: list[dict], tmp_
     assert not [text for text in texts([shifted], 'confusion') if 'after stage 0' in text]
 
 
-def test_a_class_that_its_own_stage_did_not_learn_is_named_first(
+def test_a_class_that_its_own_stage_did_not_learn_is_among_the_largest_effects(
     skilled: Path, figures: list[dict], tmp_path: Path
 ) -> None:
     run = copied(skilled, tmp_path / 'run')

@@ -81,28 +81,26 @@ def examine(
         progress: wraps the iteration over the files, to show how far it is.
         workers: processes; the available cores by default.
     """
-    with map_in_processes(partial(examine_pair, sizes=sizes), infos, workers) as pairs:
-        found = list(progress(pairs))
     ids = {number: number for number in range(num_classes + 1)} if label_ids is None else label_ids
     ids = {ignore_index: ignore_index, **ids}
     known = np.zeros(256, bool)
     known[list(ids)] = True
-    images, counts, faults = [], [], []
-    for info, (numbers, fault) in zip(infos, found, strict=True):
-        image, mask = info['img_path'], info['seg_map_path']
-        unknown = np.flatnonzero((numbers > 0) & ~known).tolist()
-        if fault is None and unknown:
-            fault = f'mask {mask} holds the numbers {unknown}, which stand for no class'
-        if fault is not None:
-            faults.append(fault)
-            continue
-        by_class = np.zeros(256, np.int64)
-        for number, class_id in ids.items():
-            by_class[class_id] += numbers[number]
-        images.append(image)
-        counts.append(by_class)
-    stacked = np.stack(counts) if counts else np.zeros((0, 256), np.int64)
-    return Examination(images, stacked, faults)
+    images, faults = [], []
+    # Made before: arrays that are made between decoded images would keep their memory from being used again.
+    counts = np.zeros((len(infos), 256), np.int64)
+    with map_in_processes(partial(examine_pair, sizes=sizes), infos, workers) as pairs:
+        for info, (numbers, fault) in zip(infos, progress(pairs), strict=True):
+            image, mask = info['img_path'], info['seg_map_path']
+            unknown = np.flatnonzero((numbers > 0) & ~known).tolist()
+            if fault is None and unknown:
+                fault = f'mask {mask} holds the numbers {unknown}, which stand for no class'
+            if fault is not None:
+                faults.append(fault)
+                continue
+            for number, class_id in ids.items():
+                counts[len(images), class_id] += numbers[number]
+            images.append(image)
+    return Examination(images, counts[: len(images)], faults)
 
 
 def examine_pair(info: Mapping[str, Any], sizes: PairSizes) -> Pair:

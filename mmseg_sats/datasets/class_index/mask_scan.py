@@ -46,7 +46,7 @@ def scan_masks(
         if len(files) >= _SHOW_PROGRESS:
             rows = track(rows, description=f'reading the labels of {len(files)} masks', total=len(files))
         packed = np.empty((len(files), 32), np.uint8)
-        # A list of all rows would have each hold a hole open in memory, of the size of its decoded mask.
+        # In a list, rows that are made between decoded masks would keep these masks' memory from being used again.
         for index, row in enumerate(rows):
             packed[index] = row
         return packed

@@ -68,6 +68,7 @@ def shared_losses(
     factors = None if weights is None else weights_of_pixels(weights, labels)
 
     def reduce(maps: Maps) -> dict[str, Tensor]:
+        """The losses by their names, from the maps (B, H, W) of ``observed``, ``own`` and ``distilled``."""
         losses: dict[str, Tensor] = {}
         for loss, values in zip(own, maps[len(observed) :], strict=False):
             name = f'decode.{loss.loss_name}'

@@ -1,5 +1,8 @@
 # Copyright (c) mmseg_sats contributors. Licensed under the Apache License 2.0.
-"""The predicted classes of images from their logits: what mmseg's ``postprocess_result`` computes, in half the time."""
+"""The predicted classes of images from their logits: what mmseg's ``postprocess_result`` computes, in less time."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from mmengine.structures import PixelData
 from mmseg.models.utils import resize
@@ -36,7 +39,7 @@ def add_predictions(logits: Tensor, samples: OptSampleList, align_corners: bool)
     return samples
 
 
-def _at_original_size(logits: Tensor, meta: dict, align_corners: bool) -> Tensor:
+def _at_original_size(logits: Tensor, meta: Mapping[str, Any], align_corners: bool) -> Tensor:
     """Logits (K, H, W) without padding and flip, at the size of the image's file."""
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     _, height, width = logits.shape
