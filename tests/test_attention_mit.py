@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmseg.models.backbones import MixVisionTransformer
 from mmseg.models.backbones.mit import MixFFN, TransformerEncoderLayer
 from mmseg.models.utils import nchw_to_nlc, nlc_to_nchw
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.backbones.attention_mit import AttentionMixVisionTransformer, mix_ffn
+from mmseg_sats.models.backbones.gelu_linear import gelu_linear
 from mmseg_sats.models.backbones.self_attention import reduce_tokens
 from tests.shared import shared_path
 
@@ -246,7 +248,13 @@ def dropout_follows_memory() -> bool:
     return torch.equal(drawn[0].permute(0, 3, 1, 2), drawn[1])
 
 
-@pytest.mark.parametrize('drops', [{}, {'ffn_drop': 0.3}, {'dropout_layer': {'type': 'DropPath', 'drop_prob': 0.5}}])
+@pytest.mark.parametrize('drops', [
+    {},
+    {'ffn_drop': 0.3},
+    {'dropout_layer': {'type': 'DropPath', 'drop_prob': 0.5}},
+    {'act_cfg': {'type': 'GELU', 'approximate': 'tanh'}},
+    {'act_cfg': {'type': 'ReLU'}},
+])
 def test_the_feed_forward_layer_on_tokens_is_the_stock_one(drops: dict[str, Any]) -> None:
     """Value and gradient, and the same draws of dropout."""
     if 'ffn_drop' in drops and not dropout_follows_memory():
@@ -261,6 +269,47 @@ def test_the_feed_forward_layer_on_tokens_is_the_stock_one(drops: dict[str, Any]
     got = value_and_gradients(mix_ffn(module, x, (5, 7), identity=identity), *inputs)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize('still', [(), (0,), (1, 2)])
+def test_a_linear_layer_of_gelu_has_the_value_and_gradients_of_both(still: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    arguments = [torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 5), (4, 5), (4,)]]
+    moving = [tensor.requires_grad_() for index, tensor in enumerate(arguments) if index not in still]
+    x, weight, bias = arguments
+    by_formula = x * (1 + torch.erf(x / 2**0.5)) / 2 @ weight.T + bias
+    for expected in (by_formula, F.linear(F.gelu(x), weight, bias)):
+        pairs = zip(
+            value_and_gradients(gelu_linear(*arguments), *moving), value_and_gradients(expected, *moving), strict=True
+        )
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_a_linear_layer_of_gelu_keeps_no_more_than_its_arguments() -> None:
+    arguments = [torch.randn(shape, requires_grad=True) for shape in [(2, 30, 5), (4, 5), (4,)]]
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        gelu_linear(*arguments)
+    assert set(kept) == {tensor.data_ptr() for tensor in arguments[:2]}
+
+
+def test_under_autocast_a_linear_layer_of_gelu_rounds_as_both_do() -> None:
+    torch.manual_seed(0)
+    arguments = [torch.randn(shape, requires_grad=True) for shape in [(2, 30, 5), (4, 5), (4,)]]
+    x, weight, bias = arguments
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        mine, theirs = gelu_linear(*arguments), F.linear(F.gelu(x), weight, bias)
+    assert mine.dtype == torch.bfloat16
+    pairs = zip(value_and_gradients(mine, *arguments), value_and_gradients(theirs, *arguments), strict=True)
+    for own, stock in pairs:
+        assert own.dtype == stock.dtype
+        torch.testing.assert_close(own, stock, atol=1e-2, rtol=1e-2)
 
 
 def test_the_layout_of_the_images_does_not_matter() -> None:

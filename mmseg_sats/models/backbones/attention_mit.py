@@ -9,9 +9,10 @@ from mmseg.models.backbones import MixVisionTransformer
 from mmseg.models.backbones.mit import MixFFN, TransformerEncoderLayer
 from mmseg.models.utils import nlc_to_nchw
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmseg_sats.functional.attention.attention_map import AttentionMap
+from mmseg_sats.models.backbones.gelu_linear import gelu_linear
 from mmseg_sats.models.backbones.self_attention import (
     ATTENTION_LAYERS,
     GridSize,
@@ -100,6 +101,10 @@ def mix_ffn(module: MixFFN, x: Tensor, hw: GridSize, *, identity: Tensor) -> Ten
     widen, depthwise, activate, drop, narrow, drop_out = module.layers
     hidden = F.linear(x, widen.weight.flatten(1), widen.bias)
     hidden = depthwise(hidden.unflatten(1, tuple(hw)).permute(0, 3, 1, 2))
-    hidden = drop(activate(hidden.permute(0, 2, 3, 1).flatten(1, 2)))
-    out = F.linear(hidden, narrow.weight.flatten(1), narrow.bias)
+    hidden = hidden.permute(0, 2, 3, 1).flatten(1, 2)
+    weight = narrow.weight.flatten(1)
+    if type(activate) is nn.GELU and not (drop.training and drop.p):
+        out = gelu_linear(hidden, weight, narrow.bias, activate.approximate)
+    else:
+        out = F.linear(drop(activate(hidden)), weight, narrow.bias)
     return identity + module.dropout_layer(drop_out(out))
