@@ -13,6 +13,7 @@ import mmseg_sats
 from benchmarks.measure import PRECISIONS, Ratio, device, finish_device, median_seconds
 from benchmarks.models import SIZES, Stage, stage
 from benchmarks.step import NUM_NEW, NUM_OLD
+from mmseg_sats.models.segmentors.cuda_graph import IN_A_ROW
 
 CROP, BATCH, EPOCHS = 512, 24, 30
 """The paper's."""
@@ -21,12 +22,13 @@ GOAL = 1.10
 
 COLUMNS = (
     'encoder', 'precision', 'FT, images/s', 'SATS, images/s', f'SATS step over FT + old model (goal {GOAL:.2f})',
-    'peak memory, FT and SATS', 'VOC 15-1',
+    'the same with the old model from a graph', 'peak memory, FT and SATS', 'VOC 15-1',
 )  # fmt: skip
 
 
 def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Ratio]:
-    """A SATS step over fine-tuning's and the old model's pass, for each encoder and precision.
+    """A SATS step, without and with a CUDA graph, over fine-tuning's and the old model's pass, for each encoder and
+    precision.
 
     Prints the table that docs/performance.md has, each row as it is measured: the next may be stopped.
     """
@@ -39,12 +41,12 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Ratio]:
     for precision in precisions:
         for size in SIZES:
             try:
-                row, ratio = _row(size, precision)
+                row, measured = _row(size, precision)
             except torch.cuda.OutOfMemoryError:
                 _print_row([size, precision, 'not measured: out of memory'])
                 continue
             _print_row([size, precision, *row])
-            ratios.append(ratio)
+            ratios += measured
     print(flush=True)
     return ratios
 
@@ -53,29 +55,43 @@ def _print_row(cells: Iterable[str]) -> None:
     print(f'| {" | ".join(cells)} |', flush=True)
 
 
-def _row(size: str, precision: str) -> tuple[list[str], Ratio]:
+def _row(size: str, precision: str) -> tuple[list[str], list[Ratio]]:
     options = dict(dtype=PRECISIONS[precision], crop_size=CROP, batch_size=BATCH, size=size)
     tuned, tuned_peak = _with_peak('finetune', options)
     sats, sats_peak = _with_peak('sats', options)
     seconds = median_seconds(
-        {'FT': tuned.step, 'SATS': sats.step, 'old model': sats.old_forward}, warmup=3
+        {
+            'FT': tuned.step,
+            'SATS': lambda: _step(sats, graphed=False),
+            'graph': lambda: _step(sats, graphed=True),
+            'old model': sats.old_forward,
+        },
+        warmup=IN_A_ROW + 1,
     )
     floor = seconds['FT'] + seconds['old model']
-    ratio = Ratio(
-        f'{size}, {precision}: SATS step over the floor',
-        seconds['SATS'] / floor,
-        GOAL,
-        detail=f'{1000 * seconds["SATS"]:.0f} over {1000 * seconds["FT"]:.0f} +'
-        f' {1000 * seconds["old model"]:.0f} ms',
-    )
+    of_what = f'over {1000 * seconds["FT"]:.0f} + {1000 * seconds["old model"]:.0f} ms'
+    ratios = [
+        Ratio(
+            f'{size}, {precision}: SATS step{with_graph} over the floor',
+            seconds[name] / floor,
+            GOAL,
+            detail=f'{1000 * seconds[name]:.0f} {of_what}',
+        )
+        for name, with_graph in (('SATS', ''), ('graph', ' with a graph'))
+    ]
     row = [
         f'{BATCH / seconds["FT"]:.0f}',
         f'{BATCH / seconds["SATS"]:.0f}',
-        f'{ratio.value:.2f}{"" if ratio.met else ", **missed**"} ({ratio.detail})',
+        *(f'{ratio.value:.2f}{"" if ratio.met else ", **missed**"} ({ratio.detail})' for ratio in ratios),
         f'{tuned_peak / 2**30:.1f} and {sats_peak / 2**30:.1f} GiB',
         f'{_hours(seconds["FT"], seconds["SATS"]):.1f} h',
     ]
-    return row, ratio
+    return row, ratios
+
+
+def _step(sats: Stage, *, graphed: bool) -> None:
+    sats.model.old_model.graphed = graphed
+    sats.step()
 
 
 def _with_peak(method: str, options: dict[str, Any]) -> tuple[Stage, int]:

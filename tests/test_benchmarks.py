@@ -182,12 +182,12 @@ def test_one_precision_leaves_the_others_on_file(monkeypatch: pytest.MonkeyPatch
 def test_throughput_prints_each_row_as_it_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def row(size: str, precision: str) -> tuple[list[str], Ratio]:
+    def row(size: str, precision: str) -> tuple[list[str], list[Ratio]]:
         before = {'B0': '| ---', 'B2': '| B0 | bf16 | 429 |', 'B5': '| B2 | bf16 | not measured'}[size]
         assert capsys.readouterr().out.splitlines()[-1].startswith(before)
         if size == 'B2':
             raise torch.cuda.OutOfMemoryError
-        return ['429'], Ratio(f'{size}, {precision}', 1.2)
+        return ['429'], [Ratio(f'{size}, {precision}', 1.2)]
 
     monkeypatch.setattr(throughput, 'device', lambda: torch.device('cuda'))
     monkeypatch.setattr(throughput, '_row', row)

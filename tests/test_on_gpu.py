@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmseg.models import EncoderDecoder
 from torch import Tensor
 
 from mmseg_sats.functional import resizing
@@ -13,6 +14,7 @@ from mmseg_sats.functional.attention.attention_map import AttentionMap
 from mmseg_sats.models.losses import UnbiasedDistillationLoss, crp_loss
 from mmseg_sats.models.pixel_losses.shared import shared_losses
 from mmseg_sats.models.segmentor_output import SegmentorOutput, labelling_chunks
+from mmseg_sats.models.segmentors.old_model import OldModel
 from tests.tensors import random_labels, random_tensor
 from tests.test_shared_losses import head
 
@@ -104,3 +106,22 @@ def test_logits_for_labels(monkeypatch: pytest.MonkeyPatch, elements: int) -> No
     chosen: Tensor = labels.cpu()
     assert torch.equal(chosen[[0, 1, 3]], expected[[0, 1, 3]])
     assert not chosen[2].any()
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16])
+def test_an_old_model_run_from_a_graph_gives_the_same(dtype: torch.dtype | None) -> None:
+    """Also with other images than those that were captured, and with a last batch of fewer."""
+    backbone = dict(
+        type='AttentionMixVisionTransformer', embed_dims=32, num_layers=[2, 2, 2, 2], num_heads=[1, 2, 5, 8]
+    )
+    decode_head = dict(
+        type='LeanSegformerHead', in_channels=[32, 64, 160, 256], in_index=[0, 1, 2, 3], channels=64, num_classes=5,
+        norm_cfg=dict(type='BN'), loss_decode=dict(type='CrossEntropyLoss'),
+    )  # fmt: skip
+    graphed = OldModel(EncoderDecoder(backbone, decode_head, test_cfg=dict(mode='whole')), graphed=True)
+    for images in (4, 4, 4, 4, 4, 2, 4):
+        inputs = torch.randn(images, 3, 128, 128, device='cuda')
+        with torch.autocast('cuda', dtype=dtype, enabled=dtype is not None):
+            expected = graphed(inputs, with_attention=True)
+            assert expected.equals(graphed.in_training(inputs, with_attention=True))
+    assert graphed._graphed_pass._captured is not None

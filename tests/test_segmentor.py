@@ -24,6 +24,7 @@ from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
 from mmseg_sats.models.losses import crp_loss, label_guided_distillation, unbiased_distillation
 from mmseg_sats.models.segmentor_output import SegmentorOutput
 from mmseg_sats.models.segmentors import IncrementalEncoderDecoder, old_model
+from mmseg_sats.models.segmentors.cuda_graph import IN_A_ROW
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from tests.small_models import (
     CROSS_ENTROPY,
@@ -399,6 +400,16 @@ def test_a_labeler_that_is_a_mere_function_needs_no_thresholds(snapshot: str, tm
     model.pseudo_labeler = lambda labels, logits: labels
     PseudoLabelThresholdHook().before_train(SimpleNamespace(model=model, work_dir=str(tmp_path / 'run')))
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_graph_of_the_old_model_is_for_gpus_and_changes_nothing_on_a_cpu(snapshot: str) -> None:
+    expected = later_stage(snapshot, **SATS).loss(images(), samples(block_labels()))
+    model = later_stage(snapshot, graph_old_model=True, **SATS)
+    assert model.old_model.graphed
+    for _ in range(IN_A_ROW + 1):
+        losses = model.loss(images(), samples(block_labels()))
+        assert losses.keys() == expected.keys()
+        assert all(torch.equal(losses[name], expected[name]) for name in losses)
 
 
 def test_the_parts_see_the_labels_of_the_pseudo_labeler(snapshot: str) -> None:

@@ -87,6 +87,17 @@ class SegmentorOutput:
         """What the head returned, which its own losses expect."""
         return (self.trained_logits, *self.more) if self.more else self.trained_logits
 
+    def equals(self, other: 'SegmentorOutput') -> bool:
+        """Whether logits, features and attention maps are exactly those of another output, of the same dtype."""
+        pairs = zip(self._compared(), other._compared(), strict=True)
+        return all(own.dtype == its.dtype and torch.equal(own, its) for own, its in pairs)
+
+    def _compared(self) -> Iterator[Tensor]:
+        yield self.trained_logits
+        yield from self.features
+        for attention in () if self.attentions is NOT_ASKED_FOR else self.attentions:
+            yield from attention.tensors
+
     def labelling_logits(self, size: tuple[int, int]) -> Tensor:
         """Logits (B, K, H, W) at ``size`` for pseudo-labels.
 

@@ -93,6 +93,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
             that need them, or of the :class:`ReplayPrototypes` that are gathered at the end of a stage; or None.
         pixel_weights: config of the weights of pixels in the heads' losses, e.g.
             :class:`UncertaintyBalanceWeights`, from stage 1 on; or None. They multiply the labelers' weights of images.
+        graph_old_model: whether a GPU runs the old model's pass in training from a CUDA graph, see
+            :class:`GraphedPass`.
         frozen: patterns of the parts that are not trained and whose running statistics do not change,
             e.g. ``('backbone',)``; see ``mmseg_sats.models.segmentors.freeze``.
         **kwargs: ``neck``, ``auxiliary_head``, ``train_cfg``, ``test_cfg``, ``data_preprocessor``,
@@ -124,6 +126,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         closed_form: dict[str, Any] | None = None,
         prototypes: dict[str, Any] | None = None,
         pixel_weights: dict[str, Any] | None = None,
+        graph_old_model: bool = False,
         frozen: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
@@ -166,7 +169,8 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         if old_model:
             # Of a model with residuals, which are as many as stages before it.
             old_form = form.of_stage(max(background_residuals - 1, 0))
-            self._old_model_cfg = dict(old_model, model_cfg=self_cfg, form=old_form)
+            own = dict(model_cfg=self_cfg, form=old_form, graphed=graph_old_model)
+            self._old_model_cfg = dict(old_model, **own)
         sizes = dict(num_channels=self.num_classes)
         self.prototypes = MODELS.build(dict(prototypes, **sizes)) if prototypes is not None else None
         self.pixel_weights = MODELS.build(dict(pixel_weights, **sizes)) if pixel_weights else None
@@ -233,9 +237,9 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         }
         asked = {f'with_{name}': _need(name, parts.values()) for name in ('attention', 'classifier')}
         # The old model runs first: its temporary memory is free again before the student keeps its activations.
-        teacher = self.old_model(inputs, **asked) if taught else None
+        teacher = self.old_model.in_training(inputs, **asked) if taught else None
         if teacher is not None:
-            teacher.earlier = tuple(model(inputs) for model in self.old_model.earlier)
+            teacher.earlier = tuple(model.in_training(inputs) for model in self.old_model.earlier)
         outputs = None
         if any(flag(labeler, 'needs_student', PseudoLabeler) for labeler in self._labelers.values()):
             outputs = run_segmentor(self, inputs, **asked)

@@ -2,7 +2,7 @@
 """The frozen old model of a stage, and the function that runs a segmentor for all losses at once."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from mmseg_sats.models.heads.linear_classifier import seen_classifier
 from mmseg_sats.models.heads.split_classifier import UNKNOWN
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
+from mmseg_sats.models.segmentors.cuda_graph import GraphedPass
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 
@@ -74,11 +75,14 @@ class OldModel:
     Args:
         model: the old segmentor; it is put in eval mode and frozen.
         earlier: those of the stages before it, the first stage's first, if a part needs them.
+        graphed: whether ``in_training`` may use a CUDA graph.
     """
 
-    def __init__(self, model: EncoderDecoder, earlier: 'Sequence[OldModel]' = ()) -> None:
+    def __init__(self, model: EncoderDecoder, earlier: 'Sequence[OldModel]' = (), graphed: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.earlier = tuple(earlier)
+        self.graphed = graphed
+        self._graphed_pass = GraphedPass()
         self._cast: dict[tuple[torch.device, torch.dtype], EncoderDecoder] = {}
 
     @classmethod
@@ -89,6 +93,7 @@ class OldModel:
         checkpoint: str,
         form: ClassifierForm | None = None,
         earlier: Sequence[Mapping[str, Any]] = (),
+        graphed: bool = False,
     ) -> 'OldModel':
         """Builds the old model from the student's own config and the previous stage's snapshot.
 
@@ -98,13 +103,15 @@ class OldModel:
             checkpoint: path of the snapshot.
             form: of its classifier; mmseg's own if not given.
             earlier: ``num_old`` and ``checkpoint`` of the models of the stages before.
+            graphed: as in :class:`OldModel`, of the earlier ones too.
 
         Raises:
             ValueError: the snapshot lacks tensors or has some of another shape.
         """
         form = form or ClassifierForm()
         before = [
-            cls.from_checkpoint(model_cfg, form=form.of_stage(stage), **own) for stage, own in enumerate(earlier)
+            cls.from_checkpoint(model_cfg, form=form.of_stage(stage), graphed=graphed, **own)
+            for stage, own in enumerate(earlier)
         ]
         model_cfg = copy.deepcopy(model_cfg)
         head = model_cfg['decode_head']
@@ -125,7 +132,7 @@ class OldModel:
             )
         # Only the old model's tensors are loaded: the snapshot also has auxiliary heads, which it does not need.
         model.load_state_dict({key: state_dict[key] for key in model.state_dict()})
-        return cls(model, before)
+        return cls(model, before, graphed)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, **asked: bool) -> SegmentorOutput:
@@ -138,12 +145,23 @@ class OldModel:
         if (own.device, own.dtype) != (inputs.device, dtype):
             self.model.to(inputs.device, dtype)
             self._cast.clear()
+            self._graphed_pass.forget()
         lower = autocast_dtype(inputs.device)
         if lower is None or dtype != torch.float32:
             return run_segmentor(self.model, inputs, **asked)[0]
         if (inputs.device, lower) not in self._cast:
             return self._run_and_cast(inputs, lower, asked)
         return run_segmentor(self._cast[inputs.device, lower], inputs, **asked)[0]
+
+    def in_training(self, inputs: Tensor, **asked: bool) -> SegmentorOutput:
+        """As a call, for batches that mostly have one shape: on a GPU from a CUDA graph, if ``graphed`` is set.
+
+        The output is then valid until the next call, and hooks of the model's modules are not called.
+        """
+        if not self.graphed or inputs.device.type != 'cuda':
+            return self(inputs, **asked)
+        kind = (autocast_dtype(inputs.device), *sorted(asked.items()))
+        return self._graphed_pass(lambda images: self(images, **asked), inputs, kind)
 
     def on_test_images(self, inputs: Tensor, test_cfg: Mapping[str, Any] | None) -> SegmentorOutput:
         """The output for images of any size, as the model is tested: in windows, or the whole images at once.
@@ -170,7 +188,7 @@ class OldModel:
         expected = run_segmentor(self.model, inputs, **asked)[0]
         try:
             faster = with_cast_weights(self.model, dtype)
-            same = _equal(expected, run_segmentor(faster, inputs, **asked)[0])
+            same = expected.equals(run_segmentor(faster, inputs, **asked)[0])
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation with tensors of different dtypes
@@ -239,15 +257,3 @@ class _Windows:
             output.trained_logits, inputs.shape[2:], mode='bilinear', align_corners=output.align_corners
         )
 
-
-def _equal(one: SegmentorOutput, other: SegmentorOutput) -> bool:
-    """Whether all tensors of two outputs are equal."""
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-
-def _tensors(output: SegmentorOutput) -> Iterator[Tensor]:
-    yield output.trained_logits
-    yield from output.features
-    for attention in () if output.attentions is NOT_ASKED_FOR else output.attentions:
-        yield from attention.tensors
