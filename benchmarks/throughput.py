@@ -70,6 +70,7 @@ def _row(size: str, precision: str) -> tuple[list[str], list[Ratio]]:
     )
     floor = seconds['FT'] + seconds['old model']
     of_what = f'over {1000 * seconds["FT"]:.0f} + {1000 * seconds["old model"]:.0f} ms'
+    names = {'SATS': ''} | ({'graph': ' with a graph'} if sats.model.old_model.graphed_pass.captured else {})
     ratios = [
         Ratio(
             f'{size}, {precision}: SATS step{with_graph} over the floor',
@@ -77,12 +78,13 @@ def _row(size: str, precision: str) -> tuple[list[str], list[Ratio]]:
             GOAL,
             detail=f'{1000 * seconds[name]:.0f} {of_what}',
         )
-        for name, with_graph in (('SATS', ''), ('graph', ' with a graph'))
+        for name, with_graph in names.items()
     ]
+    cells = [f'{ratio.value:.2f}{"" if ratio.met else ", **missed**"} ({ratio.detail})' for ratio in ratios]
     row = [
         f'{BATCH / seconds["FT"]:.0f}',
         f'{BATCH / seconds["SATS"]:.0f}',
-        *(f'{ratio.value:.2f}{"" if ratio.met else ", **missed**"} ({ratio.detail})' for ratio in ratios),
+        *(cells if len(cells) == 2 else [*cells, 'not captured']),
         f'{tuned_peak / 2**30:.1f} and {sats_peak / 2**30:.1f} GiB',
         f'{_hours(seconds["FT"], seconds["SATS"]):.1f} h',
     ]

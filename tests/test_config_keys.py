@@ -197,6 +197,7 @@ def test_a_letter_at_the_end_names_a_variant_and_is_no_slip() -> None:
         ('default_hooks.logger.interval', True), ('test_dataloader.num_workers', True),
         ('train_dataloader.timeout', True), ('', False), ('reports', False), ('default_hooks', False),
         ('default_hooks.finite.type', False), ('base', False), ('train_dataloader.batch_size', False),
+        ('model.graph_old_model', True), ('later_stages.model.graph_old_model', True), ('model.unknown', False),
     ],
 )  # fmt: skip
 def test_what_may_change_with_resume(path: str, expected: bool) -> None:

@@ -89,6 +89,7 @@ def test_the_same_config_is_the_same_run() -> None:
         {'train_dataloader.dataset.cache_dir': None},
         {'train_dataloader.drop_last': False},
         dict(custom_hooks=[]),
+        {'model.graph_old_model': True},
     ],
     ids=str,
 )

@@ -73,8 +73,16 @@ def test_contributing_keeps_its_order() -> None:
     assert heads[:3] == ['Add a method', 'Add a backbone', 'Add a data set']
 
 
+def anchors(page: Path) -> list[str]:
+    """What the headings of a page are called in links, as GitHub and the site's parser do."""
+    headings = re.findall(r'^#+ (.*)$', page.read_text(encoding='utf-8'), re.M)
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).strip().replace(' ', '-') for heading in headings]
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [*(ROOT / 'docs').glob('*.md'), ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']:
-        for link in re.findall(r'\]\(([^)#:\s]+)(?:#[^)]*)?\)', page.read_text(encoding='utf-8')):
-            made = link.startswith('api/')  # by Sphinx
-            assert made or (page.parent / link).exists(), f'{page.name}: {link}'
+        for link, anchor in re.findall(r'\]\(([^)#:\s]*)(?:#([^)\s]*))?\)', page.read_text(encoding='utf-8')):
+            if not link.startswith('api/'):  # made by Sphinx
+                target = page.parent / link if link else page
+                assert target.exists(), f'{page.name}: {link}'
+                assert not anchor or anchor in anchors(target), f'{page.name}: {link}#{anchor}'

@@ -236,7 +236,7 @@ def test_a_head_without_a_classifier_of_pixels_is_refused() -> None:
 def test_the_inputs_that_are_measured_make_the_logits(kind: str) -> None:
     init_default_scope('mmseg')
     head = make_head(cfg := head_cfg(kind, 4), seed=0)
-    classifier = head.get_submodule(measured_classifier('decode_head', head, class_tensors('decode_head', head, cfg)))
+    classifier = head.get_submodule(measured_classifier(head, class_tensors('decode_head', head, cfg)))
     calls: list[Tensor] = []
     classifier.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
     logits = outputs(head)[0]

@@ -124,4 +124,4 @@ def test_an_old_model_run_from_a_graph_gives_the_same(dtype: torch.dtype | None)
         with torch.autocast('cuda', dtype=dtype, enabled=dtype is not None):
             expected = graphed(inputs, with_attention=True)
             assert expected.equals(graphed.in_training(inputs, with_attention=True))
-    assert graphed._graphed_pass._captured is not None
+    assert graphed.graphed_pass.captured

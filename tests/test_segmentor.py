@@ -3,6 +3,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmseg_sats.engine.hooks import PseudoLabelThresholdHook
 from mmseg_sats.models.losses import crp_loss, label_guided_distillation, unbiased_distillation
 from mmseg_sats.models.segmentor_output import SegmentorOutput
-from mmseg_sats.models.segmentors import IncrementalEncoderDecoder, old_model
-from mmseg_sats.models.segmentors.cuda_graph import IN_A_ROW
+from mmseg_sats.models.segmentors import IncrementalEncoderDecoder, cuda_graph, old_model
+from mmseg_sats.models.segmentors.cuda_graph import Pass
 from mmseg_sats.models.segmentors.old_model import OldModel, run_segmentor
 from tests.small_models import (
     CROSS_ENTROPY,
@@ -402,14 +403,39 @@ def test_a_labeler_that_is_a_mere_function_needs_no_thresholds(snapshot: str, tm
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_graph_of_the_old_model_is_for_gpus_and_changes_nothing_on_a_cpu(snapshot: str) -> None:
-    expected = later_stage(snapshot, **SATS).loss(images(), samples(block_labels()))
-    model = later_stage(snapshot, graph_old_model=True, **SATS)
-    assert model.old_model.graphed
-    for _ in range(IN_A_ROW + 1):
-        losses = model.loss(images(), samples(block_labels()))
+@pytest.mark.parametrize('gpu', [False, True])
+def test_the_old_model_can_be_run_from_a_graph_on_a_gpu(
+    snapshot: str, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here as if there were one, whose graphs count what they run; without one the option changes nothing."""
+    counts = Counter()
+
+    def capture(run: Pass, inputs: Tensor) -> Pass:
+        counts['captured'] += 1
+
+        def replay(images: Tensor) -> SegmentorOutput:
+            counts['replayed'] += 1
+            return run(images)
+
+        return replay
+
+    if gpu:
+        monkeypatch.setattr(old_model, 'has_graphs', lambda device: True)
+        monkeypatch.setattr(cuda_graph, 'capture_cuda_graph', capture)
+    earlier = [dict(checkpoint=snapshot, num_old=NUM_OLD)]
+    usual, graphed = (
+        build(model_cfg(6, old_model=dict(earlier[0], earlier=earlier), **options, **SATS), seed=7)
+        for options in ({}, dict(graph_old_model=True))
+    )
+    for number in range(4):
+        batch = images() + number, samples(block_labels())
+        expected, losses = usual.loss(*batch), graphed.loss(*batch)
         assert losses.keys() == expected.keys()
         assert all(torch.equal(losses[name], expected[name]) for name in losses)
+    # Of both old models: the comparison behind the second batch, and the third and fourth batch.
+    assert counts == (dict(captured=2, replayed=2 * 3) if gpu else {})
+    graphed.double().loss(images().double(), samples(block_labels()))
+    assert not graphed.old_model.graphed_pass.captured
 
 
 def test_the_parts_see_the_labels_of_the_pseudo_labeler(snapshot: str) -> None:

@@ -88,13 +88,16 @@ class SegmentorOutput:
         return (self.trained_logits, *self.more) if self.more else self.trained_logits
 
     def equals(self, other: 'SegmentorOutput') -> bool:
-        """Whether logits, features and attention maps are exactly those of another output, of the same dtype."""
+        """Whether all tensors are exactly those of another output, of the same dtype; prototypes are not compared."""
         pairs = zip(self._compared(), other._compared(), strict=True)
         return all(own.dtype == its.dtype and torch.equal(own, its) for own, its in pairs)
 
     def _compared(self) -> Iterator[Tensor]:
         yield self.trained_logits
+        yield from self.more
         yield from self.features
+        if self.last_layer is not None:
+            yield self.last_layer.features
         for attention in () if self.attentions is NOT_ASKED_FOR else self.attentions:
             yield from attention.tensors
 

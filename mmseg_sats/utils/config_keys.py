@@ -184,6 +184,7 @@ _HARMLESS = re.compile(
     rf'({"|".join(names(harmless=True))})(\..*)?'
     r'|default_hooks\.(logger|timer|checkpoint|visualization)(\..*)?'
     rf'|\w+_dataloader\.({"|".join(LOADING)})'
+    r'|(\w+_stages\.)?model\.graph_old_model'
 )
 
 

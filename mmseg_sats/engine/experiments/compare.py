@@ -31,8 +31,8 @@ VALIDATION = names(compared='validation')
 LATER_PARTS = ('pseudo_labeler', 'pixel_weights', 'classifier_init', 'old_model')
 # Arguments of an IncrementalDataset that the classes of the stage already determine.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
-# Workers, and the type of the loop, which max_epochs or max_iters already determines.
-_HOW = re.compile(rf'(^|\.)({"|".join(LOADING)}|train_cfg\.(type|by_epoch))$')
+# Workers, how a GPU is given its work, and the type of the loop, which max_epochs or max_iters already determines.
+_HOW = re.compile(rf'(^|\.)({"|".join(LOADING)}|graph_old_model|train_cfg\.(type|by_epoch))$')
 _ABSENT = object()
 SHOWN = 4
 

@@ -25,7 +25,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
     Returns:
         (..., D). Its gradient has no gradient of its own.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
         # Without a Function of ours, so that a traced model has torch's operators only.
         return F.linear(F.gelu(x, approximate=approximate), weight, bias)
     return _GeluLinear.apply(x, weight, bias, approximate)

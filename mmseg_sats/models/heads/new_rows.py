@@ -250,11 +250,10 @@ def hooks_of_start(cfg: Any) -> Sequence[dict[str, Any]]:
     return kind.hooks if kind else ()
 
 
-def measured_classifier(name: str, head: nn.Module, tensors: Mapping[str, int]) -> str:
-    """The name in a head of the classifier whose inputs are measured.
+def measured_classifier(head: nn.Module, tensors: Mapping[str, int]) -> str:
+    """The name in the decode head of the classifier whose inputs are measured.
 
     Args:
-        name: the head's name in the segmentor, for the message.
         head: the decode head.
         tensors: its tensors with a row for each class, see ``class_tensors``.
 
@@ -265,8 +264,8 @@ def measured_classifier(name: str, head: nn.Module, tensors: Mapping[str, int]) 
     # Of a CascadeHead, the last one gives the prediction.
     if not found or head.state_dict()[f'{found[-1]}.weight'].shape[2:] != (1, 1):
         raise TypeError(
-            f'classifier_init: {name} ({type(head).__name__}) has no classifier of pixels conv_seg, whose inputs could '
-            f'be measured: expected one of {list(CLASSIFIER_INITS)}'
+            f'classifier_init: decode_head ({type(head).__name__}) has no classifier of pixels conv_seg, whose '
+            f'inputs could be measured: expected one of {list(CLASSIFIER_INITS)}'
         )
     return found[-1]
 

@@ -180,7 +180,7 @@ class IncrementalEncoderDecoder(EncoderDecoder):
         self.measured_classifier = None
         if new_rows.measured is not None:
             tensors = self.class_tensors['decode_head']
-            self.measured_classifier = measured_classifier('decode_head', self.decode_head, tensors)
+            self.measured_classifier = measured_classifier(self.decode_head, tensors)
         for name, head in self._named_heads():
             self.class_tensors[name] |= form.shape(name, head, self.class_tensors[name], num_old)
         freeze(self, frozen)

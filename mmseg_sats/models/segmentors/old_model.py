@@ -20,7 +20,7 @@ from mmseg_sats.models.heads.linear_classifier import seen_classifier
 from mmseg_sats.models.heads.split_classifier import UNKNOWN
 from mmseg_sats.models.segmentor_output import NOT_ASKED_FOR, SegmentorOutput
 from mmseg_sats.models.segmentors.cast_weights import autocast_dtype, with_cast_weights
-from mmseg_sats.models.segmentors.cuda_graph import GraphedPass
+from mmseg_sats.models.segmentors.cuda_graph import GraphedPass, has_graphs
 from mmseg_sats.utils.checkpoint import load_checkpoint_safely
 
 
@@ -76,13 +76,16 @@ class OldModel:
         model: the old segmentor; it is put in eval mode and frozen.
         earlier: those of the stages before it, the first stage's first, if a part needs them.
         graphed: whether ``in_training`` may use a CUDA graph.
+
+    Attributes:
+        graphed_pass: what ``in_training`` then calls.
     """
 
     def __init__(self, model: EncoderDecoder, earlier: 'Sequence[OldModel]' = (), graphed: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.earlier = tuple(earlier)
         self.graphed = graphed
-        self._graphed_pass = GraphedPass()
+        self.graphed_pass = GraphedPass()
         self._cast: dict[tuple[torch.device, torch.dtype], EncoderDecoder] = {}
 
     @classmethod
@@ -145,7 +148,7 @@ class OldModel:
         if (own.device, own.dtype) != (inputs.device, dtype):
             self.model.to(inputs.device, dtype)
             self._cast.clear()
-            self._graphed_pass.forget()
+            self.graphed_pass.forget()
         lower = autocast_dtype(inputs.device)
         if lower is None or dtype != torch.float32:
             return run_segmentor(self.model, inputs, **asked)[0]
@@ -158,10 +161,10 @@ class OldModel:
 
         The output is then valid until the next call, and hooks of the model's modules are not called.
         """
-        if not self.graphed or inputs.device.type != 'cuda':
+        if not self.graphed or not has_graphs(inputs.device):
             return self(inputs, **asked)
         kind = (autocast_dtype(inputs.device), *sorted(asked.items()))
-        return self._graphed_pass(lambda images: self(images, **asked), inputs, kind)
+        return self.graphed_pass(lambda images: self(images, **asked), inputs, kind)
 
     def on_test_images(self, inputs: Tensor, test_cfg: Mapping[str, Any] | None) -> SegmentorOutput:
         """The output for images of any size, as the model is tested: in windows, or the whole images at once.
