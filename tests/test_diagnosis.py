@@ -23,7 +23,7 @@ from mmseg_sats.engine.diagnosis.images import some, training_images
 from mmseg_sats.engine.diagnosis.kept_attention import KeptAttention
 from mmseg_sats.engine.diagnosis.oracle import add_moments, fit_oracle, oracle_in_place, oracle_rows
 from mmseg_sats.engine.diagnosis.pseudo_labels import labelled_as, quality
-from mmseg_sats.engine.diagnosis.sentences import findings
+from mmseg_sats.engine.diagnosis.sentences import findings, worth
 from mmseg_sats.engine.diagnosis.write import write_diagnosis
 from mmseg_sats.models.heads.closed_form import ClosedFormClassifier
 from mmseg_sats.visualization.attention_view import view_classes
@@ -107,6 +107,43 @@ def test_nothing_is_lost_where_nothing_was_done(figures: list[dict]) -> None:
     assert figures[1]['learned'][KNOWN] == 0
     assert figures[1]['learned'][NEW] == 1
     assert figures[0]['iou'][KNOWN] > 10
+
+
+def test_what_learning_was_worth_is_told_against_stage_0_as_it_was(skilled: Path, figures: list[dict]) -> None:
+    first, dataset = load_stage(skilled / 'stage_0', 'cpu'), eval_dataset(load_stage(skilled / 'stage_1', 'cpu').cfg)
+    samples = [dataset[place] for place in range(len(dataset))]
+    truth = np.stack([sample['data_samples'].gt_sem_seg.data[0].numpy() for sample in samples])
+    predicted = np.stack([first.predict(sample).numpy() for sample in samples])
+    expected = {}
+    for channel, name in enumerate(figures[1]['classes']):
+        own, known = predicted == channel, truth == channel
+        expected[name] = 100 * (own & known).sum() / (own | known)[truth != 255].sum()
+    assert figures[1]['unchanged'] == pytest.approx(expected)
+    assert figures[1]['unchanged'][NEW] == 0
+    assert figures[0]['unchanged'] is None
+    assert worth(figures[:1]) == []
+    means = [sum(values.values()) / len(values) for values in (figures[1]['iou'], expected)]
+    (text,) = worth(figures)
+    assert text == (
+        f'After stage 1, all classes together have {means[0]:.1f} mIoU, and would have {means[1]:.1f} with the model of '
+        f'stage 0 as it was: all learning since was worth {means[0] - means[1]:+.1f}.'
+    )
+
+
+def test_a_stage_that_changed_nothing_was_worth_nothing(skilled: Path, figures: list[dict], tmp_path: Path) -> None:
+    run = copied(skilled, tmp_path / 'run')
+    first = torch.load(run / 'stage_0/snapshot.pth', weights_only=False)['state_dict']
+
+    def as_before(weights: dict[str, Tensor]) -> None:
+        """All of stage 0, and a new row that never wins."""
+        for key, value in first.items():
+            weights[key] = torch.cat([value, weights[key][len(value) :]]) if key in (BIAS, WEIGHT) else value
+        weights[BIAS][len(first[BIAS]) :] = -1e6
+
+    change(run / 'stage_1', as_before)
+    stages = list(diagnose(run, images=4, device='cpu'))
+    assert stages[1]['iou'] == stages[1]['unchanged']
+    assert worth(stages)[0].endswith('was worth +0.0.')
 
 
 def test_a_bias_that_takes_all_is_named(skilled: Path, figures: list[dict], tmp_path: Path) -> None:

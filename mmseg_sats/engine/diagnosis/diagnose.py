@@ -39,8 +39,9 @@ def diagnose(
 
     Yields:
         The figures of each stage: ``stage``, ``classes``, ``new_classes``, ``learned`` (the stage by class),
-        ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``classifier``, ``oracle``, ``attention`` and
-        ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out`` then has the
+        ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``unchanged`` (the IoU that stage 0's model has
+        on the same images and classes; None in stage 0 and without its snapshot), ``classifier``, ``oracle``,
+        ``attention`` and ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out`` then has the
         reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the reason.
 
     Raises:
@@ -50,22 +51,31 @@ def diagnose(
     if images is not None and images < 1:
         raise ValueError(f'--images {images}: expected 1 or more')
     old: StageModel | None = None
+    first: StageModel | None = None
     for folder in stage_folders(work_dir, only):
         before = folder.with_name(f'stage_{stage_number(folder) - 1}')
         if old is None and (before / 'snapshot.pth').is_file():
             old = load_stage(before, device)
         stage = load_stage(folder, device)
+        if first is None and (folder.with_name('stage_0') / 'snapshot.pth').is_file():
+            first = stage if stage.index == 0 else load_stage(folder.with_name('stage_0'), device)
         try:
             dataset = eval_dataset(stage.cfg)
         except NoImagesError as error:  # a stage 0 from a checkpoint, say
             yield dict(stage=stage.index, skipped=str(error))
         else:
-            yield _measure(stage, old if old and old.index == stage.index - 1 else None, dataset, images, track)
+            before = old if old and old.index == stage.index - 1 else None
+            yield _measure(stage, before, first if stage.index else None, dataset, images, track)
         old = stage
 
 
 def _measure(
-    stage: StageModel, old: StageModel | None, dataset: IncrementalDataset, number: int | None, track: Track
+    stage: StageModel,
+    old: StageModel | None,
+    first: StageModel | None,
+    dataset: IncrementalDataset,
+    number: int | None,
+    track: Track,
 ) -> dict[str, Any]:
     classes, label = stage.classes, f'stage {stage.index}'
     check_classes(stage.folder, classes, dataset.metainfo['classes'])
@@ -75,14 +85,16 @@ def _measure(
         stage, training.dataset, track(training.seen, f'{label}: fitting the oracle')
     ))  # fmt: skip
     attention = _part(left_out, ('attention',), lambda: KeptAttention(_need(old), stage))
-    confusion = np.zeros((2, len(classes), len(classes)), dtype=np.int64)
+    confusion, unchanged = np.zeros((2, len(classes), len(classes)), dtype=np.int64), None
     places = some(dataset, range(len(dataset)), number)
     for place in track(places, f'{label}: evaluating'):
         sample = dataset[place]
-        confusion[0] += _confusion(stage, sample)
+        confusion[0] += _confusion(stage, sample, classes)
+        if first is not None:
+            unchanged = _confusion(first, sample, classes) + (0 if unchanged is None else unchanged)
         if rows is not None:
             with oracle_in_place(stage.model.decode_head, rows):
-                confusion[1] += _confusion(stage, sample)
+                confusion[1] += _confusion(stage, sample, classes)
         if attention is not None:
             attention.add(sample)
     labelled = training and _part(left_out, ('pseudo_labels',), lambda: pseudo_label_quality(
@@ -100,6 +112,7 @@ def _measure(
         images=len(places),
         confusion=confusion[0].tolist(),
         iou=iou_by_class(confusion[0], classes),
+        unchanged=None if unchanged is None else iou_by_class(unchanged, classes),
         classifier=_part(left_out, ('classifier',), lambda: classifier_rows(stage.model.decode_head, classes)),
         oracle=None if rows is None else dict(
             training_images=len(training.seen), iou=iou_by_class(confusion[1], classes)
@@ -138,6 +151,7 @@ def _training_images(stage: StageModel, number: int | None) -> TrainingImages:
     return found
 
 
-def _confusion(stage: StageModel, sample: dict[str, Any]) -> np.ndarray:
+def _confusion(model: StageModel, sample: dict[str, Any], classes: Sequence[str]) -> np.ndarray:
+    """(K, K) of a model that knows these classes, or the first of them."""
     label = sample['data_samples'].gt_sem_seg.data[0]
-    return IncrementalIoUMetric.confusion(stage.predict(sample), label, len(stage.classes))
+    return IncrementalIoUMetric.confusion(model.predict(sample), label, len(classes))

@@ -37,6 +37,19 @@ def findings(stages: Sequence[Figures]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding['effect'])
 
 
+def worth(stages: Sequence[Figures]) -> list[str]:
+    """What all stages after the first were worth, as a sentence; none where it was not measured."""
+    last = stages[-1]
+    if not last['unchanged']:
+        return []
+    known = [name for name, value in last['iou'].items() if value is not None]
+    own, unchanged = (sum(last[part][name] for name in known) / len(known) for part in ('iou', 'unchanged'))
+    return [
+        f"After stage {last['stage']}, all classes together have {own:.1f} mIoU, and would have {unchanged:.1f} with the "
+        f'model of stage 0 as it was: all learning since was worth {own - unchanged:+.1f}.'
+    ]
+
+
 def _finding(part: str, stage: Figures, name: str | None, effect: float, text: str) -> Finding:
     return {'part': part, 'stage': stage['stage'], 'class': name, 'effect': effect, 'text': text}
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mmseg_sats.engine.diagnosis.diagnose import Track, diagnose
-from mmseg_sats.engine.diagnosis.sentences import LACKING, findings
+from mmseg_sats.engine.diagnosis.sentences import LACKING, findings, worth
 from mmseg_sats.utils.checkpoint import write_json
 from mmseg_sats.visualization.report.diagnosis_page import write_page
 
-LARGEST = 6  # sentences that the page starts with
+LARGEST = 6  # findings that the page starts with
 
 
 def write_diagnosis(
@@ -26,7 +26,7 @@ def write_diagnosis(
 
     Returns:
         The contents of the file: ``run``, the work dir's name, ``images``, ``skipped``, reasons by stage, ``stages``,
-        ``findings``, and ``largest``, the sentences on what is known least.
+        ``findings``, and ``largest``: what learning was worth, and the sentences on what is known least.
 
     Raises:
         FileNotFoundError: as ``diagnose`` does.
@@ -44,7 +44,8 @@ def write_diagnosis(
             continue
         result['stages'].append(stage)
         result['findings'] = told = findings(result['stages'])
-        result['largest'] = [finding['text'] for finding in told if finding['part'] in LACKING][:LARGEST]
+        largest = [finding['text'] for finding in told if finding['part'] in LACKING][:LARGEST]
+        result['largest'] = worth(result['stages']) + largest
         write_json(work_dir / 'diagnosis.json', result)
         write_page(result, work_dir / 'diagnosis.html')
     if not result['stages']:
