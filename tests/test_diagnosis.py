@@ -125,8 +125,8 @@ def test_what_learning_was_worth_is_told_against_stage_0_as_it_was(skilled: Path
     means = [sum(values.values()) / len(values) for values in (figures[1]['iou'], expected)]
     (text,) = worth(figures)
     assert text == (
-        f'After stage 1, all classes together have {means[0]:.1f} mIoU, and would have {means[1]:.1f} with the model of '
-        f'stage 0 as it was: all learning since was worth {means[0] - means[1]:+.1f}.'
+        f'After stage 1, all classes together have {means[0]:.1f} mIoU, and would have {means[1]:.1f} with '
+        f'the model of stage 0 as it was: all learning since was worth {means[0] - means[1]:+.1f}.'
     )
 
 

@@ -41,8 +41,8 @@ def diagnose(
         The figures of each stage: ``stage``, ``classes``, ``new_classes``, ``learned`` (the stage by class),
         ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``unchanged`` (the IoU that stage 0's model has
         on the same images and classes; None in stage 0 and without its snapshot), ``classifier``, ``oracle``,
-        ``attention`` and ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out`` then has the
-        reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the reason.
+        ``attention`` and ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out``
+        then has the reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the reason.
 
     Raises:
         FileNotFoundError: there is no such snapshot, or data of the evaluation are missing.

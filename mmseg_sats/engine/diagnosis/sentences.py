@@ -45,8 +45,8 @@ def worth(stages: Sequence[Figures]) -> list[str]:
     known = [name for name, value in last['iou'].items() if value is not None]
     own, unchanged = (sum(last[part][name] for name in known) / len(known) for part in ('iou', 'unchanged'))
     return [
-        f"After stage {last['stage']}, all classes together have {own:.1f} mIoU, and would have {unchanged:.1f} with the "
-        f'model of stage 0 as it was: all learning since was worth {own - unchanged:+.1f}.'
+        f"After stage {last['stage']}, all classes together have {own:.1f} mIoU, and would have {unchanged:.1f} with "
+        f'the model of stage 0 as it was: all learning since was worth {own - unchanged:+.1f}.'
     ]
 
 
