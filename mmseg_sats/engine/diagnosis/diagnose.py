@@ -42,7 +42,8 @@ def diagnose(
         ``images``, ``confusion`` (rows are labels, in pixels), ``iou``, ``unchanged`` (the IoU that stage 0's model has
         on the same images and classes; None in stage 0 and without its snapshot), ``classifier``, ``oracle``,
         ``attention`` and ``pseudo_labels``. Each of the last four is None if it could not be measured, and ``left_out``
-        then has the reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the reason.
+        then has the reason by the same name. Of a stage without evaluation images, only ``stage`` and ``skipped``, the
+        reason.
 
     Raises:
         FileNotFoundError: there is no such snapshot, or data of the evaluation are missing.
