@@ -34,6 +34,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        """The layer's output; keeps the argument and the weight."""
         ctx.save_for_backward(x, weight)
         ctx.approximate = approximate
         return F.linear(F.gelu(x, approximate=approximate), weight, bias)
@@ -41,6 +42,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """The gradients of those arguments that need one."""
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         # The products are in the precision of the forward pass, under autocast a lower one than the arguments'.
