@@ -312,6 +312,13 @@ def test_under_autocast_a_linear_layer_of_gelu_rounds_as_both_do() -> None:
         torch.testing.assert_close(own, stock, atol=1e-2, rtol=1e-2)
 
 
+def test_a_traced_layer_of_gelu_has_torchs_operators_only() -> None:
+    arguments = [torch.randn(shape, requires_grad=True) for shape in [(2, 30, 5), (4, 5), (4,)]]
+    kinds = {node.kind() for node in torch.jit.trace(gelu_linear, arguments).graph.nodes()}
+    assert 'aten::gelu' in kinds
+    assert all(kind.startswith(('aten::', 'prim::Constant')) for kind in kinds)
+
+
 def test_the_layout_of_the_images_does_not_matter() -> None:
     _, own = make_pair(**SMALL)
     with torch.no_grad():

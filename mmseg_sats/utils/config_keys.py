@@ -180,11 +180,13 @@ IDENTITY = tuple(key.name for key in KEYS if key.identity)
 STAGE_PARTS = names(scope='part')
 # Options of every data loader that do not change what is loaded, only how.
 LOADING = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'timeout')
+# Options of the model that do not change what is computed, only how.
+EXECUTION = ('graph_old_model',)
 _HARMLESS = re.compile(
     rf'({"|".join(names(harmless=True))})(\..*)?'
     r'|default_hooks\.(logger|timer|checkpoint|visualization)(\..*)?'
     rf'|\w+_dataloader\.({"|".join(LOADING)})'
-    r'|(\w+_stages\.)?model\.graph_old_model'
+    rf'|(\w+_stages\.)?model\.({"|".join(EXECUTION)})'
 )
 
 

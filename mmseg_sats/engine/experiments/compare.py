@@ -20,7 +20,7 @@ from mmseg_sats.engine.config.variables import config_variables, resolve_variabl
 from mmseg_sats.engine.experiments.cross_entropy_alike import as_plain
 from mmseg_sats.models.parts import DistillationPart, flag, with_wrapped
 from mmseg_sats.protocol import Protocol, Stage
-from mmseg_sats.utils.config_keys import IDENTITY, LOADING, STAGE_PARTS, names
+from mmseg_sats.utils.config_keys import EXECUTION, IDENTITY, LOADING, STAGE_PARTS, names
 
 Flat = dict[str, Any]
 
@@ -32,7 +32,7 @@ LATER_PARTS = ('pseudo_labeler', 'pixel_weights', 'classifier_init', 'old_model'
 # Arguments of an IncrementalDataset that the classes of the stage already determine.
 STAGE_KEYS = ('protocol', 'stage', 'split', 'class_order')
 # Workers, how a GPU is given its work, and the type of the loop, which max_epochs or max_iters already determines.
-_HOW = re.compile(rf'(^|\.)({"|".join(LOADING)}|graph_old_model|train_cfg\.(type|by_epoch))$')
+_HOW = re.compile(rf'(^|\.)({"|".join(LOADING + EXECUTION)}|train_cfg\.(type|by_epoch))$')
 _ABSENT = object()
 SHOWN = 4
 

@@ -53,6 +53,7 @@ class _GeluLinear(torch.autograd.Function):
                 of_weight = (rows.mT @ values.flatten(0, -2)).to(weight.dtype)
                 del values
             if ctx.needs_input_grad[0]:
+                # In place: a second array of this size would take longer to get than to fill.
                 of_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
                 torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate=ctx.approximate, grad_input=of_x)
             if ctx.needs_input_grad[2]:
