@@ -130,6 +130,13 @@ def test_what_learning_was_worth_is_told_against_stage_0_as_it_was(skilled: Path
     )
 
 
+def test_a_class_that_no_image_shows_counts_only_for_a_model_that_predicts_it() -> None:
+    stage = dict(stage=1, iou=dict(background=60.0, a=30.0, b=0.0), unchanged=dict(background=60.0, a=40.0, b=None))
+    assert worth([stage])[0].endswith(
+        'have 30.0 mIoU, and would have 50.0 with the model of stage 0 as it was: all learning since was worth -20.0.'
+    )
+
+
 def test_a_stage_that_changed_nothing_was_worth_nothing(skilled: Path, figures: list[dict], tmp_path: Path) -> None:
     run = copied(skilled, tmp_path / 'run')
     first = torch.load(run / 'stage_0/snapshot.pth', weights_only=False)['state_dict']

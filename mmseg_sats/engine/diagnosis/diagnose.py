@@ -86,13 +86,13 @@ def _measure(
         stage, training.dataset, track(training.seen, f'{label}: fitting the oracle')
     ))  # fmt: skip
     attention = _part(left_out, ('attention',), lambda: KeptAttention(_need(old), stage))
-    confusion, unchanged = np.zeros((2, len(classes), len(classes)), dtype=np.int64), None
+    confusion = np.zeros((3, len(classes), len(classes)), dtype=np.int64)
     places = some(dataset, range(len(dataset)), number)
     for place in track(places, f'{label}: evaluating'):
         sample = dataset[place]
         confusion[0] += _confusion(stage, sample, classes)
         if first is not None:
-            unchanged = _confusion(first, sample, classes) + (0 if unchanged is None else unchanged)
+            confusion[2] += _confusion(first, sample, classes)
         if rows is not None:
             with oracle_in_place(stage.model.decode_head, rows):
                 confusion[1] += _confusion(stage, sample, classes)
@@ -113,7 +113,7 @@ def _measure(
         images=len(places),
         confusion=confusion[0].tolist(),
         iou=iou_by_class(confusion[0], classes),
-        unchanged=None if unchanged is None else iou_by_class(unchanged, classes),
+        unchanged=first and iou_by_class(confusion[2], classes),
         classifier=_part(left_out, ('classifier',), lambda: classifier_rows(stage.model.decode_head, classes)),
         oracle=None if rows is None else dict(
             training_images=len(training.seen), iou=iou_by_class(confusion[1], classes)

@@ -42,8 +42,9 @@ def worth(stages: Sequence[Figures]) -> list[str]:
     last = stages[-1]
     if not last['unchanged']:
         return []
-    known = [name for name, value in last['iou'].items() if value is not None]
-    own, unchanged = (sum(last[part][name] for name in known) / len(known) for part in ('iou', 'unchanged'))
+    # A class that few images do not show has no IoU, unless a model predicts it.
+    known = ([value for value in last[part].values() if value is not None] for part in ('iou', 'unchanged'))
+    own, unchanged = (sum(values) / len(values) for values in known)
     return [
         f"After stage {last['stage']}, all classes together have {own:.1f} mIoU, and would have {unchanged:.1f} with "
         f'the model of stage 0 as it was: all learning since was worth {own - unchanged:+.1f}.'
