@@ -19,11 +19,11 @@ from rich.console import Console
 
 import mmseg_sats  # noqa: F401  registers everything
 from mmseg_sats.engine.experiments import scheduler as scheduler_module
-from mmseg_sats.engine.experiments.lock import FileLock
 from mmseg_sats.engine.experiments.plan import make_plan
 from mmseg_sats.engine.experiments.record import Record
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.tables import TABLES
+from mmseg_sats.engine.files.lock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +93,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end, 'nothing happened'
         time.sleep(0.02)

@@ -4,11 +4,15 @@
 import csv
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmengine.config import Config
+
+from mmseg_sats.visualization.stage_model import eval_dataset, load_stage
 
 ROOT = Path(__file__).parents[1]
 Main = Callable[..., int]
@@ -77,7 +81,8 @@ def test_the_second_call_trains_nothing(
     assert times(trained) == before
     printed = capsys.readouterr().out
     assert 'started' not in printed
-    assert printed.count('1 of 1') == 2
+    assert printed.count('1 of 1') == 3
+    assert 'evaluating' not in printed
 
 
 def test_the_table_says_what_results_json_says(
@@ -89,14 +94,51 @@ def test_the_table_says_what_results_json_says(
     assert written in printed
     with (trained / 'table1.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert [row['run'] for row in rows] == ['sats_3-1_seed0', 'finetune_3-1_seed0']
-    for row in rows:
+    assert [row['run'] for row in rows] == ['sats_3-1_seed0'] * 2 + ['finetune_3-1_seed0']
+    for row in rows[1:]:
         results = json.loads((trained / row['run'] / 'results.json').read_text())
         final = results['final'] | {key: results[key] for key in ('average_all', 'forgetting')}
         assert {key: float(row[key]) for key in final} == final
-        line = next(line for line in written.splitlines() if line.startswith(f'| {row["method"]:^8} '))
-        cells = [word.strip() for word in line.strip('|').split('|')]
+        split = ([word.strip() for word in line.strip('|').split('|')] for line in written.splitlines())
+        cells = next(cells for cells in split if cells[0] == row['method'])
         assert cells[2:8] == [f'{value:.2f}' for value in final.values()]
+
+
+def test_stage_0_as_it_was_is_the_first_row(main: Main, trained: Path, words: list[str]) -> None:
+    """On the images of the last stage; the classes learned since have 0."""
+    assert call(main, trained, words, '--report') == 0
+    with (trained / 'table1.csv').open() as file:
+        row = next(csv.DictReader(file))
+    assert (row['row'], row['method'], row['state']) == ('stage 0 as it was', 'stage_0', 'finished')
+    run = trained / 'sats_3-1_seed0'
+    last = load_stage(run / 'stage_1', 'cpu')
+    first = load_stage(run / 'stage_0', 'cpu')
+    counts = np.zeros((5, 5))
+    for sample in eval_dataset(last.cfg):
+        label, predicted = sample['data_samples'].gt_sem_seg.data[0].numpy(), np.asarray(first.predict(sample))
+        for true in range(5):
+            for said in range(5):
+                counts[true, said] += ((label == true) & (predicted == said)).sum()
+    iou = 100 * counts.diagonal() / (counts.sum(0) + counts.sum(1) - counts.diagonal())
+    assert iou[4] == 0
+    assert [float(row[key]) for key in ('base', 'new', 'all', 'hIoU')] == pytest.approx(
+        [iou[:4].mean(), 0, iou.mean(), 0], abs=1e-4
+    )
+    assert row['average_all'] == row['forgetting'] == row['train_seconds'] == ''
+
+
+def test_a_stage_0_that_cannot_be_evaluated_is_named_and_the_table_is_there(
+    main: Main, trained: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / 'tables')
+    run = tmp_path / 'tables/sats_3-1_seed0'
+    shutil.rmtree(run / 'unchanged')
+    (run / 'stage_0/snapshot.pth').write_bytes(b'')
+    assert call(main, tmp_path / 'tables', words) == 0
+    printed = capsys.readouterr().out
+    assert f'stage 0 as it was could not be evaluated, see {run}/unchanged/log.txt' in printed
+    assert 'stage_0/snapshot.pth' in (run / 'unchanged/log.txt').read_text()
+    assert printed.count('1 of 1') == 2
 
 
 def test_another_option_is_noticed(

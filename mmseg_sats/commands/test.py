@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--stage', type=_stage, metavar='K|last', help='this stage only, or the last (default: every finished one)'
     )
     parser.add_argument(
-        '--out', type=Path, help='where logs and test.json go (default: WORK_DIR/test)'
+        '--unchanged',
+        action='store_true',
+        help="stage 0's model, never trained again, on the images and classes of the last stage (or of --stage)",
+    )
+    parser.add_argument(
+        '--out', type=Path, help='where logs and test.json (or unchanged.json) go (default: WORK_DIR/test)'
     )
     add_cfg_options(parser)
     parser.set_defaults(run=run)
@@ -38,15 +43,19 @@ def run(args: argparse.Namespace) -> None:
         folders = stage_folders(args.work_dir, None if args.stage == LAST else args.stage)
     except FileNotFoundError as error:
         raise SystemExit(message_of(error)) from error
-    if args.stage == LAST:
+    if args.stage == LAST or args.unchanged:
         folders = folders[-1:]
     out = args.out or args.work_dir / 'test'
     out.mkdir(parents=True, exist_ok=True)
+    path = out / ('unchanged.json' if args.unchanged else 'test.json')
     stages = []
     for folder in folders:
+        asked = (args.work_dir / 'stage_0', out, args.cfg_options, folder) if args.unchanged else (
+            folder, out, args.cfg_options
+        )
         try:
-            stages.append(evaluate_again(folder, out, args.cfg_options))
+            stages.append(evaluate_again(*asked))
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise SystemExit(message_of(error)) from error
-        write_json(out / 'test.json', stages)  # after each stage, so that a stop loses none
-    print(f'wrote {out / "test.json"}')
+        write_json(path, stages)  # after each stage, so that a stop loses none
+    print(f'wrote {path}')

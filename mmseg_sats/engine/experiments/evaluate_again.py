@@ -48,19 +48,38 @@ def stage_config(folder: Path, options: dict) -> Config:
     return cfg
 
 
-def evaluate_again(folder: Path, out: Path, options: dict | None) -> dict:
-    """Evaluates the snapshot in ``folder``; returns the stage's entry as in results.json."""
+def evaluate_again(folder: Path, out: Path, options: dict | None, on: Path | None = None) -> dict:
+    """Evaluates a snapshot.
+
+    Args:
+        folder: the stage's, with the snapshot in it.
+        out: where logs go.
+        options: see :func:`stage_config`.
+        on: the folder of a later stage of the run, with whose images and classes the snapshot is evaluated. It has
+            nothing of the classes that it has not learned.
+
+    Returns:
+        The entry in results.json, of stage ``on`` if there is one.
+
+    Raises:
+        FileNotFoundError: a file of the run, or data are missing.
+        ValueError: the snapshot was trained on other classes.
+    """
     cfg = stage_config(folder, options or {})
+    if on is not None:
+        later = stage_config(on, options or {})
+        cfg.test_dataloader, cfg.test_evaluator = later.test_dataloader, later.test_evaluator
     cfg.work_dir = str(out / folder.name)
     # Nothing is trained: the old model and the snapshot it starts from may be gone.
     cfg.load_from, cfg.model.old_model = None, None
     dataset = evaluation_set(cfg)
     classes = dataset.metainfo['classes']
-    check_classes(folder, load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes'], classes)
+    trained = load_checkpoint_safely(folder / 'snapshot.pth')['meta']['dataset_meta']['classes']
+    check_classes(folder, trained, classes if on is None else classes[: len(trained)])
     runner = StageRunner.from_cfg(cfg)
     load_snapshot(runner.model, folder / 'snapshot.pth')
     runner.call_hook('before_run')
     # A stage 0 that came from a checkpoint may have no images.
-    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0')
+    metrics = evaluate_stage(runner, may_be_empty=folder.name == 'stage_0' and on is None)
     new = classes[len(classes) - len(dataset.stage.new) :]
     return stage_results(dataset.stage.index, new, None, metrics, classes)

@@ -50,6 +50,20 @@ class Line:
     published: dict[str, str] = field(default_factory=dict)
     network: str = ''
 
+    def add(self, run: str, last: Mapping[str, Any], figures: Mapping[str, float | None]) -> None:
+        """Adds a finished run.
+
+        Args:
+            run: its name.
+            last: the entry of its last stage in results.json.
+            figures: its figures by ``MEASURED``; None and those left out are shown as ``-``.
+        """
+        self.figures[run] = {key: figures.get(key) for key in MEASURED}
+        self.counted[run] = counted(last['iou'])
+        # Of a run of an earlier version, the IoUs tell how many classes the mean of all went over.
+        there = sum(iou is not None for iou in last['iou'].values())
+        self.classes[run] = last.get('counted', {'base': None, 'new': None, 'all': there})
+
 
 def read_published(*paths: Path) -> Published:
     """Published figures: (table, part, method, variant, memory, protocol) to network to base, new, all.
@@ -111,25 +125,19 @@ def _add_run(line: Line, record: Record) -> None:
         done = record.stages_done()
         line.states[name] = f'{done} of {record.asked.num_stages} stages' if done else 'not run'
         return
-    line.figures[name] = {
-        **{key: results['final'][key] for key in MEANS},
-        'average_all': results['average_all'],
-        'forgetting': results['forgetting'],
-    }
-    last = results['stages'][-1]
-    line.counted[name] = counted(last['iou'])
-    # Of a run of an earlier version, the IoUs tell how many classes the mean of all went over.
-    there = sum(iou is not None for iou in last['iou'].values())
-    line.classes[name] = last.get('counted', {'base': None, 'new': None, 'all': there})
+    line.add(name, results['stages'][-1], {**results, **results['final']})
     line.seconds[name] = record.train_seconds()
+
+
+def section_of(line: Line) -> tuple[str, str]:
+    """The title and the protocol of the section that a line stands in."""
+    return line.cell.part.title, line.cell.protocol
 
 
 def markdown(lines: Sequence[Line]) -> str:
     """A table for each part and protocol; means and standard deviations where there are several seeds."""
     texts = []
-    for (title, protocol), group in groupby(
-        lines, lambda line: (line.cell.part.title, line.cell.protocol)
-    ):
+    for (title, protocol), group in groupby(lines, section_of):
         texts.append(f'### {protocol}: {title}\n\n{_section(list(group))}')
     return '\n\n'.join(texts) + '\n'
 

@@ -21,6 +21,7 @@ from mmseg_sats.engine.experiments.report import make_lines, markdown, read_publ
 from mmseg_sats.engine.experiments.scheduler import Scheduler
 from mmseg_sats.engine.experiments.split import write_split
 from mmseg_sats.engine.experiments.tables import TABLE_DATASETS, TABLES, Table
+from mmseg_sats.engine.experiments.unchanged import measure, with_unchanged
 from mmseg_sats.utils.checkpoint import write_text
 from mmseg_sats.utils.config_keys import IDENTITY
 from mmseg_sats.utils.installed import CONFIGS, TOOLS
@@ -228,6 +229,9 @@ def run_table(args: argparse.Namespace, console: Console) -> int:
             todo, TOOLS / 'train_incremental.py', console, jobs=args.jobs, threads=args.threads
         )
         failed = scheduler.run()
+    if not args.report:
+        for text in measure(records.values(), args.threads):
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     report(args, plan, records, notes)
     if failed:
         console.print(f'failed: {", ".join(failed)}', markup=False, highlight=False, soft_wrap=True)
@@ -243,6 +247,7 @@ def report(
     on_own_data = args.table is not None and args.recipe is not None
     published = {} if on_own_data else read_published(PUBLISHED, PUBLISHED_NEWER)  # of other images
     lines = make_lines(args.table or _systems(args.dataset), plan.cells, records, published)
+    lines = with_unchanged(lines, records)
     if any(line.published for line in lines):
         notes = [
             f'Published: {table.dataset}, centre crops. {args.dataset} is measured as its config says; '

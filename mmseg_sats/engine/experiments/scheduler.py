@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.status import Status
 
 from mmseg_sats.engine.experiments.compare import same_start
-from mmseg_sats.engine.experiments.lock import FileLock
 from mmseg_sats.engine.experiments.record import Record
+from mmseg_sats.engine.files.lock import FileLock
 
 TAIL = 12
 STOP_SECONDS = 60
