@@ -329,9 +329,9 @@ def two_ranks(files, cache_dir, port):
     ]
     for rank in ranks:
         rank.start()
-    answers = dict(results.get(timeout=60) for _ in ranks)
+    answers = dict(results.get(timeout=300) for _ in ranks)
     for rank in ranks:
-        rank.join(timeout=60)
+        rank.join(timeout=300)
     return answers
 
 

@@ -45,7 +45,7 @@ class Group:
 
     def __init__(self, patch: pytest.MonkeyPatch, world_size: int) -> None:
         self.world_size = world_size
-        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._barrier = threading.Barrier(world_size, timeout=300)
         self._rank = threading.local()
         self._given: list[Tensor] = [torch.empty(0)] * world_size
         for one in (module, prototypes):

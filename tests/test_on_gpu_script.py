@@ -32,7 +32,7 @@ case "$*" in
     *'pip install'*) [ ! -e '{broken}' ] ;;
     *torch.cuda*) ;;
     *' crp '*) echo 'a reason'; exit 3 ;;
-    *' backbone '*) echo 'before the end'; sleep 60 ;;
+    *' backbone '*) echo 'before the end'; sleep 600 ;;
     *' step '*)
         printf 'NVIDIA, 1 of 16 threads, torch 2\\n\\nstep: a step\\n| time | measured |\\n|---|---|\\n| 2 | 1 |\\n'
         printf '+---+\\n| a run |\\n+---+\\n| 1 |\\n+---+\\n' ;;
@@ -52,7 +52,7 @@ def machine(tmp_path: Path) -> SimpleNamespace:
 
     def call(*steps: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [SCRIPT, 'bundle', 'out', *steps], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=50,
+            [SCRIPT, 'bundle', 'out', *steps], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=500,
             env=os.environ | dict(PYTHON=str(python)) | variables,
         )  # fmt: skip
 
