@@ -5,11 +5,13 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
@@ -29,6 +31,7 @@ from mmseg_sats.models.losses.over_ranks import (
     mean_over_ranks,
     sum_over_ranks,
 )
+from mmseg_sats.utils.installed import CONFIGS
 from tests.small_models import auxiliary_head_cfg, build, images, model_cfg, samples, save_weights
 
 NORM = dict(type='GN', num_groups=2)
@@ -198,6 +201,7 @@ RESIDUAL = {
     'background_features': dict(type='BackgroundFeatureLoss'),
     'old_outputs': dict(type='OldOutputDistillationLoss'),
 }
+GLOO_SHARES = [0, 1], [2, 3, 4]
 CASES = {
     **{f'head_{name}': dict(loss=loss) for name, loss in HEADS.items()},
     **{name: dict(loss=CE, distillation={name: part}) for name, part in PARTS.items()},
@@ -281,6 +285,46 @@ def test_uneven_shares_give_the_losses_and_gradients_of_the_whole(
     for gradient, *parts in zip(gradients, *(part for _, part in shared), strict=True):
         averaged = torch.stack(parts).mean(0)
         torch.testing.assert_close(averaged, gradient, rtol=1e-6, atol=1e-9 * largest)
+
+
+def test_every_loss_of_a_method_is_among_the_cases() -> None:
+    files = [path for path in CONFIGS.glob('[a-z]*/*.py') if path.stem == path.parent.name]
+    assert len(files) > 20
+    used = {part['type'] for path in files for part in Config.fromfile(path).get('distillation', {}).values()}
+    covered = {part['type'] for case in CASES.values() for part in case.get('distillation', {}).values()}
+    assert used <= covered
+
+
+def on_gloo(rank: int, snapshot: str, folder: Path) -> None:
+    """One of two processes: the losses and averaged gradients of every case, in its own file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    inputs, labels = batch()
+    results = {}
+    for case, options in CASES.items():
+        torch.manual_seed(0)
+        values, gradients = step(make(snapshot, **options), inputs[GLOO_SHARES[rank]], labels[GLOO_SHARES[rank]])
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+        results[case] = values, [gradient / 2 for gradient in gradients]
+    torch.save(results, folder / f'{rank}.pth')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_gloo_processes_have_the_losses_and_gradients_of_one(snapshot: str, tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(on_gloo, (snapshot, tmp_path), nprocs=2, start_method='fork')
+    inputs, labels = batch()
+    shared = [torch.load(tmp_path / f'{rank}.pth') for rank in range(2)]
+    assert shared[0].keys() == shared[1].keys() == CASES.keys()
+    for case, options in CASES.items():
+        torch.manual_seed(0)
+        expected, gradients = step(make(snapshot, **options), inputs, labels)
+        largest = max(float(gradient.abs().max()) for gradient in gradients)
+        for one in shared:
+            values, averaged = one[case]
+            assert values == pytest.approx(expected, rel=1e-6), case
+            torch.testing.assert_close(averaged, gradients, rtol=1e-6, atol=1e-9 * largest)
 
 
 def test_equal_shares_of_a_mean_keep_their_gradient(snapshot: str, monkeypatch: pytest.MonkeyPatch) -> None:
