@@ -242,7 +242,7 @@ def test_one_table_of_own_configs_and_a_method_of_the_package(
     assert commands.main([*words[:3], '--methods', 'finetune', '--report', *words[3:]]) == 0
     printed = capsys.readouterr().out
     head, _, *rows = [line.split('|')[1].strip() for line in printed.splitlines() if line.startswith('|')]
-    assert [head, *rows] == ['row', 'quiet/shapes_3-1', 'finetune']
+    assert [head, *rows] == ['row', 'stage 0 as it was', 'quiet/shapes_3-1', 'finetune']
     assert (out / 'configs.md').read_text() in printed
     table = (out / 'configs.csv').read_text()
-    assert (table.count('finished'), table.count('not run')) == (1, 1)
+    assert (table.count('finished'), table.count('not run')) == (2, 1)
