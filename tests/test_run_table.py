@@ -7,11 +7,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mmengine.config import Config
 
+from mmseg_sats.engine.experiments.unchanged import representatives
 from mmseg_sats.visualization.stage_model import eval_dataset, load_stage
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +127,22 @@ def test_stage_0_as_it_was_is_the_first_row(main: Main, trained: Path, words: li
         [iou[:4].mean(), 0, iou.mean(), 0], abs=1e-4
     )
     assert row['average_all'] == row['forgetting'] == row['train_seconds'] == ''
+
+
+def test_one_run_for_each_stage_0(tmp_path: Path) -> None:
+    """Of a base of the user's too, wherever its file is, and of each set of classes."""
+    def record(name: str, base: str | None, num_classes: int = 5, num_stages: int = 2) -> SimpleNamespace:
+        return SimpleNamespace(
+            folder=tmp_path / name, base=lambda: base and Path(base), conflict=lambda: '', results=lambda: {},
+            asked=SimpleNamespace(num_classes=num_classes, num_stages=num_stages),
+        )  # fmt: skip
+
+    joint, own = record('joint', None, num_stages=1), record('own', None)
+    shared = record('shared', f'{tmp_path}/own/stage_0/snapshot.pth')
+    given, again, other = record('given', 'model.pth'), record('again', 'model.pth'), record('other', 'other.pth')
+    more = record('more', 'model.pth', num_classes=7)
+    found = representatives([joint, own, shared, given, again, other, more])
+    assert list(found.values()) == [own, given, other, more]
 
 
 def test_a_stage_0_that_cannot_be_evaluated_is_named_and_the_table_is_there(

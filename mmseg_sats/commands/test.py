@@ -50,11 +50,9 @@ def run(args: argparse.Namespace) -> None:
     path = out / ('unchanged.json' if args.unchanged else 'test.json')
     stages = []
     for folder in folders:
-        asked = (args.work_dir / 'stage_0', out, args.cfg_options, folder) if args.unchanged else (
-            folder, out, args.cfg_options
-        )
+        model, on = (args.work_dir / 'stage_0', folder) if args.unchanged else (folder, None)
         try:
-            stages.append(evaluate_again(*asked))
+            stages.append(evaluate_again(model, out, args.cfg_options, on))
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise SystemExit(message_of(error)) from error
         write_json(path, stages)  # after each stage, so that a stop loses none

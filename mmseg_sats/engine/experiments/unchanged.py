@@ -20,18 +20,17 @@ ROW = Row('stage 0 as it was', method='stage_0')
 _FOLDER = 'unchanged'
 
 
-def representatives(records: Iterable[Record]) -> dict[Path, Record]:
-    """A finished run of several stages for each stage 0, by the run that trained it."""
-    found: dict[Path, Record] = {}
+def representatives(records: Iterable[Record]) -> dict[tuple[Path, int], Record]:
+    """The first finished run of several stages for each stage 0: by its snapshot and the number of all classes."""
+    found: dict[tuple[Path, int], Record] = {}
     for record in records:
         if record.asked.num_stages > 1 and not record.conflict() and record.results() is not None:
-            found.setdefault(_owner(record), record)
+            found.setdefault(_start(record), record)
     return found
 
 
-def _owner(record: Record) -> Path:
-    base = record.base()
-    return base.parents[1] if base else record.folder
+def _start(record: Record) -> tuple[Path, int]:
+    return record.base() or record.folder / 'stage_0/snapshot.pth', record.asked.num_classes
 
 
 def measure(records: Iterable[Record], threads: int | None) -> Iterator[str]:
@@ -71,8 +70,8 @@ def with_unchanged(lines: Sequence[Line], records: Mapping[str, Record]) -> list
         section = list(group)
         of_stages = [line for line in section if any(records[name].asked.num_stages > 1 for name in line.figures)]
         if of_stages:
-            owners = dict.fromkeys(_owner(records[name]) for name in of_stages[0].figures)
-            line = _line(of_stages[0].cell, [chosen[owner] for owner in owners])
+            starts = dict.fromkeys(_start(records[name]) for name in of_stages[0].figures)
+            line = _line(of_stages[0].cell, [chosen[start] for start in starts])
             found += [line] if line.figures else []
         found += section
     return found
